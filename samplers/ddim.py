@@ -1,0 +1,158 @@
+"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step function, walked down to sample and up to invert.
+
+Both walks take the same `Trajectory`. The walks run without gradients (a denoiser may switch them on for itself);
+`step` is differentiable, for methods that write a loop of their own.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .guidance import Denoiser
+from .schedule import Trajectory, noise_like
+
+Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the loop over step numbers, as tqdm does
+Callback = Callable[[int, Tensor], Tensor | None]  # (i, x after step i) -> a replacement for x, or None
+
+
+def step(
+    x: Tensor,
+    eps: Tensor,
+    alpha_bar_from: float | Tensor,
+    alpha_bar_to: float | Tensor,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """x at the noise level alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, sigma by eq. 16.
+
+    With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only; `noise`
+    is then the standard normal draw, and without one the step's mean is returned.
+    x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors. Raises ValueError for eta > 0 going up.
+    """
+    a, b = float(alpha_bar_from), float(alpha_bar_to)
+    sigma = 0.0
+    if eta > 0:
+        if a > b:
+            raise ValueError(f"a step up, from alpha_bar {a:g} to {b:g}, is deterministic: eta must be 0, not {eta}")
+        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)) if a < b else 0.0
+    # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in: what cancels in the
+    # coefficient of eps then cancels in float64.
+    scale = math.sqrt(b / a)
+    direction = math.sqrt(max(1 - b - sigma**2, 0.0)) - scale * math.sqrt(1 - a)
+    mean = scale * x + direction * eps
+    return mean if noise is None or sigma == 0 else mean + sigma * noise
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser,
+    x: Tensor,
+    trajectory: Trajectory,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Noise -> clean: x (B, ...) at alpha_bars[0] is brought to alpha_bars[-1], one network call a step.
+
+    eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior variance. The last step adds
+    no noise, since no later one would remove it: it returns the mean (see `ddpm.sample`). The denoiser gets t as an
+    int. `callback(i, x)` sees x at alpha_bars[i + 1] and may return what to go on with.
+    """
+    for i in (progress or iter)(range(len(trajectory))):
+        eps = denoise(x, int(trajectory.timesteps[i]))
+        noise = noise_like(x, generator) if eta > 0 and i + 1 < len(trajectory) else None
+        x = step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], eta, noise)
+        if callback is not None:
+            replacement = callback(i, x)
+            x = x if replacement is None else replacement
+    return x
+
+
+@dataclass
+class Inversion:
+    """An inversion, step by step. All fields are tensors, so it can be stored and built again from them.
+
+    latents:   (steps + 1, B, ...); latents[i] is at trajectory.alpha_bars[i], latents[-1] is the given x0.
+    eps:       (steps, B, ...); eps[i] belongs to timesteps[i] and leads from latents[i + 1] up to latents[i].
+    timesteps: (steps,) int64, descending, those of the trajectory.
+    """
+
+    latents: Tensor
+    eps: Tensor
+    timesteps: Tensor
+
+    @property
+    def latent(self) -> Tensor:
+        """(B, ...) The inverted latent, where sampling starts."""
+        return self.latents[0]
+
+    def recorded(self, t: int | Tensor) -> Tensor:
+        """(B, ...) The noise that was used at timestep t. Raises KeyError for a t that is not on the grid."""
+        match = (self.timesteps == int(t)).nonzero()
+        if not len(match):
+            raise KeyError(f"timestep {int(t)} is not one of the recorded {self.timesteps.tolist()}")
+        return self.eps[int(match[0])]
+
+    def replay(self, x: Tensor, t: int | Tensor) -> Tensor:
+        """The recording as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
+        rounding error, whatever the network was, since each step down undoes the step up."""
+        return self.recorded(t)
+
+
+def _ascend(
+    denoise: Denoiser, x: Tensor, trajectory: Trajectory, fixed_point_steps: int, progress: Progress | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (x, eps) after each step up: the upper latent, and the noise that led there.
+
+    Sampling takes x_t to the lower latent with eps(x_t, t), so going up must solve x_t = step(lower, eps(x_t, t)).
+    The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.
+    """
+    if fixed_point_steps < 0:
+        raise ValueError(f"fixed_point_steps must be 0 or more, not {fixed_point_steps}")
+    for done in (progress or iter)(range(len(trajectory))):
+        i = len(trajectory) - 1 - done
+        t, lower = int(trajectory.timesteps[i]), x
+        for _ in range(fixed_point_steps + 1):
+            eps = denoise(x, t)
+            x = step(lower, eps, trajectory.alpha_bars[i + 1], trajectory.alpha_bars[i])
+        yield x, eps
+
+
+@torch.no_grad()
+def invert(
+    denoise: Denoiser,
+    x0: Tensor,
+    trajectory: Trajectory,
+    fixed_point_steps: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Clean -> noise: the x (B, ...) at alpha_bars[0] from which `sample` with eta 0 arrives at x0.
+
+    1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without fixed-point
+    steps, and geometrically with them, wherever the step is a contraction.
+    """
+    x = x0
+    for x, _ in _ascend(denoise, x0, trajectory, fixed_point_steps, progress):  # noqa: B007
+        pass
+    return x
+
+
+@torch.no_grad()
+def record(
+    denoise: Denoiser,
+    x0: Tensor,
+    trajectory: Trajectory,
+    fixed_point_steps: int = 0,
+    progress: Progress | None = None,
+) -> Inversion:
+    """`invert`, keeping every latent and every noise on the way."""
+    latents, noises = [x0], []
+    for x, eps in _ascend(denoise, x0, trajectory, fixed_point_steps, progress):
+        latents.append(x)
+        noises.append(eps)
+    eps = torch.stack(noises[::-1]) if noises else x0.new_empty(0, *x0.shape)
+    return Inversion(torch.stack(latents[::-1]), eps, trajectory.timesteps)

@@ -1,0 +1,73 @@
+"""DDPM ancestral sampling (Ho, Jain & Abbeel 2020, arXiv 2006.11239) on any sub-grid of the schedule.
+
+The betas of a sub-grid follow from consecutive alpha_bars (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 19).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+from .ddim import Callback, Progress
+from .guidance import Denoiser
+from .schedule import Trajectory, noise_like
+
+VARIANCES = ("posterior", "fixed_small", "fixed_large")
+
+
+def step(
+    x: Tensor,
+    eps: Tensor,
+    alpha_bar_from: float | Tensor,
+    alpha_bar_to: float | Tensor,
+    variance: str = "posterior",
+    noise: Tensor | None = None,
+) -> Tensor:
+    """A draw of p(x_to | x_from): the posterior q(x_to | x_from, x0) at the x0 that eps implies. Eq. 6, 7 and 11.
+
+    With alpha = alpha_bar_from / alpha_bar_to and beta = 1 - alpha the variance is
+      posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, that of q(x_to | x_from, x0); exact for data that
+                   is a single point;
+      fixed_small  the same, by the name it has in Ho et al.'s code;
+      fixed_large  beta; exact for data that is standard normal.
+    x, eps, noise: (B, ...); 0 < alpha_bar_from <= alpha_bar_to <= 1. `noise` is a standard normal draw; without one
+    the mean is returned. Raises InputError for an unknown variance.
+    """
+    if variance not in VARIANCES:
+        raise InputError(f"unknown variance {variance!r}; there are {', '.join(VARIANCES)}")
+    a, b = float(alpha_bar_from), float(alpha_bar_to)
+    alpha, beta = a / b, 1 - a / b
+    mean = (x - beta / math.sqrt(1 - a) * eps) / math.sqrt(alpha)
+    if noise is None:
+        return mean
+    sigma2 = beta if variance == "fixed_large" else (1 - b) / (1 - a) * beta
+    return mean + math.sqrt(sigma2) * noise
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser,
+    x: Tensor,
+    trajectory: Trajectory,
+    variance: str = "posterior",
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Noise -> clean, algorithm 2: x (B, ...) at alpha_bars[0] is brought to alpha_bars[-1].
+
+    The last step returns its mean, as z = 0 at t = 1 in the paper. On a walk that ends at alpha_bar 1 the posterior has
+    no variance there anyway. On one that ends at alpha_bar_0 (Stable Diffusion) it has a little, but the result is
+    handed on as clean, so noise that no later step removes would only stay in the picture.
+    `progress` and `callback` are those of `ddim.sample`, which with eta 1 makes the same draws.
+    """
+    for i in (progress or iter)(range(len(trajectory))):
+        eps = denoise(x, int(trajectory.timesteps[i]))
+        noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
+        x = step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], variance, noise)
+        if callback is not None:
+            replacement = callback(i, x)
+            x = x if replacement is None else replacement
+    return x

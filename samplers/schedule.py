@@ -1,0 +1,176 @@
+"""Noise schedules, the grids walked on them, and the three ways of saying what a network predicts.
+
+Notation of Ho et al. (2020, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. The cosine
+schedule is Nichol & Dhariwal's (2021, arXiv 2102.09672, eq. 17), v-prediction Salimans & Ho's (2022, arXiv
+2202.00512, app. D). All alpha_bar arithmetic is done in float64 on the CPU; a tensor meets only the finished
+coefficient, in its own dtype and on its own device.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from errors import InputError
+
+KINDS = ("scaled_linear", "linear", "cosine")
+SPACINGS = ("leading", "trailing", "linspace")
+ENDS = ("first", "one")
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One grid, walked down by sampling and up by inversion, so the two can never disagree.
+
+    timesteps:  (steps,) int64, descending. What the network is told.
+    alpha_bars: (steps + 1,) float64, on the CPU. alpha_bars[i] belongs to timesteps[i]; step i goes from alpha_bars[i]
+                down to alpha_bars[i + 1], and alpha_bars[-1] is the clean end.
+    """
+
+    timesteps: Tensor
+    alpha_bars: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def tail(self, n: int) -> "Trajectory":
+        """The last `n` steps: the walk that starts from a half-noised image, as in SDEdit. 0 <= n <= len(self)."""
+        if not 0 <= n <= len(self):
+            raise InputError(f"the last {n} steps were asked of a trajectory that has {len(self)}")
+        start = len(self) - n
+        return Trajectory(self.timesteps[start:], self.alpha_bars[start:])
+
+
+@dataclass
+class NoiseSchedule:
+    """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's.
+
+    kind:             "linear" betas (Ho et al.), "scaled_linear" betas (linear in their square root, Stable
+                      Diffusion), or "cosine" (beta_start and beta_end are then unused).
+    steps_offset:     added to every timestep of a "leading" grid; Stable Diffusion uses 1.
+    final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", on a noise-free latent.
+    """
+
+    kind: str = "scaled_linear"
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    steps_offset: int = 1
+    final_alpha_bar: str = "first"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"unknown noise schedule {self.kind!r}; there are {', '.join(KINDS)}")
+        if self.final_alpha_bar not in ENDS:
+            raise InputError(f"final_alpha_bar must be one of {', '.join(ENDS)}, not {self.final_alpha_bar!r}")
+        if not isinstance(self.timesteps, int) or self.timesteps < 1:
+            raise InputError(f"a schedule needs a whole number of timesteps, 1 or more, not {self.timesteps!r}")
+        if not isinstance(self.steps_offset, int) or self.steps_offset < 0:
+            raise InputError(f"steps_offset must be a whole number, 0 or more, not {self.steps_offset!r}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise InputError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, not {self.beta_start!r} and {self.beta_end!r}"
+            )
+        self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
+        self._signal = self.alpha_bars.sqrt()
+        self._noise = (1 - self.alpha_bars).sqrt()
+
+    def _betas(self) -> Tensor:
+        exact = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
+        if self.kind == "cosine":
+            time = torch.arange(self.timesteps + 1, **exact) / self.timesteps
+            alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)  # the last one would leave no signal at all
+        if self.kind == "linear":
+            return torch.linspace(self.beta_start, self.beta_end, self.timesteps, **exact)
+        return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, **exact) ** 2
+
+    def to_dict(self) -> dict[str, str | int | float]:
+        """The constructor's arguments: `NoiseSchedule(**schedule.to_dict())` is this schedule."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def trajectory(self, steps: int = 50, spacing: str = "leading") -> Trajectory:
+        """A descending grid of `steps` timesteps, 1 <= steps <= timesteps, with the alpha_bar of each and of the end.
+
+        With T timesteps (Lin et al. 2023, arXiv 2305.08891, table 2):
+          leading   0, T//steps, 2 (T//steps), ..., each plus steps_offset. It never starts at full noise, and
+                    with very few steps it starts far from it. Where the offset would leave the schedule (steps = T)
+                    the whole grid is lowered to fit, so that no timestep repeats.
+          trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above the clean end.
+          linspace  T - 1 down to 0, evenly. Under final_alpha_bar="first" its last step changes nothing.
+        Raises InputError for a step count out of range or an unknown spacing.
+        """
+        T = self.timesteps
+        if not isinstance(steps, int) or not 1 <= steps <= T:
+            raise InputError(f"steps must be a whole number from 1 to {T}, the schedule's length, not {steps!r}")
+        if spacing == "leading":
+            stride = T // steps
+            offset = min(self.steps_offset, T - 1 - stride * (steps - 1))
+            ascending = [i * stride + offset for i in range(steps)]
+        elif spacing == "trailing":
+            ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
+        elif spacing == "linspace":
+            # A single step starts from noise too, hence at T - 1.
+            ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
+        else:
+            raise InputError(f"unknown spacing {spacing!r}; there are {', '.join(SPACINGS)}")
+        timesteps = torch.tensor(ascending[::-1], device="cpu")
+        end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
+        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]))
+
+    def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), as numbers or shaped to multiply `x` sample by sample."""
+        if isinstance(t, int) or t.ndim == 0:
+            return float(self._signal[int(t)]), float(self._noise[int(t)])
+        t = t.to(x.device)  # the table goes to the samples: asking a GPU for its t would make it wait
+        a, s = (table.to(x.dtype).to(x.device)[t] for table in (self._signal, self._noise))
+        singletons = " 1" * (x.ndim - 1)
+        return rearrange(a, f"b -> b{singletons}"), rearrange(s, f"b -> b{singletons}")
+
+    # In all of these x, x0, eps, v have one shape (B, ...) and t is an int, a 0-dim tensor or (B,), in [0, timesteps).
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """A draw of q(x_t | x0), given its noise. Ho et al., eq. 4."""
+        a, s = self._coefficients(t, x0)
+        return a * x0 + s * noise
+
+    def x0_from_eps(self, x: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """The clean image that `eps` implies. Divides by sqrt(alpha_bar): loses precision near full noise."""
+        a, s = self._coefficients(t, x)
+        return (x - s * eps) / a
+
+    def eps_from_x0(self, x: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:
+        """The noise that `x0` implies. Divides by sqrt(1 - alpha_bar): loses precision near the clean end."""
+        a, s = self._coefficients(t, x)
+        return (x - a * x0) / s
+
+    def v(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """What a v-predicting network learns: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
+        a, s = self._coefficients(t, x0)
+        return a * noise - s * x0
+
+    def eps_from_v(self, x: Tensor, v: Tensor, t: int | Tensor) -> Tensor:
+        """The noise that `v` implies; exact at every t."""
+        a, s = self._coefficients(t, x)
+        return a * v + s * x
+
+    def v_from_eps(self, x: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """Inverse of `eps_from_v`. Divides by sqrt(alpha_bar): loses precision near full noise."""
+        a, s = self._coefficients(t, x)
+        return (eps - s * x) / a
+
+    def snr(self, t: int | Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32, of t's shape and device."""
+        t = torch.as_tensor(t)
+        return (self.alpha_bars / (1 - self.alpha_bars)).float().to(t.device)[t]
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of x's shape, dtype and device, drawn in float32 where the generator lives.
+
+    A CPU generator therefore gives every device and every dtype the same noise.
+    """
+    device = generator.device if generator is not None else "cpu"
+    return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(x)
