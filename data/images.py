@@ -1,8 +1,8 @@
 """Pictures in and out: any file Pillow can read -> (1, 3, size, size) in [-1, 1], and back to an 8-bit PNG.
 
 Whatever a camera or a drawing program wrote is brought to one form first: turned upright by its EXIF tag, its
-first frame if it moves, 16-bit and float samples scaled to 8 bits, transparency laid over white, and any palette,
-grey or CMYK picture as RGB.
+first frame if it moves, 16-bit and float samples scaled to 8 bits, transparency laid over white, and any
+palette, grey or CMYK picture as RGB.
 """
 
 import os
@@ -20,12 +20,12 @@ from torch import Tensor
 from errors import InputError
 
 FITS = ("crop", "pad", "stretch")
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)  # Pillow's
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 CLONE = Path(__file__).resolve().parent.parent
 
 
 def find(path: str | Path) -> Path:
-    """`path` from where the user stands, or else inside this clone: what is bundled is found from any folder."""
+    """`path` from where the user stands, or else inside this clone: bundled things are found anywhere."""
     path = Path(path).expanduser()
     return CLONE / path if not path.exists() and (CLONE / path).exists() else path
 

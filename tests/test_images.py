@@ -15,7 +15,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def quadrants(size=32):
-    """Red top left, green top right, blue bottom left, white bottom right: no turn or mirror looks the same."""
+    """Red top left, green top right, blue bottom left, white bottom right: every turn and mirror differs."""
     pixels = np.full((size, size, 3), 255, dtype=np.uint8)
     half = size // 2
     pixels[:half, :half], pixels[:half, half:], pixels[half:, :half] = RED, GREEN, BLUE
