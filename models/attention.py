@@ -1,0 +1,97 @@
+"""Attention: one function with several backends, and the two layers that call it.
+
+Scaled dot-product attention as in Vaswani et al. (2017), eq. 1. Self-attention computes q, k and v in one matrix
+product; cross-attention computes k and v of the text in one, and can be handed them ready, because they depend on
+neither the noisy latent nor the timestep.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from errors import InputError
+
+BACKENDS = ("auto", "sdpa", "reference")
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every later `attention` call that names none. Raises InputError for an unknown name."""
+    global _backend
+    if name not in BACKENDS:
+        raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    _backend = name
+
+
+@contextmanager
+def use_backend(name: str):
+    """`set_backend` for the length of a with-block."""
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
+    """softmax(q kᵀ / √d) v.
+
+    q (B, heads, N, d), k and v (B, heads, M, d) -> (B, heads, N, d). `backend`: "sdpa" (PyTorch's fused kernels),
+    "reference" (plain products, softmax in float32), "auto" (the fastest that the device has), or None for the one
+    chosen with `set_backend`.
+    """
+    name = backend or _backend
+    if name == "reference":
+        return (attention_map(q, k) @ v.float()).to(q.dtype)
+    if name in ("auto", "sdpa"):
+        return F.scaled_dot_product_attention(q, k, v)
+    raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
+
+
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """The attention weights themselves, float32: q (B, heads, N, d), k (B, heads, M, d) -> (B, heads, N, M)."""
+    return (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of a sequence to itself, (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.to_out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a sequence to the text, (B, N, dim) -> (B, N, dim).
+
+    `project(context)` gives the keys and values, which `forward` takes; so a sampler computes them once per prompt.
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.index = 0  # position among the network's cross-attention layers, set by the network
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim)
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Text states (B, L, C) -> keys and values, each (B, heads, L, d)."""
+        k, v = rearrange(self.to_kv(context), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+        return k, v
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        return self.to_out(rearrange(attention(q, *kv), "b h n d -> b n (h d)"))

@@ -1,0 +1,146 @@
+"""The KL autoencoder of latent diffusion (Rombach et al., 2022): images to a small latent and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.attention import attention
+from models.blocks import Downsample, ResBlock, Upsample, group_norm, zero_init
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the pixels, residual: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels, eps=1e-6)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        y = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = rearrange(self.to_qkv(y), "b n (three c) -> three b 1 n c", three=3)
+        y = self.to_out(attention(q, k, v).squeeze(1))
+        return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, eps=1e-6)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResBlock(channels, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution or none."""
+
+    def __init__(self, blocks: list[ResBlock], resample: nn.Module):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, in_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            widths = [width] + [mult * ch] * num_res_blocks
+            blocks = [ResBlock(a, b, eps=1e-6) for a, b in zip(widths, widths[1:], strict=False)]
+            width = mult * ch
+            last = i == len(ch_mult) - 1
+            self.down.append(Level(blocks, nn.Identity() if last else Downsample(width, asymmetric=True)))
+        self.mid = Middle(width)
+        self.norm_out = group_norm(width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, out_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width)
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            widths = [width] + [mult * ch] * (num_res_blocks + 1)
+            blocks = [ResBlock(a, b, eps=1e-6) for a, b in zip(widths, widths[1:], strict=False)]
+            width = mult * ch
+            levels.append(Level(blocks, Upsample(width) if i > 0 else nn.Identity()))
+        self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest
+        self.norm_out = group_norm(width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, z_channels, H/f, W/f), f = patch * 2 ** (levels - 1), and back.
+
+    `patch` folds patch x patch pixels into channels before the first convolution, which saves the costly work at
+    full resolution; Stable Diffusion has 1. `scale_factor` brings latents to about unit variance.
+    """
+
+    def __init__(
+        self,
+        ch: int = 128,  # width of the first level
+        ch_mult: Sequence[int] = (1, 2, 4, 4),  # width of each level, times ch
+        num_res_blocks: int = 2,  # per level of the encoder; one more in the decoder
+        z_channels: int = 4,
+        scale_factor: float = 0.18215,
+        patch: int = 1,
+    ):
+        super().__init__()
+        self.patch, self.scale_factor, self.z_channels = patch, scale_factor, z_channels
+        self.downsampling = patch * 2 ** (len(ch_mult) - 1)
+        pixels = 3 * patch**2
+        self.encoder = Encoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.decoder = Decoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), unscaled, each (B, z_channels, h, w); log-variance within [-30, 20]."""
+        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents: the posterior's mean, or a sample of it where a generator is given."""
+        mean, logvar = self.posterior(x)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+            mean = mean + (0.5 * logvar).exp() * noise
+        return mean * self.scale_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, z_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        x = self.decoder(self.post_quant_conv(z / self.scale_factor))
+        return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)

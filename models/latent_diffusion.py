@@ -1,0 +1,111 @@
+"""The whole model (Rombach et al., 2022): autoencoder, text encoder and UNet, with the schedule that joins them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+from models.autoencoder import Autoencoder
+from models.text import Clip, TextEncoder, build_clip, build_text
+from models.unet import ProjectedContext, UNet
+from samplers import NoiseSchedule
+
+
+class LatentDiffusion(nn.Module):
+    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output,
+    "epsilon" or "v" (Salimans & Ho, 2022); `image_size` is the side in pixels that it was trained at."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        autoencoder: Autoencoder,
+        text: TextEncoder,
+        schedule: NoiseSchedule,
+        prediction: str = "epsilon",
+        image_size: int = 512,
+        clip: Clip | None = None,  # holds the very same text encoder
+    ):
+        super().__init__()
+        if prediction not in ("epsilon", "v"):
+            raise InputError(f"prediction is {prediction!r}: choose epsilon or v")
+        self.unet, self.autoencoder, self.text = unet, autoencoder, text
+        self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
+        self.clip = clip
+        self.config: dict = {}  # the sizes it was built from, which `save` writes down
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.time_embed[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.time_embed[0].weight.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one image's latent at `image_size`."""
+        side = self.image_size // self.autoencoder.downsampling
+        return self.autoencoder.z_channels, side, side
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the outputs: all weights, the schedule and the prediction type."""
+        digest = hashlib.sha256(repr((self.schedule.to_dict(), self.prediction)).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def encode_image(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, c, h, w): the posterior's mean, or with a generator
+        a sample. Raises InputError where H or W does not fit the networks."""
+        factor = self.autoencoder.downsampling * self.unet.downsampling
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise InputError(
+                f"an image of {x.shape[-1]}x{x.shape[-2]} pixels does not fit this model: "
+                f"width and height must be multiples of {factor}"
+            )
+        return self.autoencoder.encode(x.to(self.device, self.dtype), generator)
+
+    def decode_latents(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, c, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.autoencoder.decode(z)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> hidden states (B, L, C) that condition the UNet."""
+        return self.text(prompts)
+
+    def project_context(self, context: Tensor) -> ProjectedContext:
+        """Hidden states -> keys and values for every layer of the UNet, to be reused over steps."""
+        return self.unet.project_context(context)
+
+    def predict_noise(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
+        """Epsilon (B, c, h, w) for the noisy latents x at timestep t (scalar or (B,)), whatever the UNet outputs."""
+        out = self.unet(x, t, context)
+        return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
+
+
+def build(config: Mapping, seed: int | None = None, vocabulary: Tensor | None = None) -> LatentDiffusion:
+    """A model with random weights from the sizes in `config`: `unet`, `vae`, `text`, `schedule`, optionally `vision`,
+    `prediction` and `image_size`. `seed` makes the weights reproducible without touching the global generator;
+    `vocabulary` gives the text encoder a compact embedding."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        text = build_text(**config["text"], vocabulary=vocabulary)
+        vision = config.get("vision")
+        model = LatentDiffusion(
+            UNet(**config["unet"]),
+            Autoencoder(**config["vae"]),
+            text,
+            NoiseSchedule(**config["schedule"]),
+            config.get("prediction", "epsilon"),
+            config.get("image_size", 512),
+            build_clip(text, config["text"]["embed_dim"], **vision) if vision else None,
+        )
+        model.config = dict(config)
+        return model.eval()

