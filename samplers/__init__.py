@@ -1,4 +1,7 @@
-"""Noise schedules, DDPM, DDIM and guidance. Knows no network and no text: a denoiser is a callable (x, t) -> eps."""
+"""Noise schedules, DDPM, DDIM and guidance.
+
+Knows no network and no text: a denoiser is a plain callable (x, t) -> eps.
+"""
 
 from . import ddim, ddpm
 from .guidance import Denoiser, guided

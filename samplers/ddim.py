@@ -1,7 +1,7 @@
-"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step function, walked down to sample and up to invert.
+"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert.
 
-Both walks take the same `Trajectory`. The walks run without gradients (a denoiser may switch them on for itself);
-`step` is differentiable, for methods that write a loop of their own.
+Both walks take the same `Trajectory`. The walks run without gradients (a denoiser may switch them on for
+itself); `step` is differentiable, for methods that write a loop of their own.
 """
 
 import math
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from errors import InputError
 
 from .guidance import Denoiser
 from .schedule import Trajectory, noise_like
@@ -26,20 +28,21 @@ def step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x at the noise level alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, sigma by eq. 16.
+    """x at alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, with sigma by eq. 16.
 
-    With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only; `noise`
-    is then the standard normal draw, and without one the step's mean is returned.
-    x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors. Raises ValueError for eta > 0 going up.
+    With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only;
+    `noise` is then the standard normal draw, and without one the step's mean is returned.
+    x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors.
+    Raises ValueError for eta > 0 going up.
     """
     a, b = float(alpha_bar_from), float(alpha_bar_to)
     sigma = 0.0
     if eta > 0:
         if a > b:
-            raise ValueError(f"a step up, from alpha_bar {a:g} to {b:g}, is deterministic: eta must be 0, not {eta}")
+            raise ValueError(f"a step up, from alpha_bar {a:g} to {b:g}, takes eta 0, not {eta}")
         sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)) if a < b else 0.0
-    # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in: what cancels in the
-    # coefficient of eps then cancels in float64.
+    # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in: what cancels
+    # in the coefficient of eps then cancels in float64.
     scale = math.sqrt(b / a)
     direction = math.sqrt(max(1 - b - sigma**2, 0.0)) - scale * math.sqrt(1 - a)
     mean = scale * x + direction * eps
@@ -58,9 +61,9 @@ def sample(
 ) -> Tensor:
     """Noise -> clean: x (B, ...) at alpha_bars[0] is brought to alpha_bars[-1], one network call a step.
 
-    eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior variance. The last step adds
-    no noise, since no later one would remove it: it returns the mean (see `ddpm.sample`). The denoiser gets t as an
-    int. `callback(i, x)` sees x at alpha_bars[i + 1] and may return what to go on with.
+    eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior variance. The last
+    step adds no noise, since no later one would remove it: it returns the mean (see `ddpm.sample`).
+    The denoiser gets t as an int. `callback(i, x)` sees x at alpha_bars[i + 1] and may return a replacement.
     """
     for i in (progress or iter)(range(len(trajectory))):
         eps = denoise(x, int(trajectory.timesteps[i]))
@@ -108,15 +111,15 @@ def _ascend(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (x, eps) after each step up: the upper latent, and the noise that led there.
 
-    Sampling takes x_t to the lower latent with eps(x_t, t), so going up must solve x_t = step(lower, eps(x_t, t)).
+    Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
     The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.
     """
     if fixed_point_steps < 0:
-        raise ValueError(f"fixed_point_steps must be 0 or more, not {fixed_point_steps}")
+        raise InputError(f"fixed_point_steps must be 0 or more, not {fixed_point_steps}")
     for done in (progress or iter)(range(len(trajectory))):
         i = len(trajectory) - 1 - done
         t, lower = int(trajectory.timesteps[i]), x
-        for _ in range(fixed_point_steps + 1):
+        for _ in range(1 + fixed_point_steps):
             eps = denoise(x, t)
             x = step(lower, eps, trajectory.alpha_bars[i + 1], trajectory.alpha_bars[i])
         yield x, eps
@@ -132,8 +135,8 @@ def invert(
 ) -> Tensor:
     """Clean -> noise: the x (B, ...) at alpha_bars[0] from which `sample` with eta 0 arrives at x0.
 
-    1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without fixed-point
-    steps, and geometrically with them, wherever the step is a contraction.
+    1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without
+    fixed-point steps, and geometrically with them, wherever the step is a contraction.
     """
     x = x0
     for x, _ in _ascend(denoise, x0, trajectory, fixed_point_steps, progress):  # noqa: B007

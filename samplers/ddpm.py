@@ -25,15 +25,15 @@ def step(
     variance: str = "posterior",
     noise: Tensor | None = None,
 ) -> Tensor:
-    """A draw of p(x_to | x_from): the posterior q(x_to | x_from, x0) at the x0 that eps implies. Eq. 6, 7 and 11.
+    """A draw of p(x_to | x_from): the posterior q(x_to | x_from, x0) at the x0 implied by eps. Eq. 6, 7, 11.
 
     With alpha = alpha_bar_from / alpha_bar_to and beta = 1 - alpha the variance is
-      posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, that of q(x_to | x_from, x0); exact for data that
-                   is a single point;
+      posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, that of q(x_to | x_from, x0); exact for
+                   data that is a single point;
       fixed_small  the same, by the name it has in Ho et al.'s code;
       fixed_large  beta; exact for data that is standard normal.
-    x, eps, noise: (B, ...); 0 < alpha_bar_from <= alpha_bar_to <= 1. `noise` is a standard normal draw; without one
-    the mean is returned. Raises InputError for an unknown variance.
+    x, eps, noise: (B, ...); 0 < alpha_bar_from <= alpha_bar_to <= 1. `noise` is a standard normal draw;
+    without one the mean is returned. Raises InputError for an unknown variance.
     """
     if variance not in VARIANCES:
         raise InputError(f"unknown variance {variance!r}; there are {', '.join(VARIANCES)}")
@@ -58,10 +58,11 @@ def sample(
 ) -> Tensor:
     """Noise -> clean, algorithm 2: x (B, ...) at alpha_bars[0] is brought to alpha_bars[-1].
 
-    The last step returns its mean, as z = 0 at t = 1 in the paper. On a walk that ends at alpha_bar 1 the posterior has
-    no variance there anyway. On one that ends at alpha_bar_0 (Stable Diffusion) it has a little, but the result is
-    handed on as clean, so noise that no later step removes would only stay in the picture.
-    `progress` and `callback` are those of `ddim.sample`, which with eta 1 makes the same draws.
+    The last step returns its mean, as z = 0 at t = 1 in the paper. On a walk that ends at alpha_bar 1 the
+    posterior has no variance there anyway. On one that ends at alpha_bar_0 (Stable Diffusion) it has a bit,
+    but the result is handed on as clean, and noise that no later step removes would stay in the picture.
+    `progress` and `callback` are those of `ddim.sample`, which with eta 1, and the same generator, equals the
+    posterior variance here.
     """
     for i in (progress or iter)(range(len(trajectory))):
         eps = denoise(x, int(trajectory.timesteps[i]))

@@ -22,14 +22,14 @@ class NoisePredictor(Protocol):
 def guided(
     model: NoisePredictor, context: Tensor, null_context: Tensor | None = None, scale: float = 1.0
 ) -> Denoiser:
-    """A denoiser that returns eps_null + scale * (eps_text - eps_null), from one call on the batch [null; text].
+    """A denoiser: eps_null + scale * (eps_text - eps_null), by one call on the batch [null; text].
 
-    context, null_context: (1, L, C), shared by all images, or (B, L, C), one for each. scale 1 runs the text branch
-    alone and scale 0 the null branch alone, each on a batch of B; every other scale needs `null_context`.
+    context, null_context: (1, L, C), shared by all images, or (B, L, C), one for each. scale 1 runs the text
+    branch alone and scale 0 the null branch alone, each on a batch of B; all but 1 need `null_context`.
 
-    The text's keys and values depend on neither x nor t, so they are projected once (per batch size) and kept:
-    build a new denoiser after changing the weights or the context in place. A context that requires grad is never
-    projected ahead but handed to the network at every call, so that each call has a graph of its own.
+    The text's keys and values depend on neither x nor t, so they are projected once per batch size and kept;
+    build a new denoiser after changing the weights or the context in place. A context that requires grad is
+    handed to the network as it is at every call, so that each call has a graph of its own.
     Raises ValueError where a context is missing, or is for another number of images.
     """
     if scale != 1 and null_context is None:

@@ -1,4 +1,4 @@
-"""The sampler as a setting: which walk, how many steps, how much noise. Hydra builds it from conf/sampler/*.yaml."""
+"""The sampler as a setting: which walk, how many steps, how much noise. Built from conf/sampler/*.yaml."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,8 @@ class Sampler:
         if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
             raise InputError(f"sampler.eta must be a number from 0 to 1, not {self.eta!r}")
         if self.variance not in ddpm.VARIANCES:
-            raise InputError(f"unknown sampler.variance {self.variance!r}; there are {', '.join(ddpm.VARIANCES)}")
+            known = ", ".join(ddpm.VARIANCES)
+            raise InputError(f"unknown sampler.variance {self.variance!r}; there are {known}")
 
     def trajectory(self, schedule: NoiseSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule."""

@@ -1,9 +1,9 @@
 """Noise schedules, the grids walked on them, and the three ways of saying what a network predicts.
 
-Notation of Ho et al. (2020, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. The cosine
-schedule is Nichol & Dhariwal's (2021, arXiv 2102.09672, eq. 17), v-prediction Salimans & Ho's (2022, arXiv
-2202.00512, app. D). All alpha_bar arithmetic is done in float64 on the CPU; a tensor meets only the finished
-coefficient, in its own dtype and on its own device.
+Notation of Ho et al. (2020, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. The
+cosine schedule is Nichol & Dhariwal's (2021, arXiv 2102.09672, eq. 17), v-prediction Salimans & Ho's (2022,
+arXiv 2202.00512, app. D). All alpha_bar arithmetic is done in float64 on the CPU; a tensor meets only
+the finished coefficient, in its own dtype and on its own device.
 """
 
 import math
@@ -25,8 +25,8 @@ class Trajectory:
     """One grid, walked down by sampling and up by inversion, so the two can never disagree.
 
     timesteps:  (steps,) int64, descending. What the network is told.
-    alpha_bars: (steps + 1,) float64, on the CPU. alpha_bars[i] belongs to timesteps[i]; step i goes from alpha_bars[i]
-                down to alpha_bars[i + 1], and alpha_bars[-1] is the clean end.
+    alpha_bars: (steps + 1,) float64, on the CPU. alpha_bars[i] belongs to timesteps[i]; step i goes from
+                alpha_bars[i] down to alpha_bars[i + 1], and alpha_bars[-1] is the clean end.
     """
 
     timesteps: Tensor
@@ -36,7 +36,7 @@ class Trajectory:
         return len(self.timesteps)
 
     def tail(self, n: int) -> "Trajectory":
-        """The last `n` steps: the walk that starts from a half-noised image, as in SDEdit. 0 <= n <= len(self)."""
+        """The last `n` steps, 0 <= n <= len(self): the walk from a half-noised image, as in SDEdit."""
         if not 0 <= n <= len(self):
             raise InputError(f"the last {n} steps were asked of a trajectory that has {len(self)}")
         start = len(self) - n
@@ -50,7 +50,7 @@ class NoiseSchedule:
     kind:             "linear" betas (Ho et al.), "scaled_linear" betas (linear in their square root, Stable
                       Diffusion), or "cosine" (beta_start and beta_end are then unused).
     steps_offset:     added to every timestep of a "leading" grid; Stable Diffusion uses 1.
-    final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", on a noise-free latent.
+    final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", without noise.
     """
 
     kind: str = "scaled_linear"
@@ -64,15 +64,14 @@ class NoiseSchedule:
         if self.kind not in KINDS:
             raise InputError(f"unknown noise schedule {self.kind!r}; there are {', '.join(KINDS)}")
         if self.final_alpha_bar not in ENDS:
-            raise InputError(f"final_alpha_bar must be one of {', '.join(ENDS)}, not {self.final_alpha_bar!r}")
+            raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}; there are {', '.join(ENDS)}")
         if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise InputError(f"a schedule needs a whole number of timesteps, 1 or more, not {self.timesteps!r}")
+            raise InputError(f"timesteps must be a whole number, 1 or more, not {self.timesteps!r}")
         if not isinstance(self.steps_offset, int) or self.steps_offset < 0:
             raise InputError(f"steps_offset must be a whole number, 0 or more, not {self.steps_offset!r}")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise InputError(
-                f"betas must satisfy 0 < beta_start <= beta_end < 1, not {self.beta_start!r} and {self.beta_end!r}"
-            )
+            given = f"{self.beta_start!r} and {self.beta_end!r}"
+            raise InputError(f"betas must satisfy 0 < beta_start <= beta_end < 1, not {given}")
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
         self._signal = self.alpha_bars.sqrt()
         self._noise = (1 - self.alpha_bars).sqrt()
@@ -82,7 +81,7 @@ class NoiseSchedule:
         if self.kind == "cosine":
             time = torch.arange(self.timesteps + 1, **exact) / self.timesteps
             alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)  # the last one would leave no signal at all
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)  # the last would leave no signal
         if self.kind == "linear":
             return torch.linspace(self.beta_start, self.beta_end, self.timesteps, **exact)
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, **exact) ** 2
@@ -92,19 +91,19 @@ class NoiseSchedule:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def trajectory(self, steps: int = 50, spacing: str = "leading") -> Trajectory:
-        """A descending grid of `steps` timesteps, 1 <= steps <= timesteps, with the alpha_bar of each and of the end.
+        """A descending grid of `steps` timesteps, 1 <= steps <= T, with the alpha_bar of each and of the end.
 
         With T timesteps (Lin et al. 2023, arXiv 2305.08891, table 2):
-          leading   0, T//steps, 2 (T//steps), ..., each plus steps_offset. It never starts at full noise, and
-                    with very few steps it starts far from it. Where the offset would leave the schedule (steps = T)
-                    the whole grid is lowered to fit, so that no timestep repeats.
-          trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above the clean end.
-          linspace  T - 1 down to 0, evenly. Under final_alpha_bar="first" its last step changes nothing.
+          leading   0, T//steps, 2 (T//steps), ..., each plus steps_offset. Starts a stride below full noise,
+                    which with very few steps is far from it. Where the offset would leave the schedule
+                    (steps = T) the whole grid is lowered to fit, so that no timestep repeats.
+          trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
+          linspace  T - 1 down to 0, evenly. With final_alpha_bar="first" its last step changes nothing.
         Raises InputError for a step count out of range or an unknown spacing.
         """
         T = self.timesteps
         if not isinstance(steps, int) or not 1 <= steps <= T:
-            raise InputError(f"steps must be a whole number from 1 to {T}, the schedule's length, not {steps!r}")
+            raise InputError(f"steps must be a whole number from 1 to {T}, the schedule's, not {steps!r}")
         if spacing == "leading":
             stride = T // steps
             offset = min(self.steps_offset, T - 1 - stride * (steps - 1))
@@ -121,7 +120,7 @@ class NoiseSchedule:
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]))
 
     def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), as numbers or shaped to multiply `x` sample by sample."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): numbers, or shaped to multiply `x` by sample."""
         if isinstance(t, int) or t.ndim == 0:
             return float(self._signal[int(t)]), float(self._noise[int(t)])
         t = t.to(x.device)  # the table goes to the samples: asking a GPU for its t would make it wait
@@ -129,7 +128,7 @@ class NoiseSchedule:
         singletons = " 1" * (x.ndim - 1)
         return rearrange(a, f"b -> b{singletons}"), rearrange(s, f"b -> b{singletons}")
 
-    # In all of these x, x0, eps, v have one shape (B, ...) and t is an int, a 0-dim tensor or (B,), in [0, timesteps).
+    # Below, x, x0, eps and v have one shape (B, ...); t is an int, a 0-dim tensor or (B,), in [0, timesteps).
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """A draw of q(x_t | x0), given its noise. Ho et al., eq. 4."""
