@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
         width = ch
         for i, mult in enumerate(ch_mult):
             widths = [width] + [mult * ch] * num_res_blocks
-            blocks = [ResBlock(a, b, eps=1e-6) for a, b in zip(widths, widths[1:], strict=False)]
+            blocks = [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
             width = mult * ch
             last = i == len(ch_mult) - 1
             self.down.append(Level(blocks, nn.Identity() if last else Downsample(width, asymmetric=True)))
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
             widths = [width] + [mult * ch] * (num_res_blocks + 1)
-            blocks = [ResBlock(a, b, eps=1e-6) for a, b in zip(widths, widths[1:], strict=False)]
+            blocks = [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
             width = mult * ch
             levels.append(Level(blocks, Upsample(width) if i > 0 else nn.Identity()))
         self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest

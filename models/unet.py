@@ -153,13 +153,9 @@ class UNet(nn.Module):
 
         def transformer(c: int) -> SpatialTransformer:
             heads = num_heads or c // num_head_channels
-            return SpatialTransformer(
-                c, heads, c // heads, context_dim, transformer_depth, use_linear_projection
-            )
+            return SpatialTransformer(c, heads, c // heads, context_dim, transformer_depth, use_linear_projection)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
         channels = model_channels
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])

@@ -1,0 +1,592 @@
+"""Schedules, grids, DDIM and DDPM against closed forms.
+
+For Gaussian data x0 ~ N(mu, s^2) the optimal noise prediction is known,
+    eps*(x, t) = sqrt(1 - ab) (x - sqrt(ab) mu) / V(ab),   V(ab) = ab s^2 + 1 - ab,
+and linear in x, so what every sampler does to the mean and the variance can be written down.
+"""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from errors import InputError
+from samplers import NoiseSchedule, Sampler, ddim, ddpm, noise_like
+
+KINDS = ["scaled_linear", "linear", "cosine"]
+SPACINGS = ["leading", "trailing", "linspace"]
+ENDS = ["first", "one"]
+SCHEDULES = {(kind, end): NoiseSchedule(kind, final_alpha_bar=end) for kind in KINDS for end in ENDS}
+SD = SCHEDULES["scaled_linear", "first"]
+MU, S = 0.7, 0.5
+
+schedules = st.sampled_from(list(SCHEDULES.values()))
+spacings = st.sampled_from(SPACINGS)
+few = settings(max_examples=1500, deadline=None)
+
+
+class Gaussian:
+    """The optimal denoiser of N(mu, s^2) data, and the statistics that follow."""
+
+    def __init__(self, schedule: NoiseSchedule, mu: float = MU, s: float = S) -> None:
+        self.alpha_bars, self.mu, self.s = schedule.alpha_bars, mu, s
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        ab = float(self.alpha_bars[t])
+        return math.sqrt(1 - ab) * (x - math.sqrt(ab) * self.mu) / self.variance(ab)
+
+    def variance(self, ab: float) -> float:
+        return ab * self.s**2 + 1 - ab
+
+    def ddim_ratio(self, a: float, b: float) -> float:
+        """x - sqrt(ab) mu is multiplied by this in one deterministic step from a to b (either direction)."""
+        return (math.sqrt(a * b) * self.s**2 + math.sqrt((1 - a) * (1 - b))) / self.variance(a)
+
+    def posterior_ratio(self, a: float, b: float) -> float:
+        """The same of DDPM's mean, by eq. 7: the weights of E[x0 | x] and of x in the posterior."""
+        beta = 1 - a / b
+        weight_x0 = math.sqrt(b) * beta / (1 - a)
+        weight_x = math.sqrt(a / b) * (1 - b) / (1 - a)
+        return weight_x0 * math.sqrt(a) * self.s**2 / self.variance(a) + weight_x
+
+
+def network(x: Tensor, t: int) -> Tensor:
+    """An arbitrary smooth denoiser that mixes coordinates; nobody's optimal one. x: (B, 4)."""
+    mix = torch.linspace(-1, 1, 16, dtype=x.dtype).reshape(4, 4)
+    return torch.tanh(x @ mix + t / 500) + 0.3 * torch.sin(3 * x)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+
+def test_stable_diffusion_alpha_bars_by_their_formula() -> None:
+    low, high, product = math.sqrt(0.00085), math.sqrt(0.012), 1.0
+    for t in range(1000):
+        product *= 1 - (low + (high - low) * t / 999) ** 2
+        assert float(SD.alpha_bars[t]) == pytest.approx(product, rel=1e-12)
+    assert float(SD.alpha_bars[0]) == pytest.approx(1 - 0.00085, rel=1e-15)
+    assert product == pytest.approx(0.00466, abs=5e-6)  # as published for Stable Diffusion
+    assert NoiseSchedule().to_dict() == SD.to_dict()
+
+
+def test_linear_alpha_bars_of_ddpm() -> None:
+    schedule = NoiseSchedule("linear", beta_start=1e-4, beta_end=0.02)
+    product = math.prod(1 - (1e-4 + (0.02 - 1e-4) * t / 999) for t in range(1000))
+    assert float(schedule.alpha_bars[-1]) == pytest.approx(product, rel=1e-12)
+
+
+def test_cosine_alpha_bars_with_the_clip() -> None:
+    schedule = NoiseSchedule("cosine")
+
+    def f(t: int) -> float:
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in range(999):  # only the last beta is clipped: telescoping leaves f
+        assert float(schedule.alpha_bars[t]) == pytest.approx(f(t + 1) / f(0), rel=1e-9)
+    assert float(schedule.alpha_bars[-1] / schedule.alpha_bars[-2]) == pytest.approx(0.001, rel=1e-9)
+
+
+@given(schedule=schedules, T=st.integers(1, 1200))
+@few
+def test_every_schedule_falls_strictly_within_0_and_1_and_rebuilds(schedule: NoiseSchedule, T: int) -> None:
+    schedule = NoiseSchedule(**(schedule.to_dict() | {"timesteps": T}))
+    ab = schedule.alpha_bars
+    assert ab.dtype == torch.float64 and ab.shape == (T,)
+    assert ab.min() > 0 and ab.max() < 1 and (ab.diff() < 0).all()
+    assert torch.equal(NoiseSchedule(**schedule.to_dict()).alpha_bars, ab)
+    assert NoiseSchedule(**schedule.to_dict()) == schedule
+
+
+@pytest.mark.parametrize(
+    "wrong, names",
+    [
+        ({"kind": "squared"}, "scaled_linear, linear, cosine"),
+        ({"timesteps": 0}, "1 or more"),
+        ({"timesteps": 10.5}, "whole number"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start <= beta_end"),
+        ({"steps_offset": -1}, "0 or more"),
+        ({"final_alpha_bar": "zero"}, "first, one"),
+    ],
+)
+def test_a_wrong_schedule_is_one_clear_line(wrong: dict, names: str) -> None:
+    with pytest.raises(InputError, match=names) as error:
+        NoiseSchedule(**wrong)
+    assert "\n" not in str(error.value)
+
+
+# --- conversions ------------------------------------------------------------------------------------------
+
+
+@given(schedule=schedules, t=st.integers(0, 950), seed=st.integers(0, 999))
+@few
+def test_eps_v_and_x0_say_the_same(schedule: NoiseSchedule, t: int, seed: int) -> None:
+    x0, eps = normal(2, 2, 3, 4, 4, seed=seed)
+    x, v = schedule.add_noise(x0, eps, t), schedule.v(x0, eps, t)
+    ab = float(schedule.alpha_bars[t])
+    torch.testing.assert_close(x, ab**0.5 * x0 + (1 - ab) ** 0.5 * eps)
+    torch.testing.assert_close(v, ab**0.5 * eps - (1 - ab) ** 0.5 * x0)
+    torch.testing.assert_close(schedule.eps_from_v(x, v, t), eps)
+    torch.testing.assert_close(schedule.v_from_eps(x, eps, t), v)
+    torch.testing.assert_close(schedule.x0_from_eps(x, eps, t), x0)
+    torch.testing.assert_close(schedule.eps_from_x0(x, x0, t), eps)
+    torch.testing.assert_close(ab**0.5 * x - (1 - ab) ** 0.5 * v, x0)  # (x, v) is (x0, eps) rotated
+
+
+@given(
+    t=st.lists(st.integers(0, 999), min_size=1, max_size=5),
+    shape=st.lists(st.integers(1, 3), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@few
+def test_a_batch_of_timesteps_is_each_sample_with_its_own(t: list, shape: list, dtype: torch.dtype) -> None:
+    x, y = normal(2, len(t), *shape).to(dtype)
+    for convert in (SD.add_noise, SD.v, SD.eps_from_v, SD.v_from_eps, SD.x0_from_eps, SD.eps_from_x0):
+        batched = convert(x, y, torch.tensor(t))
+        assert batched.dtype == dtype and batched.shape == x.shape
+        loose = {"rtol": 0.05, "atol": 0.5} if dtype == torch.bfloat16 else {}
+        for i, ti in enumerate(t):
+            torch.testing.assert_close(batched[i], convert(x[i], y[i], ti), **loose)
+            torch.testing.assert_close(convert(x[i], y[i], ti), convert(x[i], y[i], torch.tensor(ti)))
+
+
+def test_snr() -> None:
+    t = torch.tensor([0, 500, 999])
+    ab = SD.alpha_bars[t]
+    torch.testing.assert_close(SD.snr(t), (ab / (1 - ab)).float())
+    assert SD.snr(7).shape == ()
+
+
+# --- grids ------------------------------------------------------------------------------------------------
+
+
+def test_stable_diffusion_grid() -> None:
+    trajectory = SD.trajectory(10)
+    assert trajectory.timesteps.tolist() == list(range(901, 0, -100))
+    assert trajectory.timesteps.dtype == torch.int64 and trajectory.alpha_bars.dtype == torch.float64
+    assert torch.equal(trajectory.alpha_bars[:-1], SD.alpha_bars[trajectory.timesteps])
+    assert trajectory.alpha_bars[-1] == SD.alpha_bars[0]
+    assert SCHEDULES["scaled_linear", "one"].trajectory(10).alpha_bars[-1] == 1
+
+
+@given(
+    schedule=schedules,
+    T=st.integers(1, 1000),
+    steps=st.integers(1, 1000),
+    spacing=spacings,
+    offset=st.integers(0, 3),
+)
+@settings(max_examples=3000, deadline=None)
+def test_every_grid_descends_without_repeats(schedule, T: int, steps: int, spacing: str, offset: int) -> None:
+    steps = min(steps, T)
+    schedule = NoiseSchedule(**(schedule.to_dict() | {"timesteps": T, "steps_offset": offset}))
+    trajectory = schedule.trajectory(steps, spacing)
+    t = trajectory.timesteps
+    assert len(trajectory) == steps and t.shape == (steps,) and trajectory.alpha_bars.shape == (steps + 1,)
+    assert t.min() >= 0 and t.max() <= T - 1 and (t.diff() < 0).all()
+    ab = trajectory.alpha_bars
+    assert (ab[:-1].diff() > 0).all() and ab[-1] >= ab[-2]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 50, 300, 600, 999, 1000])
+def test_grids_by_their_definitions(steps: int) -> None:
+    grids = [SD.trajectory(steps, spacing).timesteps.tolist() for spacing in SPACINGS]
+    leading, trailing, linspace = grids
+    offset = 0 if steps == 1000 else 1  # the one count where SD's offset does not fit
+    assert leading == [i * (1000 // steps) + offset for i in reversed(range(steps))]
+    assert trailing[0] == linspace[0] == 999
+    for i in range(steps):
+        assert abs(trailing[i] - (1000 - i * 1000 / steps - 1)) <= 0.5
+        assert steps == 1 or abs(linspace[i] - (999 - i * 999 / (steps - 1))) <= 0.5
+    assert steps == 1 or linspace[-1] == 0
+
+
+def test_tail_is_the_end_of_the_walk() -> None:
+    trajectory = SD.trajectory(10)
+    tail = trajectory.tail(3)
+    assert tail.timesteps.tolist() == [201, 101, 1] and torch.equal(tail.alpha_bars, trajectory.alpha_bars[-4:])
+    x = normal(2, 4)
+    assert torch.equal(ddim.sample(network, x, trajectory.tail(0)), x)
+    recording = ddim.record(network, x, trajectory.tail(0))
+    assert torch.equal(recording.latent, x) and recording.eps.shape == (0, 2, 4)
+    for wrong in (-1, 11):
+        with pytest.raises(InputError, match="10"):
+            trajectory.tail(wrong)
+
+
+# --- DDIM -------------------------------------------------------------------------------------------------
+
+
+@given(
+    schedule=schedules,
+    steps=st.integers(1, 60),
+    spacing=spacings,
+    mu=st.floats(-2, 2),
+    s=st.floats(0.05, 3),
+)
+@few
+def test_ddim_path_on_gaussian_data(schedule, steps: int, spacing: str, mu: float, s: float) -> None:
+    data, trajectory, x = Gaussian(schedule, mu, s), schedule.trajectory(steps, spacing), normal(5)
+    ab, path = trajectory.alpha_bars.tolist(), []
+    end = ddim.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
+    centred = x - math.sqrt(ab[0]) * mu
+    for i in range(steps):
+        centred = centred * data.ddim_ratio(ab[i], ab[i + 1])
+        torch.testing.assert_close(path[i], centred + math.sqrt(ab[i + 1]) * mu, rtol=1e-6, atol=1e-6)
+    assert torch.equal(end, path[-1])
+
+
+def test_ddim_converges_to_the_probability_flow_at_first_order() -> None:
+    """In the limit (x - sqrt(ab) mu) / sqrt(V) is constant: the flow carries each marginal to the next."""
+    schedule, x = SCHEDULES["linear", "first"], normal(5)
+    data, errors = Gaussian(schedule), []
+    for steps in (125, 250, 500):
+        trajectory = schedule.trajectory(steps)
+        a, b = float(trajectory.alpha_bars[0]), float(trajectory.alpha_bars[-1])
+        ratio = math.sqrt(data.variance(b) / data.variance(a))
+        exact = math.sqrt(b) * MU + ratio * (x - math.sqrt(a) * MU)
+        errors.append(float((ddim.sample(data, x, trajectory) - exact).abs().max()))
+    assert errors[2] < 0.01
+    for coarse, fine in pairwise(errors):
+        assert 1.7 < coarse / fine < 2.3
+
+
+@given(a=st.floats(0.001, 0.999), b=st.floats(0.001, 1), seed=st.integers(0, 99))
+@few
+def test_a_step_follows_eq_12_and_back_undoes_it(a: float, b: float, seed: int) -> None:
+    x, eps = normal(2, 3, 4, seed=seed)
+    there = ddim.step(x, eps, a, b)
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    torch.testing.assert_close(there, math.sqrt(b) * x0 + math.sqrt(1 - b) * eps)
+    torch.testing.assert_close(ddim.step(there, eps, b, a), x)
+    zero_dim = torch.tensor([a, b], dtype=torch.float64)
+    assert torch.equal(ddim.step(x, eps, zero_dim[0], zero_dim[1]), there)
+
+
+@given(a=st.floats(0.001, 0.9), up=st.floats(0.001, 1), eta=st.floats(0, 1), seed=st.integers(0, 99))
+@few
+def test_sigma_is_eq_16(a: float, up: float, eta: float, seed: int) -> None:
+    b = a + (1 - a) * up
+    x, eps, noise = normal(3, 6, seed=seed)
+    sigma = eta * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    mean = math.sqrt(b) * x0 + math.sqrt(max(1 - b - sigma**2, 0)) * eps
+    torch.testing.assert_close(ddim.step(x, eps, a, b, eta), mean, rtol=1e-6, atol=1e-6)
+    drawn = ddim.step(x, eps, a, b, eta, noise)
+    torch.testing.assert_close(drawn, mean + sigma * noise, rtol=1e-6, atol=1e-6)
+
+
+def test_a_noisy_step_up_is_refused() -> None:
+    x = normal(3)
+    with pytest.raises(ValueError, match="eta"):
+        ddim.step(x, x, 0.9, 0.5, eta=0.5)
+
+
+def test_step_is_differentiable_and_keeps_the_dtype() -> None:
+    x, eps = normal(2, 3)
+    x.requires_grad_()
+    ddim.step(x, eps, 0.25, 1.0).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        half = normal(3).to(dtype)
+        assert ddim.step(half, half, SD.alpha_bars[9], SD.alpha_bars[3], 1.0, half).dtype == dtype
+        assert ddpm.step(half, half, SD.alpha_bars[9], SD.alpha_bars[3], noise=half).dtype == dtype
+
+
+# --- inversion --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["first", "one"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [20, 50])
+def test_inversion_after_sampling_is_the_identity_with_fixed_point_steps(end, spacing, steps) -> None:
+    schedule = SCHEDULES["scaled_linear", end]
+    trajectory, x_T = schedule.trajectory(steps, spacing), normal(6)
+    data = Gaussian(schedule, s=0.8)
+    x0 = ddim.sample(data, x_T, trajectory)
+    assert (ddim.invert(data, x0, trajectory, fixed_point_steps=40) - x_T).abs().max() < 1e-5
+    assert (ddim.invert(data, x0, trajectory) - x_T).abs().max() > 1e-3  # so the iterations are what does it
+
+
+def test_inversion_of_a_nonlinear_network_in_float32() -> None:
+    """A sampler's latent comes back, and a picture that no sampler made is reconstructed."""
+    trajectory = SD.trajectory(100)
+    smooth = lambda x, t: 0.5 * network(x, t)  # every step must be a contraction
+    x_T = normal(3, 4, dtype=torch.float32)
+    x0 = ddim.sample(smooth, x_T, trajectory)
+    assert (ddim.invert(smooth, x0, trajectory, fixed_point_steps=12) - x_T).abs().max() < 1e-5
+    picture = normal(3, 4, seed=1, dtype=torch.float32)
+    latent = ddim.invert(smooth, picture, trajectory, fixed_point_steps=12)
+    assert (ddim.sample(smooth, latent, trajectory) - picture).abs().max() < 1e-5
+
+
+def test_inversion_without_fixed_point_steps_is_of_first_order() -> None:
+    data, x_T, errors = Gaussian(SD), normal(6), []
+    for steps in (125, 250, 500):
+        trajectory = SD.trajectory(steps)
+        x0 = ddim.sample(data, x_T, trajectory)
+        errors.append(float((ddim.invert(data, x0, trajectory) - x_T).abs().max()))
+    for coarse, fine in pairwise(errors):
+        assert 1.7 < coarse / fine < 2.3
+
+
+def test_inversion_walks_the_same_grid_upward() -> None:
+    """Each step up sees the timestep it arrives at: exactly those that sampling sees, in reverse."""
+    seen: list[int] = []
+
+    def spy(x: Tensor, t: int) -> Tensor:
+        seen.append(t)
+        return network(x, t)
+
+    trajectory, x = SD.trajectory(10), normal(2, 4)
+    ddim.sample(spy, x, trajectory)
+    down = seen.copy()
+    seen.clear()
+    ddim.invert(spy, x, trajectory)
+    assert down == trajectory.timesteps.tolist() and seen == down[::-1]
+    seen.clear()
+    ddim.invert(spy, x, trajectory, fixed_point_steps=2)
+    assert seen == [t for t in down[::-1] for _ in range(3)]
+    with pytest.raises(InputError, match="fixed_point_steps"):
+        ddim.invert(spy, x, trajectory, fixed_point_steps=-1)
+
+
+@given(
+    schedule=schedules,
+    steps=st.integers(1, 80),
+    spacing=spacings,
+    fixed_point_steps=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+@few
+def test_a_replayed_recording_is_exact_whatever_the_network(
+    schedule, steps: int, spacing: str, fixed_point_steps: int, seed: int
+) -> None:
+    trajectory, x0 = schedule.trajectory(steps, spacing), normal(2, 4, seed=seed)
+    wild = lambda x, t: 3 * network(5 * x, t)  # far from a contraction
+    recording = ddim.record(wild, x0, trajectory, fixed_point_steps)
+    assert torch.equal(recording.latent, ddim.invert(wild, x0, trajectory, fixed_point_steps))
+    assert recording.latents.shape == (steps + 1, 2, 4) and recording.eps.shape == (steps, 2, 4)
+    assert torch.equal(recording.latents[-1], x0)
+    path = []
+    end = ddim.sample(recording.replay, recording.latent, trajectory, callback=lambda i, x: path.append(x))
+    # Near full noise x0 survives in x_T only as sqrt(alpha_bar) of it; rounding is amplified by the inverse.
+    scale = float(recording.latents.abs().max()) / math.sqrt(float(trajectory.alpha_bars[0]))
+    assert (end - x0).abs().max() < 1e-13 * scale
+    assert (torch.stack(path) - recording.latents[1:]).abs().max() < 1e-13 * scale
+    for i, t in enumerate(trajectory.timesteps):
+        assert torch.equal(recording.recorded(t), recording.eps[i])
+    rebuilt = ddim.Inversion(**vars(recording))
+    assert torch.equal(rebuilt.recorded(int(trajectory.timesteps[0])), recording.eps[0])
+
+
+def test_a_timestep_off_the_recorded_grid_is_refused() -> None:
+    recording = ddim.record(network, normal(2, 4), SD.trajectory(10))
+    with pytest.raises(KeyError, match="not one of the recorded"):
+        recording.recorded(2)
+
+
+def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
+    """With every latent replaced by the recorded one, any network ends at x0: the other blend's extreme."""
+    trajectory, x0, bars = SD.trajectory(10), normal(2, 4), []
+
+    def progress(iterable):
+        for i in iterable:
+            bars.append(i)
+            yield i
+
+    recording = ddim.record(network, x0, trajectory, progress=progress)
+    back = lambda i, x: recording.latents[i + 1]
+    for sampler in (Sampler("ddim", eta=0.5), Sampler("ddpm")):
+        end = sampler.sample(network, recording.latent, trajectory, progress=progress, callback=back)
+        assert torch.equal(end, x0)
+    ddim.invert(network, x0, trajectory, progress=progress)
+    assert bars == list(range(10)) * 4
+
+
+# --- DDPM -------------------------------------------------------------------------------------------------
+
+
+def moments(variance: str, data: Gaussian, trajectory, monkeypatch) -> tuple[list[float], list[float]]:
+    """The exact mean and variance after every step, from x_T ~ N(sqrt(ab) mu, V), without drawing a sample.
+
+    On Gaussian data a sampler is affine in x_T and its noises z. Sample 0 of the batch takes all of them at
+    their means; each other one moves one of them by a standard deviation. The variance is the sum of the
+    squared responses.
+    """
+    n, a = len(trajectory), float(trajectory.alpha_bars[0])
+    x = torch.full((n + 1,), math.sqrt(a) * data.mu, dtype=torch.float64)
+    x[1] += math.sqrt(data.variance(a))
+    draws = iter(torch.eye(n + 1, dtype=torch.float64)[2:])
+    monkeypatch.setattr(ddpm, "noise_like", lambda x, generator: next(draws))
+    means, variances = [], []
+
+    def measure(i: int, x: Tensor) -> None:
+        means.append(float(x[0]))
+        variances.append(float(((x[1:] - x[0]) ** 2).sum()))
+
+    ddpm.sample(data, x, trajectory, variance, callback=measure)
+    assert next(draws, None) is None  # every step but the last drew once
+    return means, variances
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["first", "one"])
+@pytest.mark.parametrize("variance", ddpm.VARIANCES)
+@pytest.mark.parametrize("steps, spacing", [(1, "leading"), (7, "trailing"), (30, "linspace"), (50, "leading")])
+def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacing, monkeypatch) -> None:
+    schedule = SCHEDULES[kind, end]
+    trajectory, data = schedule.trajectory(steps, spacing), Gaussian(schedule)
+    means, variances = moments(variance, data, trajectory, monkeypatch)
+    ab = trajectory.alpha_bars.tolist()
+    expected = data.variance(ab[0])
+    for i, (a, b) in enumerate(pairwise(ab)):
+        beta = 1 - a / b
+        sigma2 = beta if variance == "fixed_large" else beta * (1 - b) / (1 - a)
+        expected = data.posterior_ratio(a, b) ** 2 * expected + (sigma2 if i + 1 < steps else 0)
+        assert means[i] == pytest.approx(math.sqrt(b) * MU, rel=1e-6)
+        assert variances[i] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("variance, s", [("posterior", 0.0), ("fixed_small", 0.0), ("fixed_large", 1.0)])
+@pytest.mark.parametrize("steps", [5, 50])
+def test_the_variances_are_exact_where_ho_et_al_say(variance, s, steps, monkeypatch) -> None:
+    """Sec. 3.2: beta is optimal for x0 ~ N(0, I), the posterior variance for x0 that is one point.
+
+    There every marginal of the walk is exactly that of the forward process, on any sub-grid.
+    """
+    schedule = SCHEDULES["scaled_linear", "one"]
+    data, trajectory = Gaussian(schedule, 0.0, s), schedule.trajectory(steps)
+    _, variances = moments(variance, data, trajectory, monkeypatch)
+    for measured, ab in zip(variances[:-1], trajectory.alpha_bars[1:-1].tolist(), strict=True):
+        assert measured == pytest.approx(data.variance(ab), rel=1e-9)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "fixed_large"])
+def test_the_limit_distribution_is_the_data(variance, monkeypatch) -> None:
+    """Over all 1000 steps, from pure noise: mean and variance of the data, the closer the finer the grid."""
+    schedule = NoiseSchedule("linear", beta_start=1e-4, beta_end=0.02, final_alpha_bar="one")
+    errors = []
+    for steps in (250, 1000):
+        means, variances = moments(variance, Gaussian(schedule), schedule.trajectory(steps), monkeypatch)
+        errors.append(abs(variances[-1] / S**2 - 1))
+        assert means[-1] == pytest.approx(MU, rel=1e-6)
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 2
+
+
+def test_drawn_samples_have_the_data_s_distribution() -> None:
+    """The same with real draws: the noise of `sample` is standard normal and independent from step to step."""
+    schedule = SCHEDULES["linear", "one"]
+    data, generator = Gaussian(schedule), torch.Generator().manual_seed(0)
+    for sampler in (Sampler("ddpm", 100), Sampler("ddim", 100, eta=1.0), Sampler("ddim", 100, eta=0.5)):
+        x = torch.randn(100_000, generator=generator)
+        x = sampler.sample(data, x, sampler.trajectory(schedule), generator)
+        assert x.mean() == pytest.approx(MU, abs=0.02)  # standard error 0.0016, the rest is the coarse grid
+        assert x.std() == pytest.approx(S, rel=0.08)
+        assert ((x - x.mean()) / x.std()).pow(4).mean() == pytest.approx(3, abs=0.1)
+
+
+@given(schedule=schedules, steps=st.integers(1, 60), spacing=spacings, seed=st.integers(0, 99))
+@few
+def test_ddim_with_eta_1_is_ddpm(schedule, steps: int, spacing: str, seed: int) -> None:
+    trajectory, x = schedule.trajectory(steps, spacing), normal(2, 4, seed=seed)
+    bounded = lambda x, t: network(x, t) + x / 2
+    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+    a = ddim.sample(bounded, x, trajectory, eta=1.0, generator=ours)
+    b = ddpm.sample(bounded, x, trajectory, "posterior", generator=theirs)
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * max(1.0, float(a.abs().max())))
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+@given(a=st.floats(0.001, 0.9), up=st.floats(0.001, 1), seed=st.integers(0, 99))
+@few
+def test_ddim_step_with_eta_1_is_the_ddpm_step(a: float, up: float, seed: int) -> None:
+    b = a + (1 - a) * up
+    x, eps, noise = normal(3, 6, seed=seed)
+    for z in (None, noise):
+        torch.testing.assert_close(ddim.step(x, eps, a, b, 1.0, z), ddpm.step(x, eps, a, b, "posterior", z))
+
+
+def test_the_last_step_adds_no_noise() -> None:
+    trajectory, x = SD.trajectory(10).tail(1), normal(2, 4)
+    first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    for sampler in (Sampler("ddpm"), Sampler("ddim", eta=1.0), Sampler("ddpm", variance="fixed_large")):
+        assert torch.equal(
+            sampler.sample(network, x, trajectory, first), sampler.sample(network, x, trajectory, second)
+        )
+
+
+def test_deterministic_sampling_draws_nothing_and_noise_is_the_same_in_every_dtype() -> None:
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    ddim.sample(network, normal(2, 4), SD.trajectory(5), generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    draws = [
+        noise_like(torch.empty(4, 3, dtype=dtype), torch.Generator().manual_seed(5))
+        for dtype in (torch.float64, torch.float32, torch.float16)
+    ]
+    assert [draw.dtype for draw in draws] == [torch.float64, torch.float32, torch.float16]
+    assert torch.equal(draws[0].float(), draws[1]) and torch.equal(draws[1].half(), draws[2])
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def test_sampler_passes_its_settings_on() -> None:
+    x, make = normal(2, 4), lambda: torch.Generator().manual_seed(0)
+    sampler = Sampler("ddim", steps=9, spacing="trailing", eta=0.3)
+    trajectory = sampler.trajectory(SD)
+    assert torch.equal(trajectory.timesteps, SD.trajectory(9, "trailing").timesteps)
+    expected = ddim.sample(network, x, trajectory, 0.3, make())
+    assert torch.equal(sampler.sample(network, x, trajectory, make()), expected)
+    expected = ddpm.sample(network, x, trajectory, "fixed_large", make())
+    sampler = Sampler("ddpm", variance="fixed_large")
+    assert torch.equal(sampler.sample(network, x, trajectory, make()), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong, names",
+    [
+        ({"kind": "plms"}, "ddim, ddpm"),
+        ({"steps": 0}, "1 or more"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": "many"}, "whole number"),
+        ({"spacing": "karras"}, "leading, trailing, linspace"),
+        ({"eta": -0.1}, "0 to 1"),
+        ({"eta": 1.1}, "0 to 1"),
+        ({"eta": math.nan}, "0 to 1"),
+        ({"eta": "some"}, "0 to 1"),
+        ({"variance": "learned"}, "posterior, fixed_small, fixed_large"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(wrong: dict, names: str) -> None:
+    with pytest.raises(InputError, match=names) as error:
+        Sampler(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_grids_and_variances_name_the_right_ones() -> None:
+    for steps in (0, 1001, -3, 10.0):
+        with pytest.raises(InputError, match="1 to 1000"):
+            SD.trajectory(steps)
+    with pytest.raises(InputError, match="leading, trailing, linspace"):
+        SD.trajectory(10, "karras")
+    with pytest.raises(InputError, match="1 to 1000"):
+        Sampler(steps=1001).trajectory(SD)
+    with pytest.raises(InputError, match="posterior, fixed_small, fixed_large"):
+        ddpm.sample(network, normal(2, 4), SD.trajectory(2), "learned")
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_the_hydra_configs_build_the_default_sampler(name: str) -> None:
+    hydra, omegaconf = pytest.importorskip("hydra.utils"), pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.load(Path(__file__).parents[1] / "conf" / "sampler" / f"{name}.yaml")
+    assert hydra.instantiate(config) == Sampler(name)

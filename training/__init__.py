@@ -1,0 +1,1 @@
+"""Training the parts of a model: the loop, the losses, and the judging of the result."""
