@@ -1,0 +1,1 @@
+"""What a run leaves behind: files, pictures, curves, W&B, the tuning cache, and the summary of a sweep."""

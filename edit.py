@@ -1,0 +1,78 @@
+"""Edit one image, or every task of a benchmark, with one method. Wiring only; see conf/edit.yaml.
+
+    python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from reporting import outcome
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="edit")
+def main(cfg: DictConfig) -> None:
+    with outcome.job():
+        edit(cfg, Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices.method)
+
+
+def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
+    """One run. What the user can get wrong is constructed, and so checked, before the work begins."""
+    from dataclasses import replace
+
+    import torch
+    from hydra.utils import instantiate
+
+    import models
+    from data.images import find
+    from reporting.reporter import RunReporter
+
+    device, dtype = choose_device(cfg.device), choose_dtype(cfg.dtype)
+    method = instantiate(cfg.method)
+    source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
+    torch.manual_seed(cfg.seed)  # methods draw from generators of their own; this is for those that do not
+    arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
+    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype)
+
+    with logger.run(folder, OmegaConf.to_container(cfg, resolve=True)):
+        tasks = list(source.tasks(model.image_size))
+        for task in tasks:
+            task = replace(task, image=task.image.to(device, dtype))
+            place = folder if len(tasks) == 1 else folder / task.name
+            reporter = RunReporter(place, model, task, method_name, cache, logger)
+            result = method.edit(model, task, reporter, cfg.seed)
+            print("\n".join(reporter.finish(result)))
+
+
+def choose_device(name: str):
+    """auto: CUDA where there is a device for it, else the CPU."""
+    import torch
+
+    from errors import InputError
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
+    return device
+
+
+def choose_dtype(name: str):
+    import torch
+
+    from errors import InputError
+
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype={name} is unknown: float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+if __name__ == "__main__":
+    outcome.run(main)

@@ -1,0 +1,84 @@
+"""How a command ends: a user's mistake is one line on stderr, Ctrl-C is 130, a defect keeps its traceback.
+
+Hydra would print its own traces and hints; `run` asks it to let every exception through and decides here.
+With HYDRA_FULL_ERROR=1 in the environment everything is shown in full.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from errors import InputError
+
+
+def explain(error: BaseException) -> str | None:
+    """The one line that a user needs, or None where `error` is a defect of ours."""
+    causes = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    for cause in causes:
+        if isinstance(cause, InputError):
+            return str(cause)
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(cause):  # safetensors raises an error of its own
+            where = f" (writing {cause.filename})" if getattr(cause, "filename", None) else ""
+            return f"the disk is full{where}: free some space, or write elsewhere with hydra.run.dir=..."
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's; not imported for this
+            return f"the device ran out of memory ({str(cause).splitlines()[0]})"
+    first = causes[0]
+    if isinstance(first, MissingConfigException) and first.options:
+        group, _, name = str(first.missing_cfg_file).rpartition("/")
+        return f"{group}={name} is unknown: choose from {', '.join(sorted(first.options))}"
+    if isinstance(first, InstantiationException):
+        unknown = [str(cause) for cause in causes if "unexpected keyword argument" in str(cause)]
+        return " ".join(unknown[-1].split()) if unknown else None
+    if isinstance(first, HydraException | OmegaConfBaseException):
+        cause = first.__cause__
+        told = f"{first} {cause}" if isinstance(cause, OmegaConfBaseException) else str(first)
+        return " ".join(told.split())
+    return None
+
+
+@contextmanager
+def job() -> Iterator[None]:
+    """Around one Hydra job. In a sweep, one that fails leaves its error in `error.txt`; the others go on."""
+    try:
+        yield
+    except Exception as error:
+        config = HydraConfig.get()
+        if config.mode != RunMode.MULTIRUN:
+            raise
+        line = explain(error)
+        print(f"job {config.job.num}: {line or traceback.format_exc()}", file=sys.stderr)
+        text = line or f"{type(error).__name__}: {error}"
+        Path(config.runtime.output_dir, "error.txt").write_text(text + "\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a `hydra.main` function as the program, and exit."""
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted") if full else _end("interrupted", 130)
+    except Exception as error:
+        line = None if full else explain(error)
+        if line is None:
+            raise
+        _end(f"error: {line}", 1)
+
+
+def _end(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)

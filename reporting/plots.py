@@ -1,0 +1,59 @@
+"""Curves of a run: the loss of each tuning stage, and what eta trades (Imagic, figure 8)."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> value's name -> [(step, value), ...]
+
+
+def plot_curves(curves: Curves, path: Path) -> None:
+    """One panel for each stage, one line for each of its values."""
+    stages = [stage for stage in curves if curves[stage]]
+    figure, panels = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.6), squeeze=False)
+    for stage, panel in zip(stages, panels[0], strict=True):
+        for name, points in curves[stage].items():
+            steps, values = zip(*points, strict=True)
+            panel.plot(steps, values, label=name, linewidth=1, marker="." if len(points) < 20 else None)
+        panel.set(title=stage, xlabel="step")
+        panel.legend()
+        panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_tradeoff(records: list[dict], setting: str, scores: tuple[str, str], path: Path) -> bool:
+    """Two scores of the edits against a setting on two axes, each edit a dot and their mean a line. `records`
+    are {"settings": {...}, "metrics": {...}}. False, and no file, where the setting has under two values."""
+    found = [r for r in records if isinstance(r["settings"].get(setting), int | float)]
+    if len({r["settings"][setting] for r in found}) < 2:
+        return False
+    figure, left = plt.subplots(figsize=(6, 4))
+    for axis, score, color in zip((left, left.twinx()), scores, ("tab:red", "tab:blue"), strict=True):
+        by_value = defaultdict(list)
+        for record in found:
+            if score in record["metrics"]:
+                by_value[record["settings"][setting]].append(record["metrics"][score])
+        if not by_value:
+            axis.set_yticks([])
+            continue
+        for value, measured in by_value.items():
+            axis.plot([value] * len(measured), measured, ".", color=color, alpha=0.4)
+        values = sorted(by_value)
+        axis.plot(values, [sum(by_value[v]) / len(by_value[v]) for v in values], color=color)
+        axis.set_ylabel(score.replace("_", " "), color=color)
+        axis.tick_params(axis="y", labelcolor=color)
+    left.set_xlabel(setting)
+    left.grid(alpha=0.3)
+    _save(figure, path)
+    return True
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

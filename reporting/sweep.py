@@ -1,0 +1,167 @@
+"""What a sweep ends with: `summary.csv`, one row for each job and edit, and `summary.png`, the edits laid out
+over the swept settings. All is read from the jobs' own folders, so any launcher may have run them."""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+@dataclass
+class Row:
+    """One edit of one job; `picture` is None where the job failed. `overrides` are as they were typed."""
+
+    job: str
+    overrides: dict[str, str]
+    settings: dict[str, float | int | str] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    picture: Path | None = None
+    source: Path | None = None  # the input
+    error: str = ""
+
+
+class Summary(Callback):
+    """Hydra's callback; see conf/edit.yaml. Ends the program with 1 if a job failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            rows = read_jobs(folder)
+            write_summary(folder, rows)
+        except Exception as error:  # Hydra would make a mere warning of it
+            from reporting.outcome import explain
+
+            line = explain(error)
+            if line is None:
+                raise
+            sys.exit(f"error: {line}")
+        jobs, failed = {row.job for row in rows}, {row.job for row in rows if row.error}
+        print(f"{len(jobs)} jobs, {len(failed)} failed; table: {folder / 'summary.csv'}")
+        if any(row.picture for row in rows):
+            print(f"all edits: {folder / 'summary.png'}")
+        if failed:
+            sys.exit(1)
+
+
+def read_jobs(folder: Path) -> list[Row]:
+    """The rows of every job below `folder`, in the order of their numbers."""
+    jobs = [path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")]
+    rows = []
+    for job in sorted(jobs, key=lambda job: (len(job.name), job.name)):
+        typed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or []
+        overrides = dict(item.lstrip("+~").split("=", 1) for item in typed if "=" in item)
+        written = sorted([*job.glob("metrics.json"), *job.glob("*/metrics.json")])
+        for path in written:
+            report = json.loads(path.read_text())
+            task = {"task": path.parent.name} if path.parent != job else {}
+            for edit in report["edits"]:
+                numbers = edit["metrics"] | {"reconstruction_psnr": report["reconstruction"]["psnr"]}
+                settings, place = task | edit["settings"], path.parent
+                picture, source = place / edit["file"], place / "input.png"
+                rows.append(Row(job.name, overrides, settings, numbers, picture, source))
+        failure = job / "error.txt"
+        if failure.exists() or not written:
+            told = failure.read_text().strip() if failure.exists() else "the job did not finish"
+            rows.append(Row(job.name, overrides, error=" ".join(told.split())))
+    return rows
+
+
+def write_summary(folder: Path, rows: list[Row]) -> None:
+    """`summary.csv`, and `summary.png` where there is an edit to show."""
+    from reporting.files import whole_file
+
+    axes = swept(rows)
+    overrides = unique(name for row in rows for name in row.overrides)
+    settings = unique(name for row in rows for name in row.settings)
+    numbers = unique(name for row in rows for name in row.numbers)
+    with whole_file(folder / "summary.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        edit_settings = [f"edit.{name}" for name in settings]
+        writer.writerow(["job", *overrides, *edit_settings, *numbers, "file", "error"])
+        for row in rows:
+            cells = [row.overrides.get(name, "") for name in overrides]
+            cells += [row.settings.get(name, "") for name in settings]
+            cells += [row.numbers.get(name, "") for name in numbers]
+            file_name = row.picture.relative_to(folder) if row.picture else ""
+            writer.writerow([row.job, *cells, file_name, row.error])
+    if any(row.picture for row in rows):
+        picture = lay_out(rows, axes)
+        with whole_file(folder / "summary.png") as path:
+            picture.save(path, format="PNG")
+
+
+def unique(values) -> list:
+    """Without repetitions, in the order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def swept(rows: list[Row]) -> list[str]:
+    """The names along which the edits differ: overrides that take several values over the jobs, then settings
+    of edits that take several values within a job (a list of eta, several samples)."""
+    overrides = unique(name for row in rows for name in row.overrides)
+    axes = [name for name in overrides if len({row.overrides.get(name) for row in rows}) > 1]
+    by_job: dict[str, list[Row]] = {}
+    for row in rows:
+        by_job.setdefault(row.job, []).append(row)
+    settings = unique(name for row in rows for name in row.settings)
+    for name in settings:
+        if any(len({row.settings.get(name) for row in job}) > 1 for job in by_job.values()):
+            axes.append(f"edit.{name}")
+    return axes
+
+
+def value_of(row: Row, axis: str) -> str:
+    from reporting.sheet import show
+
+    if axis.startswith("edit."):
+        return show(row.settings.get(axis.removeprefix("edit."), ""))
+    return row.overrides.get(axis, "")
+
+
+def lay_out(rows: list[Row], axes: list[str]):
+    """The last axis runs over the columns, every combination of the others is a row; the input is first."""
+    from PIL import Image
+
+    from reporting.sheet import Cell, grid, scores
+
+    along = axes[-1] if axes else None
+    across = axes[:-1]
+    shown = [row for row in rows if row.picture or not (along or "").startswith("edit.")]
+    lost = [row for row in rows if row not in shown]  # failed before it could say which edits it would make
+    row_keys = unique(tuple(value_of(row, axis) for axis in across) for row in rows)
+    columns = unique(value_of(row, along) for row in shown) if along else [str(i) for i in range(len(shown))]
+    table = {key: [None] * len(columns) for key in row_keys}
+    sources: dict[tuple, Path | None] = dict.fromkeys(row_keys)
+    for i, row in enumerate(shown):
+        key = tuple(value_of(row, axis) for axis in across)
+        column = columns.index(value_of(row, along)) if along else i
+        sources[key] = sources[key] or row.source
+        if row.picture:
+            table[key][column] = Cell(Image.open(row.picture), [scores(row.numbers)])
+        else:
+            table[key][column] = Cell(None, [f"failed: {row.error}"])
+    for row in lost:
+        table[tuple(value_of(row, axis) for axis in across)][0] = Cell(None, [f"failed: {row.error}"])
+
+    names = [short(axis) for axis in axes]
+    same_input = len({path.read_bytes() for path in sources.values() if path}) == 1
+    body, first = [], True
+    for key in row_keys:
+        source = sources[key] if first or not same_input else None
+        first = first and source is None
+        body.append([Cell(Image.open(source), ["input"]) if source else None, *table[key]])
+    prompts = unique(row.overrides.get("prompt", "") for row in rows)
+    title = [", ".join(names) or "edits"] + ([f'"{prompts[0]}"'] if len(prompts) == 1 and prompts[0] else [])
+    labels = [", ".join(f"{short(a)} {v}" for a, v in zip(across, key, strict=True)) for key in row_keys]
+    heads = ["", *(f"{short(along)} {value}" if along else "" for value in columns)]
+    return grid(title, body, labels if across else None, heads)
+
+
+def short(axis: str) -> str:
+    """method.eta -> eta: the last part names it well enough on a picture."""
+    return axis.rsplit(".", 1)[-1]
