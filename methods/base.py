@@ -1,0 +1,223 @@
+"""What every editing method shares: its result, its reporter, seeded noise and one optimisation loop.
+
+A method is a class whose constructor takes the hyperparameters and whose `edit(model, task, reporter, seed)`
+returns an `EditResult`. It opens no files, and hands the model back unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+
+OPTIMIZERS = {
+    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
+    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+}
+
+
+@dataclass
+class Edit:
+    """One edited picture. `settings`, printed under it, is what distinguishes it from its siblings."""
+
+    image: Tensor  # (3, H, W) in [-1, 1]
+    settings: dict[str, float | int | str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class EditResult:
+    """The edits, the input as the method can give it back, and products worth keeping."""
+
+    edits: list[Edit]
+    reconstruction: Tensor  # (3, H, W) in [-1, 1]
+    metrics: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Reporter:
+    """What a method says while it works. This one is silent and keeps nothing; the runner's shows and
+    stores."""
+
+    def progress(self, iterable: Iterable, stage: str, total: int | None = None) -> Iterator:
+        """Pass the items on, showing how far along `stage` is."""
+        yield from iterable
+
+    def scalar(self, stage: str, step: int, **values: float) -> None:
+        """One point of the curves of `stage`."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        yield
+
+    def cached(self, key: dict, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `build` gives, from an earlier run if one is kept. `key` holds, in JSON's types,
+        all that they depend on apart from the model and the image."""
+        return build()
+
+
+def check(method: Any, *settings: str, low: float = 0, high: float = math.inf, whole: bool = False) -> None:
+    """Raise InputError unless each named setting is a finite number in [low, high], an integer where
+    `whole`."""
+    for setting in settings:
+        value = getattr(method, setting)
+        values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        kind = "a whole number" if whole else "a number"
+        allowed = f"{kind} from {low} to {high}" if math.isfinite(high) else f"{kind}, {low} or more"
+        for v in values:
+            number = isinstance(v, int if whole else (int, float)) and not isinstance(v, bool)
+            if not (number and math.isfinite(v) and low <= v <= high):
+                raise InputError(f"method.{setting} is {value}: it must be {allowed}")
+
+
+def check_choice(method: Any, choices: Iterable[str], *settings: str) -> None:
+    """Raise InputError unless each named setting is one of `choices`."""
+    for setting in settings:
+        if (value := getattr(method, setting)) not in choices:
+            raise InputError(f"method.{setting} is {value}: choose one of {', '.join(choices)}")
+
+
+def generator(seed: int, *stage: str | int) -> torch.Generator:
+    """A generator for each (seed, stage), so that no stage's noise depends on whether another one ran. It
+    lives on the CPU, so that every device sees the same noise."""
+    digest = hashlib.sha256(repr((seed, *stage)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine of the angle between two tensors, taken as vectors."""
+    a, b = a.detach().cpu().double().flatten(), b.detach().cpu().double().flatten()
+    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+
+
+def to_image(model, latent: Tensor) -> Tensor:
+    """A latent (1, c, h, w) -> its picture (3, H, W) in [-1, 1], float32 on the CPU. Raises InputError where
+    the latent or the picture is not finite."""
+    image = model.decode_latents(latent.to(model.dtype))[0].float().clamp(-1, 1).cpu()
+    if not image.isfinite().all():
+        raise InputError(
+            "the edit became NaN or infinite while sampling: lower the learning rates or "
+            "method.guidance_scale, or use dtype=float32"
+        )
+    return image
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient, so that a backward pass to the text embedding skips them all;
+    afterwards each asks as before."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, the named parameters of `module` hold copies of `values` and are handed out; afterwards they
+    hold their own storage again."""
+    parameters = {name: module.get_parameter(name) for name in values}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            # empty_like keeps the memory layout, and with it the kernels chosen and the last bit of a result
+            parameter.data = torch.empty_like(own[name]).copy_(values[name])
+        yield parameters
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+@contextmanager
+def trainable(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """`replaced` by copies of the named parameters' own values, which ask for gradients."""
+    with replaced(module, {name: module.get_parameter(name).data for name in names}) as parameters:
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            yield parameters
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+
+
+def minimise(
+    terms: Callable[[], dict[str, Tensor]],  # the terms of the loss, drawn anew at each call
+    params: Sequence[Tensor],
+    steps: int,
+    lr: float,
+    optimizer: str,
+    stage: str,
+    setting: str,  # the learning rate's name, for the message
+    reporter: Reporter,
+) -> dict[str, Tensor]:
+    """Minimise the sum of `terms` over `params`, in place.
+
+    Returns the curves, each (steps,): "loss", and the single terms where there are several. Parameters of
+    less than 32 bits are optimised as float32 copies, since updates of 5e-7 would vanish in them. Raises
+    InputError, naming stage and step, if the loss is NaN or infinite.
+    """
+    masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in params]
+    opt = OPTIMIZERS[optimizer](masters, lr)
+    curves: dict[str, list[float]] = {"loss": []}
+    for step in reporter.progress(range(steps), stage, steps):
+        with torch.enable_grad():
+            losses = terms()
+            loss = sum(losses.values())
+            grads = torch.autograd.grad(loss, params)
+        values = {"loss": float(loss.detach())}
+        if not math.isfinite(values["loss"]):
+            raise InputError(
+                f"the loss became {values['loss']} in stage '{stage}' at step {step}: lower {setting}"
+            )
+        if len(losses) > 1:
+            values |= {name: float(term.detach()) for name, term in losses.items()}
+        for name, value in values.items():
+            curves.setdefault(name, []).append(value)
+        reporter.scalar(stage, step, **values)
+        with torch.no_grad():
+            for master, grad in zip(masters, grads, strict=True):
+                master.grad = grad.float()
+            opt.step()
+            for param, master in zip(params, masters, strict=True):
+                if param.dtype != master.dtype:
+                    param.copy_(master)
+    return {name: torch.tensor(curve) for name, curve in curves.items()}
+
+
+def cached_stage(
+    reporter: Reporter,
+    stage: str,
+    key: dict,
+    build: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The (tensors, curves) that `build` gives for `stage`, through `reporter.cached`. The curves are kept
+    with the tensors and told again on a hit, so that a run that reuses a tuning draws the same plots."""
+    fresh = False
+
+    def run() -> dict[str, Tensor]:
+        nonlocal fresh
+        fresh = True
+        with reporter.stage(stage):
+            tensors, curves = build()
+        kept = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        return kept | {f"curve/{name}": curve for name, curve in curves.items()}
+
+    state = reporter.cached({"stage": stage, **key}, run)
+    curves = {name.removeprefix("curve/"): t for name, t in state.items() if name.startswith("curve/")}
+    if not fresh:
+        for step, values in enumerate(zip(*(curve.tolist() for curve in curves.values()), strict=True)):
+            reporter.scalar(stage, step, **dict(zip(curves, values, strict=True)))
+    return {name: t for name, t in state.items() if not name.startswith("curve/")}, curves

@@ -1,0 +1,232 @@
+"""Direct Inversion: optimization-free editing of real images by text (Elarabawy et al., arXiv 2211.07825).
+
+DDIM inverts the image under the empty prompt, and the noise predicted at each step is kept. Sampling then
+starts from the inverted latent under the target prompt, and blends the recorded noise into its own:
+
+    eps = eps_target + lambda (eps_recorded - eps_target),    lambda = 1 - edit_strength
+
+so that the prompt changes what it must while the recording holds the rest in place. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import InputError
+from methods.base import (
+    Edit,
+    EditResult,
+    Reporter,
+    check,
+    check_choice,
+    cosine,
+    frozen,
+    generator,
+    minimise,
+    to_image,
+)
+from samplers import Denoiser, Sampler, ddim, guided, noise_like
+
+if TYPE_CHECKING:
+    from data.tasks import EditTask
+    from models.latent_diffusion import LatentDiffusion
+
+
+@dataclass
+class DirectInversion:
+    """The settings. conf/method/direct_inversion.yaml says what each one does and its symbol. Raises
+    InputError for one that is out of range, and for a sampler other than DDIM, whose path alone can be walked
+    both ways."""
+
+    sampler: Sampler
+    edit_strength: float = 0.5
+    blend: str = "noise"  # noise | latent
+    blend_fraction: float = 1.0  # of the steps
+    guidance_scale: float = 3.0
+    inversion_prompt: str = ""
+    fixed_point_steps: int = 0
+    # the start latent
+    mix: str = "cosine"  # cosine | linear | gaussian
+    structural_similarity: float = 1.0  # for mix=cosine
+    alpha: float = 0.9  # for mix=linear and mix=gaussian
+    beta: float = 0.9  # for mix=linear and mix=gaussian
+    diversity: float = 0.0
+    num_samples: int = 1
+    # after sampling
+    semantic_coherence: float = 0.0
+    coherence_steps: int = 20
+    coherence_lr: float = 0.02
+
+    def __post_init__(self) -> None:
+        check(self, "edit_strength", "blend_fraction", "structural_similarity", high=1)
+        check(self, "alpha", "beta", "diversity", high=1)
+        check(self, "semantic_coherence", "coherence_lr", "guidance_scale")
+        check(self, "coherence_steps", "fixed_point_steps", whole=True)
+        check(self, "num_samples", low=1, whole=True)
+        check_choice(self, ("noise", "latent"), "blend")
+        check_choice(self, ("cosine", "linear", "gaussian"), "mix")
+        if self.mix != "cosine" and self.structural_similarity != 1:
+            raise InputError(
+                f"method.structural_similarity is {self.structural_similarity}, which only method.mix=cosine "
+                f"obeys: with method.mix={self.mix} set method.alpha and method.beta instead"
+            )
+        if self.sampler.kind != "ddim":
+            raise InputError(f"sampler.kind is {self.sampler.kind}: Direct Inversion needs ddim")
+
+    def edit(
+        self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
+    ) -> EditResult:
+        """`num_samples` edits. The reconstruction replays the recording, as the edit with strength 0 does.
+
+        Raises InputError if the result is not finite, or if `semantic_coherence` asks for a CLIP that the
+        model does not have.
+        """
+        if self.semantic_coherence and model.clip is None:
+            raise InputError(
+                "method.semantic_coherence needs a model with a CLIP image tower, and this one has none: "
+                "set it to 0"
+            )
+        with frozen(model), torch.no_grad():
+            # Only the network works in the model's precision. The walk is kept in float64, so that the replay
+            # is exact whatever that precision is (Apple's GPUs have no float64).
+            z_0 = model.encode_image(task.image)
+            z_0 = z_0.to(torch.float32 if z_0.device.type == "mps" else torch.float64)
+            trajectory = self.sampler.trajectory(model.schedule)
+            with reporter.stage("inversion"):
+                empty = in_dtype(model.dtype, guided(model, model.encode_text([self.inversion_prompt])))
+                bar = partial(reporter.progress, stage="inversion", total=len(trajectory))
+                recording = ddim.record(empty, z_0, trajectory, self.fixed_point_steps, bar)
+                reconstruction = ddim.sample(recording.replay, recording.latent, trajectory)
+            with reporter.stage("editing"):
+                null = model.encode_text([""]) if self.guidance_scale != 1 else None
+                context = model.encode_text([task.prompt])
+                target = in_dtype(model.dtype, guided(model, context, null, self.guidance_scale))
+                edits, starts, latents = [], [], []
+                for i in range(self.num_samples):
+                    start = self.start_latent(recording.latent, generator(seed, "start", i))
+                    noise = generator(seed, "sampling", i)
+                    z = self.sample(target, start, recording, trajectory, noise, reporter)
+                    metrics = {"start_inverted_cosine": cosine(start, recording.latent)}
+                    if self.semantic_coherence:
+                        z, agreement = self.cohere(model, task.prompt, z, reporter)
+                        metrics |= agreement
+                    metrics["edit_source_cosine"] = cosine(z, z_0)
+                    settings = {"edit_strength": float(self.edit_strength), "sample": i}
+                    edits.append(Edit(to_image(model, z), settings, metrics))
+                    starts.append(start)
+                    latents.append(z)
+
+        metrics = {name: sum(e.metrics[name] for e in edits) / len(edits) for name in edits[0].metrics}
+        metrics["inverted_source_cosine"] = cosine(recording.latent, z_0)
+        metrics["inverted_std"] = float(recording.latent.std())  # 1 where it is as noisy as it should be
+        metrics["replay_error"] = float((reconstruction - z_0).abs().max())
+        tensors = {"source_latent": z_0, "inverted_latent": recording.latent}
+        tensors |= {"start_latents": torch.cat(starts), "edited_latents": torch.cat(latents)}
+        tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
+        return EditResult(edits, to_image(model, reconstruction), metrics, tensors)
+
+    def sample(
+        self, target: Denoiser, start: Tensor, recording: ddim.Inversion, trajectory, noise, reporter
+    ) -> Tensor:
+        """Guided sampling, blended with the recording: its noise before each step (blend "noise"), or the
+        inverted latent of the same noise level after each step ("latent").
+
+        lambda is 1 - edit_strength in the first `blend_fraction` of the steps and 0 in the rest; but at
+        strength 0 it is 1 in all of them, so that strength 0 is the reconstruction whatever the fraction.
+        """
+        steps = len(trajectory)
+        blended = steps if self.edit_strength == 0 else round(self.blend_fraction * steps)
+        lam = [1 - self.edit_strength if i < blended else 0.0 for i in range(steps)]
+        step_at = {int(t): i for i, t in enumerate(trajectory.timesteps)}
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            i = step_at[int(t)]
+            if lam[i] == 1:  # the network would have no say
+                return recording.eps[i]
+            eps = target(x, t)
+            return eps + lam[i] * (recording.eps[i] - eps) if self.blend == "noise" else eps
+
+        def after(i: int, x: Tensor) -> Tensor:
+            return x + lam[i] * (recording.latents[i + 1] - x) if self.blend == "latent" else x
+
+        bar = partial(reporter.progress, stage="editing", total=steps)
+        return self.sampler.sample(denoise, start, trajectory, noise, bar, after)
+
+    def start_latent(self, z_x: Tensor, noise: torch.Generator) -> Tensor:
+        """Where sampling starts, from the inverted latent z_x and a fresh latent z_t ~ N(0, I):
+
+        cosine    at the cosine `structural_similarity` to z_x, with its mean and variance (see
+        `with_cosine`); linear    alpha beta z_x + (1 - alpha) z_t; gaussian  a draw with that mean and the
+        variance alpha (1 - beta) var(z_x) + (1 - alpha) var(z_t), where
+                  var is the variance over all elements of a latent.
+
+        Then noise of its own turns it, in the manner of the first, to the cosine sqrt(1 - diversity^2).
+        """
+        a, b, z = self.alpha, self.beta, z_x
+        if self.mix == "cosine" and self.structural_similarity < 1:
+            z = with_cosine(z_x, noise_like(z_x, noise), self.structural_similarity)
+        elif self.mix != "cosine":
+            z_t = noise_like(z_x, noise)
+            z = a * b * z_x + (1 - a) * z_t
+            if self.mix == "gaussian":
+                variance = a * (1 - b) * z_x.var() + (1 - a) * z_t.var()
+                z = z + variance.sqrt() * noise_like(z_x, noise)
+        if self.diversity > 0:
+            z = with_cosine(z, noise_like(z_x, noise), math.sqrt(1 - self.diversity**2))
+        return z
+
+    def cohere(self, model, prompt: str, z_edit: Tensor, reporter) -> tuple[Tensor, dict[str, float]]:
+        """Pull the edited latent towards the target text, as CLIP sees it, without going far; w =
+        semantic_coherence:
+
+            min_z  w (1 - cos(CLIP(D(z)), CLIP(prompt))) + mean (z - z_edit)^2
+
+        Returns the latent, and CLIP's cosines before and after.
+        """
+        text = model.clip.text_features([prompt])
+        z = z_edit.float().clone().requires_grad_()
+
+        def agreement() -> Tensor:
+            return (model.clip.image_features(model.decode_latents(z.to(model.dtype))) * text).sum().float()
+
+        def terms() -> dict[str, Tensor]:
+            distance = F.mse_loss(z, z_edit.float())
+            return {"clip": self.semantic_coherence * (1 - agreement()), "distance": distance}
+
+        before, steps, lr = float(agreement()), self.coherence_steps, self.coherence_lr
+        minimise(terms, [z], steps, lr, "adam", "coherence", "method.coherence_lr", reporter)
+        return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}
+
+
+def in_dtype(dtype: torch.dtype, denoise: Denoiser) -> Denoiser:
+    """The denoiser, with its network working in `dtype` whatever the latents are kept in."""
+    return lambda x, t: denoise(x.to(dtype), t).to(x.dtype)
+
+
+def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:
+    """A latent at the cosine s in [0, 1] to z, exactly, with z's mean and variance, and so its norm.
+
+    s z + sqrt(1 - s^2) o, with o as long as z and at a right angle to it. o is the noise made so, but for its
+    part along u, the constant latent made orthogonal to z, which is set such that the mean stays. Where
+    |mean| exceeds the standard deviation no such part need exist, and only cosine and norm are exact.
+    Computed in float64.
+    """
+    flat, n = (v.detach().cpu().double().flatten() for v in (z, noise))
+    z_hat = F.normalize(flat, dim=0)
+    one_hat = torch.full_like(flat, len(flat) ** -0.5)
+    u = one_hat - (one_hat @ z_hat) * z_hat
+    u_hat = F.normalize(u, dim=0)
+    n = n - (n @ z_hat) * z_hat
+    n_hat = F.normalize(n - (n @ u_hat) * u_hat, dim=0)
+    # mean(s z + sqrt(1 - s^2) o) = mean(z), solved for the cosine of o and u
+    c = float((one_hat @ z_hat) / u.norm().clamp(min=1e-12)) * math.sqrt((1 - s) / (1 + s))
+    c = min(max(c, -1.0), 1.0)
+    o = flat.norm() * (c * u_hat + math.sqrt(1 - c**2) * n_hat)
+    return (s * flat + math.sqrt(1 - s**2) * o).reshape(z.shape).to(z)
