@@ -57,7 +57,7 @@ class LatentDiffusion(nn.Module):
         digest = hashlib.sha256(repr((self.schedule.to_dict(), self.prediction)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def encode_image(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
