@@ -212,7 +212,8 @@ def test_grids_by_their_definitions(steps: int) -> None:
 def test_tail_is_the_end_of_the_walk() -> None:
     trajectory = SD.trajectory(10)
     tail = trajectory.tail(3)
-    assert tail.timesteps.tolist() == [201, 101, 1] and torch.equal(tail.alpha_bars, trajectory.alpha_bars[-4:])
+    assert tail.timesteps.tolist() == [201, 101, 1]
+    assert torch.equal(tail.alpha_bars, trajectory.alpha_bars[-4:])
     x = normal(2, 4)
     assert torch.equal(ddim.sample(network, x, trajectory.tail(0)), x)
     recording = ddim.record(network, x, trajectory.tail(0))
@@ -441,7 +442,9 @@ def moments(variance: str, data: Gaussian, trajectory, monkeypatch) -> tuple[lis
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("end", ["first", "one"])
 @pytest.mark.parametrize("variance", ddpm.VARIANCES)
-@pytest.mark.parametrize("steps, spacing", [(1, "leading"), (7, "trailing"), (30, "linspace"), (50, "leading")])
+@pytest.mark.parametrize(
+    "steps, spacing", [(1, "leading"), (7, "trailing"), (30, "linspace"), (50, "leading")]
+)
 def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacing, monkeypatch) -> None:
     schedule = SCHEDULES[kind, end]
     trajectory, data = schedule.trajectory(steps, spacing), Gaussian(schedule)
@@ -483,7 +486,7 @@ def test_the_limit_distribution_is_the_data(variance, monkeypatch) -> None:
 
 
 def test_drawn_samples_have_the_data_s_distribution() -> None:
-    """The same with real draws: the noise of `sample` is standard normal and independent from step to step."""
+    """The same with real draws: the noise of `sample` is standard normal, and new at every step."""
     schedule = SCHEDULES["linear", "one"]
     data, generator = Gaussian(schedule), torch.Generator().manual_seed(0)
     for sampler in (Sampler("ddpm", 100), Sampler("ddim", 100, eta=1.0), Sampler("ddim", 100, eta=0.5)):
