@@ -248,7 +248,7 @@ def _words(pictures: list[Picture]) -> set[str]:
 
 
 def _held_out(by_base: dict[str, list[Picture]]) -> set[str]:
-    """The concepts kept from training: of each kind and family of edits a fixed share, in the order of a hash.
+    """The concepts kept from training: of each kind, and of poses and roles, a fixed share in the order of a hash.
 
     A concept is only held out while each word of its names still occurs in a concept that is trained on, so that the
     model can read the captions of what it has never seen drawn.
@@ -262,8 +262,8 @@ def _held_out(by_base: dict[str, list[Picture]]) -> set[str]:
         family = pictures[0].family if pictures[0].kind == "person" else ""
         groups.setdefault((pictures[0].kind, family), []).append(base)
     held_out: set[str] = set()
-    for bases in groups.values():
-        left = round(len(bases) * HELD_OUT)
+    for (_, family), bases in groups.items():
+        left = round(len(bases) * (2 * HELD_OUT if family else HELD_OUT))  # poses and roles: too few for one share
         for base in sorted(bases, key=lambda base: hashlib.sha256(base.encode()).hexdigest()):
             if left and all(counts[word] > 1 for word in words[base]):
                 held_out.add(base)
@@ -478,6 +478,8 @@ def _targets(library: Library, split: str, picture: Picture, **same: str) -> lis
 
 def _swap(library: Library, rng: np.random.Generator, split: str, picture: Picture, choices: list[Picture]):
     scene = _plain_scene(library, rng, split, picture)
+    drawn = library.drawings[picture.index]
+    choices = [p for p in choices if not np.array_equal(library.drawings[p.index], drawn)]  # some men are "person" too
     if not choices:
         return None
     other = _choice(rng, choices)
@@ -539,7 +541,7 @@ def _edit_identity(library, rng, split):
         others = _targets(library, split, picture, family="role", gender=picture.gender, skin=picture.skin)
     else:
         others = library.variants(picture.base, skin=picture.skin, facing=picture.facing)
-        others = [p for p in others if p.gender != picture.gender]
+        others = [p for p in others if {p.gender, picture.gender} == {"woman", "man"}]
     return _swap(library, rng, split, picture, others)
 
 
