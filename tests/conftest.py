@@ -1,9 +1,13 @@
 """Shared fixtures: a model small enough that every test can afford it, and the marks for what not every run can."""
 
-import pytest
-import torch
+import os
 
-import models
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from threads; subprocesses inherit it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import models  # noqa: E402
 
 TINY = {
     "image_size": 32,
