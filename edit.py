@@ -9,6 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from errors import InputError
 from reporting import outcome
 
 
@@ -32,6 +33,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     device, dtype = choose_device(cfg.device), choose_dtype(cfg.dtype)
     method = instantiate(cfg.method)
     source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
+        raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     torch.manual_seed(cfg.seed)  # methods draw from generators of their own; this is for those that do not
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype)
@@ -50,8 +53,6 @@ def choose_device(name: str):
     """auto: CUDA where there is a device for it, else the CPU."""
     import torch
 
-    from errors import InputError
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -66,8 +67,6 @@ def choose_device(name: str):
 
 def choose_dtype(name: str):
     import torch
-
-    from errors import InputError
 
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype={name} is unknown: float32, bfloat16 or float16")

@@ -46,6 +46,8 @@ class TuningCache:
     """`dir` holds at most `max_gb` (10^9 bytes); beyond it the least recently used entries are removed."""
 
     def __init__(self, enabled: bool = True, dir: str = "~/.cache/palimpsest/tuning", max_gb: float = 10.0):
+        if not isinstance(enabled, bool):
+            raise InputError(f"cache.enabled={enabled} is unknown: true or false")
         if not max_gb > 0:
             raise InputError(f"cache.max_gb={max_gb} is out of range: above 0, or cache.enabled=false")
         self.enabled, self.dir, self.max_bytes = enabled, Path(dir).expanduser(), int(max_gb * 1e9)

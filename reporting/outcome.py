@@ -6,6 +6,7 @@ With HYDRA_FULL_ERROR=1 in the environment everything is shown in full.
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from errors import InputError
 
@@ -44,6 +45,8 @@ def explain(error: BaseException) -> str | None:
         return " ".join(unknown[-1].split()) if unknown else None
     if isinstance(first, HydraException | OmegaConfBaseException):
         cause = first.__cause__
+        if isinstance(cause, ConfigAttributeError) and (name := re.search(r"override '(.+?)'", str(first))):
+            return f"there is no setting {name[1]}: --cfg job lists those that exist"
         told = f"{first} {cause}" if isinstance(cause, OmegaConfBaseException) else str(first)
         return " ".join(told.split())
     return None
@@ -52,33 +55,45 @@ def explain(error: BaseException) -> str | None:
 @contextmanager
 def job() -> Iterator[None]:
     """Around one Hydra job. In a sweep, one that fails leaves its error in `error.txt`; the others go on."""
+    config = HydraConfig.get()
+    failure = Path(config.runtime.output_dir, "error.txt")
+    failure.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        config = HydraConfig.get()
-        if config.mode != RunMode.MULTIRUN:
-            raise
         line = explain(error)
-        print(f"job {config.job.num}: {line or traceback.format_exc()}", file=sys.stderr)
-        text = line or f"{type(error).__name__}: {error}"
-        Path(config.runtime.output_dir, "error.txt").write_text(text + "\n")
+        if config.mode == RunMode.MULTIRUN:
+            print(f"job {config.job.num}: {line or traceback.format_exc()}", file=sys.stderr)
+            failure.write_text((line or f"{type(error).__name__}: {error}") + "\n")
+        elif line is None or full_traces():
+            raise
+        else:  # here already: Hydra would put a line of its own before it
+            end(f"error: {line}", 1)
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function as the program, and exit."""
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if not full_traces():
+        os.environ.update({"HYDRA_FULL_ERROR": "1", "PALIMPSEST_SHORT": "1"})
+    for flag in {"--multirun", "-m"} & set(sys.argv):  # Hydra's parser wants it before the overrides
+        sys.argv.insert(1, sys.argv.pop(sys.argv.index(flag)))
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted") if full else _end("interrupted", 130)
+        end("interrupted", 130)
     except Exception as error:
-        line = None if full else explain(error)
-        if line is None:
+        line = explain(error)
+        if line is None or full_traces():
             raise
-        _end(f"error: {line}", 1)
+        end(f"error: {line}", 1)
 
 
-def _end(line: str, code: int) -> None:
+def full_traces() -> bool:
+    """Whether the user, and not `run`, set HYDRA_FULL_ERROR; processes that a launcher starts inherit the answer."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and "PALIMPSEST_SHORT" not in os.environ
+
+
+def end(line: str, code: int) -> None:
+    """Say the line on stderr and leave."""
     print(line, file=sys.stderr)
     sys.exit(code)

@@ -1,5 +1,6 @@
 """Curves of a run: the loss of each tuning stage, and what eta trades (Imagic, figure 8)."""
 
+import logging
 from collections import defaultdict
 from pathlib import Path
 
@@ -9,17 +10,23 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache
+
 Curves = dict[str, dict[str, list[tuple[int, float]]]]  # stage -> value's name -> [(step, value), ...]
 
 
 def plot_curves(curves: Curves, path: Path) -> None:
-    """One panel for each stage, one line for each of its values."""
+    """One panel for each stage, one line for each of its values: a running mean over a tenth of the steps, since
+    single draws of timestep and noise differ wildly, and the draws themselves faint behind it."""
     stages = [stage for stage in curves if curves[stage]]
     figure, panels = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.6), squeeze=False)
     for stage, panel in zip(stages, panels[0], strict=True):
         for name, points in curves[stage].items():
             steps, values = zip(*points, strict=True)
-            panel.plot(steps, values, label=name, linewidth=1, marker="." if len(points) < 20 else None)
+            span = max(1, len(values) // 10)
+            recent = [values[max(0, i + 1 - span) : i + 1] for i in range(len(values))]
+            (line,) = panel.plot(steps, [sum(r) / len(r) for r in recent], label=name)
+            panel.plot(steps, values, color=line.get_color(), linewidth=0.7, alpha=0.35)
         panel.set(title=stage, xlabel="step")
         panel.legend()
         panel.grid(alpha=0.3)

@@ -32,6 +32,7 @@ class RunReporter(Reporter):
     ):
         self.folder, self.model, self.task, self.method = folder, model, task, method
         self.cache, self.logger = cache, logger
+        self.began = time.perf_counter()
         self.curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
         self.seconds: dict[str, float] = {}
         self.peak_memory: dict[str, int] = {}  # bytes
@@ -159,7 +160,7 @@ class RunReporter(Reporter):
         return sorted(file.stem for file in folder.iterdir())
 
     def _headline(self, numbers: dict) -> list[str]:
-        total, peak = sum(self.seconds.values()), max(self.peak_memory.values())
+        total, peak = time.perf_counter() - self.began, max(self.peak_memory.values())
         where = "GPU memory" if self.model.device.type == "cuda" else "memory"
         edits = numbers["edits"]
         count = f"{len(edits)} edit{'s' if len(edits) > 1 else ''}"

@@ -28,21 +28,21 @@ def show(value: object) -> str:
 
 
 def describe(settings: dict) -> str:
-    return "  ".join(f"{name} {show(value)}" for name, value in settings.items())
+    return ", ".join(f"{name} {show(value)}" for name, value in settings.items())
 
 
 def scores(metrics: dict[str, float]) -> str:
     """The two numbers of an edit that belong under its picture."""
     if "clip_score" in metrics:
-        return f"CLIP {metrics['clip_score']:.3f}  sim {metrics['clip_similarity']:.3f}"
+        return f"CLIP {metrics['clip_score']:.3f}, similarity {metrics['clip_similarity']:.3f}"
     return f"PSNR to input {metrics['psnr_to_input']:.1f} dB"
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
-    """Small pictures keep their pixels as squares (nearest, a whole factor); large ones are shrunk."""
+    """Small pictures by a whole factor, large ones shrunk."""
     factor = math.ceil(MIN_SIDE / max(picture.size))
     if factor > 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
     if max(picture.size) > MAX_SIDE:
         picture = picture.copy()
         picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -92,8 +92,9 @@ def grid(
     ]
     heads = [wrap(name, small, cell_width) for name in column_names or []]
     head_lines = max((len(h) for h in heads), default=0)
+    head_height = head_lines * line + (4 if head_lines else 0)
     row_heights = [cell_height + GAP // 2 + line * max(len(c) for c in row) + GAP for row in captions]
-    above = MARGIN + sum(step for _, _, step, _ in heading) + GAP + head_lines * line
+    above = MARGIN + sum(step for _, _, step, _ in heading) + GAP + head_height
     height = above + sum(row_heights) + MARGIN
 
     sheet = Image.new("RGB", (width, height), PAPER)
@@ -106,7 +107,7 @@ def grid(
     for i, head in enumerate(heads):
         for j, text in enumerate(head):
             draw.text((left + i * (cell_width + GAP), y + j * line), text, fill=INK, font=small)
-    y += head_lines * line
+    y += head_height
     for r, row in enumerate(shown):
         for j, text in enumerate(wrap(row_names[r], small, left - MARGIN - GAP / 2) if row_names else []):
             draw.text((MARGIN, y + cell_height // 2 - line // 2 + j * line), text, fill=INK, font=small)

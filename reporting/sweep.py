@@ -22,6 +22,7 @@ class Row:
     numbers: dict[str, float] = field(default_factory=dict)
     picture: Path | None = None
     source: Path | None = None  # the input
+    prompt: str = ""
     error: str = ""
 
 
@@ -49,13 +50,21 @@ class Summary(Callback):
 
 
 def read_jobs(folder: Path) -> list[Row]:
-    """The rows of every job below `folder`, in the order of their numbers."""
-    jobs = [path.parent.parent for path in folder.glob("*/.hydra/overrides.yaml")]
+    """The rows of every job below `folder`, in the order of their numbers. Jobs that an earlier sweep left in the
+    same folder are older than this one's multirun.yaml."""
+    sweep = folder / "multirun.yaml"
+    since = sweep.stat().st_mtime if sweep.exists() else 0.0
+    found = [path for path in folder.glob("*/.hydra/overrides.yaml") if path.stat().st_mtime >= since]
     rows = []
-    for job in sorted(jobs, key=lambda job: (len(job.name), job.name)):
+    for job in sorted((path.parent.parent for path in found), key=lambda job: (len(job.name), job.name)):
         typed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or []
         overrides = dict(item.lstrip("+~").split("=", 1) for item in typed if "=" in item)
+        failure = job / "error.txt"
         written = sorted([*job.glob("metrics.json"), *job.glob("*/metrics.json")])
+        if failure.exists() or not written:
+            told = failure.read_text().strip() if failure.exists() else "the job did not finish"
+            rows.append(Row(job.name, overrides, error=" ".join(told.split())))
+            continue
         for path in written:
             report = json.loads(path.read_text())
             task = {"task": path.parent.name} if path.parent != job else {}
@@ -63,11 +72,7 @@ def read_jobs(folder: Path) -> list[Row]:
                 numbers = edit["metrics"] | {"reconstruction_psnr": report["reconstruction"]["psnr"]}
                 settings, place = task | edit["settings"], path.parent
                 picture, source = place / edit["file"], place / "input.png"
-                rows.append(Row(job.name, overrides, settings, numbers, picture, source))
-        failure = job / "error.txt"
-        if failure.exists() or not written:
-            told = failure.read_text().strip() if failure.exists() else "the job did not finish"
-            rows.append(Row(job.name, overrides, error=" ".join(told.split())))
+                rows.append(Row(job.name, overrides, settings, numbers, picture, source, report["prompt"]))
     return rows
 
 
@@ -124,13 +129,13 @@ def value_of(row: Row, axis: str) -> str:
 
 
 def lay_out(rows: list[Row], axes: list[str]):
-    """The last axis runs over the columns, every combination of the others is a row; the input is first."""
+    """The axis of most values runs over the columns, every combination of the others is a row; the input first."""
     from PIL import Image
 
     from reporting.sheet import Cell, grid, scores
 
-    along = axes[-1] if axes else None
-    across = axes[:-1]
+    along = max(axes, key=lambda axis: len({value_of(row, axis) for row in rows}), default=None)
+    across = [axis for axis in axes if axis != along]
     shown = [row for row in rows if row.picture or not (along or "").startswith("edit.")]
     lost = [row for row in rows if row not in shown]  # failed before it could say which edits it would make
     row_keys = unique(tuple(value_of(row, axis) for axis in across) for row in rows)
@@ -155,8 +160,9 @@ def lay_out(rows: list[Row], axes: list[str]):
         source = sources[key] if first or not same_input else None
         first = first and source is None
         body.append([Cell(Image.open(source), ["input"]) if source else None, *table[key]])
-    prompts = unique(row.overrides.get("prompt", "") for row in rows)
-    title = [", ".join(names) or "edits"] + ([f'"{prompts[0]}"'] if len(prompts) == 1 and prompts[0] else [])
+    prompts = unique(row.prompt for row in rows if row.prompt)
+    title = [f'"{prompts[0]}"' if len(prompts) == 1 else f"{len(prompts)} prompts"]
+    title += [f"swept: {', '.join(names)}"] if names else []
     labels = [", ".join(f"{short(a)} {v}" for a, v in zip(across, key, strict=True)) for key in row_keys]
     heads = ["", *(f"{short(along)} {value}" if along else "" for value in columns)]
     return grid(title, body, labels if across else None, heads)
