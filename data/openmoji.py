@@ -436,6 +436,10 @@ class OpenMoji:
         scene, text = self.scene(i)
         return {"image": load_library(self.size).image(scene), "caption": text, "concept": scene.pictures[0].base}
 
+    def vocabulary(self) -> list[str]:
+        """Texts that hold every word of every caption, those of the other split included."""
+        return vocabulary_captions(self.size)
+
 
 def concepts(split: str = "train") -> list[str]:
     """The base concepts of a split."""
