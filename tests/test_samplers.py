@@ -533,7 +533,7 @@ def test_deterministic_sampling_draws_nothing_and_noise_is_the_same_in_every_dty
     ddim.sample(network, normal(2, 4), SD.trajectory(5), generator=generator)
     assert torch.equal(generator.get_state(), before)
     draws = [
-        noise_like(torch.empty(4, 3, dtype=dtype), torch.Generator().manual_seed(5))
+        noise_like(torch.empty(9, 8, dtype=dtype), torch.Generator().manual_seed(5))
         for dtype in (torch.float64, torch.float32, torch.float16)
     ]
     assert [draw.dtype for draw in draws] == [torch.float64, torch.float32, torch.float16]
