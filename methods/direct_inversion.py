@@ -47,7 +47,7 @@ class DirectInversion:
 
     sampler: Sampler
     edit_strength: float = 0.5
-    blend: str = "noise"  # noise | latent
+    blend: str = "noise"  # noise | latent | path
     blend_fraction: float = 1.0  # of the steps
     guidance_scale: float = 3.0
     inversion_prompt: str = ""
@@ -70,7 +70,7 @@ class DirectInversion:
         check(self, "semantic_coherence", "coherence_lr", "guidance_scale")
         check(self, "coherence_steps", "fixed_point_steps", whole=True)
         check(self, "num_samples", low=1, whole=True)
-        check_choice(self, ("noise", "latent"), "blend")
+        check_choice(self, ("noise", "latent", "path"), "blend")
         check_choice(self, ("cosine", "linear", "gaussian"), "mix")
         if self.mix != "cosine" and self.structural_similarity != 1:
             raise InputError(
@@ -135,26 +135,31 @@ class DirectInversion:
     def sample(
         self, target: Denoiser, start: Tensor, recording: ddim.Inversion, trajectory, noise, reporter
     ) -> Tensor:
-        """Guided sampling, blended with the recording: its noise before each step (blend "noise"), or the
-        inverted latent of the same noise level after each step ("latent").
+        """Guided sampling from `start` that is held to the recording, with lambda = 1 - edit_strength. By
+        `blend`:
 
-        lambda is 1 - edit_strength in the first `blend_fraction` of the steps and 0 in the rest; but at
-        strength 0 it is 1 in all of them, so that strength 0 is the reconstruction whatever the fraction.
+        noise   eps + lambda (eps_recorded - eps), the noise recorded at the same step;
+        latent  eps + lambda (z_x - eps), the inverted latent itself, which is nearly all noise;
+        path    after each step x + lambda (x_recorded - x), the latent that the inversion passed there.
+
+        lambda is 0 after the first `blend_fraction` of the steps. Strength 0 means the recording's noise
+        alone in all of them, whatever the blend and the fraction: the reconstruction, exactly.
         """
         steps = len(trajectory)
-        blended = steps if self.edit_strength == 0 else round(self.blend_fraction * steps)
-        lam = [1 - self.edit_strength if i < blended else 0.0 for i in range(steps)]
+        lam = [1 - self.edit_strength if i < round(self.blend_fraction * steps) else 0.0 for i in range(steps)]
         step_at = {int(t): i for i, t in enumerate(trajectory.timesteps)}
 
         def denoise(x: Tensor, t: int) -> Tensor:
             i = step_at[int(t)]
-            if lam[i] == 1:  # the network would have no say
+            if self.edit_strength == 0:
                 return recording.eps[i]
             eps = target(x, t)
-            return eps + lam[i] * (recording.eps[i] - eps) if self.blend == "noise" else eps
+            if self.blend == "noise":
+                return eps + lam[i] * (recording.eps[i] - eps)
+            return eps + lam[i] * (recording.latent - eps) if self.blend == "latent" else eps
 
         def after(i: int, x: Tensor) -> Tensor:
-            return x + lam[i] * (recording.latents[i + 1] - x) if self.blend == "latent" else x
+            return x + lam[i] * (recording.latents[i + 1] - x) if self.blend == "path" else x
 
         bar = partial(reporter.progress, stage="editing", total=steps)
         return self.sampler.sample(denoise, start, trajectory, noise, bar, after)
@@ -213,10 +218,10 @@ def in_dtype(dtype: torch.dtype, denoise: Denoiser) -> Denoiser:
 def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:
     """A latent at the cosine s in [0, 1] to z, exactly, with z's mean and variance, and so its norm.
 
-    s z + sqrt(1 - s^2) o, with o as long as z and at a right angle to it. o is the noise made so, but for its
-    part along u, the constant latent made orthogonal to z, which is set such that the mean stays. Where
-    |mean| exceeds the standard deviation no such part need exist, and only cosine and norm are exact.
-    Computed in float64.
+    s z + sqrt(1 - s^2) o, with o as long as z and at a right angle to it: the noise made so, but for its part
+    along u, the constant latent made orthogonal to z, which is set such that the mean stays. Where |mean| is
+    so far above the standard deviation that it cannot, the cosine and the norm are exact all the same. In
+    float64.
     """
     flat, n = (v.detach().cpu().double().flatten() for v in (z, noise))
     z_hat = F.normalize(flat, dim=0)
@@ -227,6 +232,6 @@ def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:
     n_hat = F.normalize(n - (n @ u_hat) * u_hat, dim=0)
     # mean(s z + sqrt(1 - s^2) o) = mean(z), solved for the cosine of o and u
     c = float((one_hat @ z_hat) / u.norm().clamp(min=1e-12)) * math.sqrt((1 - s) / (1 + s))
-    c = min(max(c, -1.0), 1.0)
+    c = c if abs(c) <= 1 else 0.0
     o = flat.norm() * (c * u_hat + math.sqrt(1 - c**2) * n_hat)
     return (s * flat + math.sqrt(1 - s**2) * o).reshape(z.shape).to(z)
