@@ -125,6 +125,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, if `on`, the UNet recomputes activations in the backward pass instead of keeping them."""
+    before = unet.gradient_checkpointing
+    unet.gradient_checkpointing = on or before
+    try:
+        yield
+    finally:
+        unet.gradient_checkpointing = before
+
+
+@contextmanager
 def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
     """Inside, the named parameters of `module` hold copies of `values` and are handed out; afterwards they
     hold their own storage again."""
@@ -212,7 +223,7 @@ def cached_stage(
         fresh = True
         with reporter.stage(stage):
             tensors, curves = build()
-        kept = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         return kept | {f"curve/{name}": curve for name, curve in curves.items()}
 
     state = reporter.cached({"stage": stage, **key}, run)

@@ -26,6 +26,7 @@ from methods.base import (
     cached_stage,
     check,
     check_choice,
+    checkpointing,
     cosine,
     frozen,
     generator,
@@ -117,8 +118,7 @@ class Imagic:
         return result
 
     def optimise_embedding(self, model, task, x, e_tgt, reporter, seed) -> Stage:
-        """Stage A: e_opt = argmin_e E ||eps - eps_theta(x_t, t, e)||^2 from e = e_tgt, eq. 2 -> e_opt (K, L,
-        C).
+        """Stage A: e_opt = argmin_e E ||eps - eps_theta(x_t, t, e)||^2 from e = e_tgt (eq. 2) -> (K, L, C).
 
         Each of the K embeddings sees noise of its own. With `clip_weight` w the loss grows by w (1 - cos),
         the cosine being that between CLIP's features of the embedding and of the input image.
@@ -171,7 +171,7 @@ class Imagic:
                 steps, lr, optimizer = self.tuning_steps, self.tuning_lr, self.tuning_optimizer
                 params = list(weights.values())
                 curves = minimise(terms, params, steps, lr, optimizer, "tuning", "method.tuning_lr", reporter)
-                return {name: w.detach().clone() for name, w in weights.items()}, curves
+                return {name: w.detach() for name, w in weights.items()}, curves
 
         tuning = [self.tuning_steps, self.tuning_lr, self.tuning_optimizer, self.tuning_batch, self.tune]
         key = self.key(task, seed) | {"tuning": tuning, "rank": self.lora_rank if self.tune == "lora" else 0}
@@ -179,11 +179,11 @@ class Imagic:
         return (lora.merged(model.unet, weights) if self.tune == "lora" else weights), curves
 
     def tune_decoder(self, model, task, x, reporter) -> Stage:
-        """Stage B for the auxiliary network: min ||D(x) - image||_1 + ||D(x) - image||_2^2 over the decoder
-        D.
+        """Stage B, auxiliary network: min_phi ||D_phi(x) - image||_1 + ||D_phi(x) - image||_2^2 -> its
+        weights.
 
-        In a latent model the decoder has the part of Imagen's super-resolution networks: it draws the detail
-        that diffusion does not.
+        In a latent model the decoder D has the part of Imagen's super-resolution networks: it draws the
+        detail that diffusion leaves out.
         """
         if self.decoder_steps == 0:
             return {}, {}
@@ -198,13 +198,13 @@ class Imagic:
             with trainable(model.autoencoder, names) as weights:
                 params, steps, lr = list(weights.values()), self.decoder_steps, self.decoder_lr
                 curves = minimise(terms, params, steps, lr, "adam", "decoder", "method.decoder_lr", reporter)
-                return {name: w.detach().clone() for name, w in weights.items()}, curves
+                return {name: w.detach() for name, w in weights.items()}, curves
 
         key = {"method": "imagic", "decoder": [self.decoder_steps, self.decoder_lr]}
         return cached_stage(reporter, "decoder", key, build)
 
     def interpolate(self, model, x, e_tgt, e_opt, reporter, seed) -> EditResult:
-        """Stage C: sample under eta e_tgt + (1 - eta) e_opt, eq. 3. Sample i has one start for all etas, and
+        """Stage C: sample under eta e_tgt + (1 - eta) e_opt (eq. 3). Sample i has one start for all etas, and
         takes embedding i modulo K."""
         trajectory = self.sampler.trajectory(model.schedule)
         null = model.encode_text([""]) if self.guidance_scale != 1 else None
@@ -280,14 +280,3 @@ def switched(early: Denoiser, late: Denoiser, timesteps: Tensor, fraction: float
     which draws its details."""
     rest = set(timesteps[round(fraction * len(timesteps)) :].tolist())
     return lambda x, t: (late if int(t) in rest else early)(x, t)
-
-
-@contextmanager
-def checkpointing(unet, on: bool) -> Iterator[None]:
-    """Inside, if `on`, the UNet recomputes activations in the backward pass instead of keeping them."""
-    before = unet.gradient_checkpointing
-    unet.gradient_checkpointing = on or before
-    try:
-        yield
-    finally:
-        unet.gradient_checkpointing = before

@@ -22,7 +22,7 @@ def task():
     return EditTask(image, "a red cat")
 
 
-def method(steps=6, eta=0.0, **kwargs):
+def method(steps=4, eta=0.0, **kwargs):
     return DirectInversion(Sampler(steps=steps, eta=eta), **kwargs)
 
 
@@ -55,7 +55,7 @@ def test_strength_0_is_exact_in_half_precision_too(task):
 @pytest.mark.parametrize("blend", ["noise", "latent", "path"])
 def test_strength_1_is_plain_guided_sampling_from_the_inverted_latent(tiny_model, task, blend):
     result = method(edit_strength=1, blend=blend, guidance_scale=2.0).edit(tiny_model, task)
-    trajectory = tiny_model.schedule.trajectory(6)
+    trajectory = tiny_model.schedule.trajectory(4)
     null, target = tiny_model.encode_text([""]), tiny_model.encode_text([task.prompt])
     start = ddim.invert(guided(tiny_model, null), tiny_model.encode_image(task.image), trajectory)
     z = ddim.sample(guided(tiny_model, target, null, 2.0), start, trajectory)
@@ -65,14 +65,14 @@ def test_strength_1_is_plain_guided_sampling_from_the_inverted_latent(tiny_model
 
 @pytest.mark.parametrize("blend", ["noise", "latent", "path"])
 def test_blending_follows_its_equation(tiny_model, task, blend):
-    """Strength 0.3 over half of 6 steps, walked here step by step."""
+    """Strength 0.3 over half of 4 steps, walked here step by step."""
     result = method(edit_strength=0.3, blend=blend, blend_fraction=0.5, guidance_scale=2.0).edit(tiny_model, task)
-    trajectory, x0 = tiny_model.schedule.trajectory(6), tiny_model.encode_image(task.image)
+    trajectory, x0 = tiny_model.schedule.trajectory(4), tiny_model.encode_image(task.image)
     null, target = tiny_model.encode_text([""]), tiny_model.encode_text([task.prompt])
     recording = ddim.record(guided(tiny_model, null), x0, trajectory)
     denoise, z = guided(tiny_model, target, null, 2.0), recording.latent
-    for i in range(6):
-        lam = 0.7 if i < 3 else 0.0
+    for i in range(4):
+        lam = 0.7 if i < 2 else 0.0
         eps = denoise(z, int(trajectory.timesteps[i]))
         if blend != "path":
             eps = (1 - lam) * eps + lam * (recording.eps[i] if blend == "noise" else recording.latent)
@@ -217,7 +217,7 @@ def test_fixed_point_steps_make_the_inversion_consistent(tiny_model, task):
         {"guidance_scale": 5.0},
         {"guidance_scale": 0.0},
         {"eta": 0.7},
-        {"steps": 7},
+        {"steps": 5},
         {"blend": "latent"},
         {"blend": "path"},
         {"blend_fraction": 0.5},
@@ -262,7 +262,7 @@ def test_long_loops_show_their_progress(tiny_model, task):
             yield from items
 
     method(semantic_coherence=1.0, coherence_steps=2).edit(tiny_model, task, Bars())
-    assert Bars.seen == [("inversion", 6, 6), ("editing", 6, 6), ("coherence", 2, 2)]
+    assert Bars.seen == [("inversion", 4, 4), ("editing", 4, 4), ("coherence", 2, 2)]
 
 
 @pytest.mark.parametrize(

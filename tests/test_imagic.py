@@ -15,7 +15,7 @@ from methods.base import Reporter, check, cosine, generator, minimise
 from methods.imagic import Imagic, denoising_losses
 from samplers import Sampler, ddim, guided
 
-FAST = {"embedding_steps": 3, "embedding_lr": 0.1, "tuning_steps": 3, "tuning_lr": 1e-3, "guidance_scale": 2.0}
+FAST = {"embedding_steps": 2, "embedding_lr": 0.1, "tuning_steps": 2, "tuning_lr": 1e-3, "guidance_scale": 2.0}
 
 
 class Memory(Reporter):
@@ -51,7 +51,7 @@ def task():
     return EditTask(image, "a red cat")
 
 
-def imagic(steps=4, sampler=None, **settings):
+def imagic(steps=3, sampler=None, **settings):
     return Imagic(sampler or Sampler(steps=steps), **{**FAST, **settings})
 
 
@@ -77,7 +77,7 @@ def test_stage_c_is_the_papers_interpolation(tiny_model, task):
     tuned = tuned_copy(tiny_model, memory)
     e_opt, e_tgt = result.tensors["optimised_embedding"], tiny_model.encode_text([task.prompt])
     assert e_opt.shape == (2, *e_tgt.shape[1:]) and not torch.equal(e_opt[0], e_opt[1])
-    trajectory = tiny_model.schedule.trajectory(4)
+    trajectory = tiny_model.schedule.trajectory(3)
     assert [(e.settings["eta"], e.settings["sample"]) for e in result.edits] == [
         (eta, i) for eta in (0, 0.25, 1) for i in range(3)
     ]
@@ -102,12 +102,12 @@ def test_a_sample_does_not_depend_on_its_neighbours(tiny_model, task):
 
 def expected_loss(model, x, e):
     with torch.no_grad():
-        return float(denoising_losses(model, x, e.expand(64, -1, -1), generator(7, "test")).mean())
+        return float(denoising_losses(model, x, e.expand(32, -1, -1), generator(7, "test")).mean())
 
 
 def test_both_stages_minimise_the_denoising_loss(tiny_model, task):
     memory = Memory()
-    method = imagic(embedding_steps=40, tuning_steps=25, tuning_batch=2)
+    method = imagic(embedding_steps=30, tuning_steps=20, tuning_batch=2)
     result = method.edit(tiny_model, task, memory)
     x, e_opt = result.tensors["source_latent"], result.tensors["optimised_embedding"]
     before = expected_loss(tiny_model, x, result.tensors["target_embedding"])
@@ -115,7 +115,7 @@ def test_both_stages_minimise_the_denoising_loss(tiny_model, task):
     after_b = expected_loss(tuned_copy(tiny_model, memory), x, e_opt)
     assert after_a < before - 5e-4  # a random network hardly listens to its text
     assert after_b < 0.8 * after_a
-    assert len(memory.curves["embedding", "loss"]) == 40 and len(memory.curves["tuning", "loss"]) == 25
+    assert len(memory.curves["embedding", "loss"]) == 30 and len(memory.curves["tuning", "loss"]) == 20
     assert result.tensors["tuning_loss"].tolist() == pytest.approx([v for _, v in memory.curves["tuning", "loss"]])
 
 
@@ -141,7 +141,7 @@ def test_random_start_has_the_targets_moments(tiny_model, task):
         {"embedding_optimizer": "sgd"},
         {"embedding_init": "random"},
         {"embedding_lr": 0.2},
-        {"embedding_steps": 4},
+        {"embedding_steps": 3},
         {"num_embeddings": 2},
         {"clip_weight": 5.0},
     ],
@@ -157,7 +157,7 @@ def test_stage_a_settings_matter_and_tune_again(tiny_model, task, setting):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"tuning_steps": 4}, {"tuning_lr": 2e-3}, {"tuning_optimizer": "sgd"}, {"tuning_batch": 2}, {"tune": "attention"}],
+    [{"tuning_steps": 3}, {"tuning_lr": 2e-3}, {"tuning_optimizer": "sgd"}, {"tuning_batch": 2}, {"tune": "attention"}],
     ids=str,
 )
 def test_stage_b_settings_matter_and_keep_the_embedding(tiny_model, task, setting):
@@ -173,9 +173,9 @@ def test_stage_b_settings_matter_and_keep_the_embedding(tiny_model, task, settin
     [
         {"eta": 0.3},
         {"guidance_scale": 1.0},
-        {"sampler": Sampler("ddpm", steps=4)},
-        {"sampler": Sampler(steps=4, eta=1.0)},
-        {"steps": 5},
+        {"sampler": Sampler("ddpm", steps=3)},
+        {"sampler": Sampler(steps=3, eta=1.0)},
+        {"steps": 4},
         {"start": "inversion"},
         {"style_eta": 0.1},
     ],
@@ -241,10 +241,10 @@ def test_batches_have_the_sizes_asked_for(tiny_model, task, monkeypatch):
     predict = tiny_model.predict_noise
     monkeypatch.setattr(tiny_model, "predict_noise", lambda x, t, c: seen.append(len(x)) or predict(x, t, c))
     imagic(num_embeddings=2, tuning_batch=3, guidance_scale=1.0).edit(tiny_model, task)
-    assert seen == [2] * 3 + [3] * 3 + [1] * 8  # stage A, stage B, then reconstruction and edit of 4 steps
+    assert seen == [2] * 2 + [3] * 2 + [1] * 6  # stage A, stage B, then reconstruction and edit of 3 steps
     seen.clear()
     imagic().edit(tiny_model, task)
-    assert seen == [1] * 6 + [2] * 8  # with guidance both branches go in one call
+    assert seen == [1] * 4 + [2] * 6  # with guidance both branches go in one call
 
 
 def test_gradient_checkpointing_changes_no_result(tiny_model, task, monkeypatch):
@@ -283,12 +283,12 @@ def test_style_mixing_takes_the_second_eta_late(tiny_model, task):
     memory = Memory()
 
     def edit(**settings):
-        return images(imagic(**settings).edit(tiny_model, task, memory))
+        return images(imagic(steps=4, **settings).edit(tiny_model, task, memory))
 
     assert torch.equal(edit(eta=0.6), edit(eta=0.6, style_eta=0.6))
     assert torch.equal(edit(eta=0.6), edit(eta=0.6, style_eta=0.1, style_from=1.0))
     assert torch.equal(edit(eta=0.1), edit(eta=0.6, style_eta=0.1, style_from=0.0))
-    result = imagic(eta=0.6, style_eta=0.1, style_from=0.75).edit(tiny_model, task, memory)
+    result = imagic(steps=4, eta=0.6, style_eta=0.1, style_from=0.75).edit(tiny_model, task, memory)
     tuned, e_opt = tuned_copy(tiny_model, memory), result.tensors["optimised_embedding"]
     e_tgt, null = tiny_model.encode_text([task.prompt]), tiny_model.encode_text([""])
     trajectory, z = tiny_model.schedule.trajectory(4), result.tensors["start_latents"]
