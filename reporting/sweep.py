@@ -163,7 +163,7 @@ def lay_out(rows: list[Row], axes: list[str]):
     prompts = unique(row.prompt for row in rows if row.prompt)
     title = [f'"{prompts[0]}"' if len(prompts) == 1 else f"{len(prompts)} prompts"]
     title += [f"swept: {', '.join(names)}"] if names else []
-    labels = [", ".join(f"{short(a)} {v}" for a, v in zip(across, key, strict=True)) for key in row_keys]
+    labels = [", ".join(f"{short(a)} {v}" for a, v in zip(across, key, strict=True) if v) for key in row_keys]
     heads = ["", *(f"{short(along)} {value}" if along else "" for value in columns)]
     return grid(title, body, labels if across else None, heads)
 
