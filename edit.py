@@ -28,6 +28,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
 
     import models
     from data.images import find
+    from models.placement import choose_device, choose_dtype
     from reporting.reporter import RunReporter
 
     device, dtype = choose_device(cfg.device), choose_dtype(cfg.dtype)
@@ -47,30 +48,6 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
             reporter = RunReporter(place, model, task, method_name, cache, logger)
             result = method.edit(model, task, reporter, cfg.seed)
             print("\n".join(reporter.finish(result)))
-
-
-def choose_device(name: str):
-    """auto: CUDA where there is a device for it, else the CPU."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
-    return device
-
-
-def choose_dtype(name: str):
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype={name} is unknown: float32, bfloat16 or float16")
-    return getattr(torch, name)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
+import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -12,46 +14,38 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-def save_grid(picture: Tensor, file: Path) -> None:
-    """Write a picture (3, H, W) in [0, 1] as PNG."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    array = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(file)
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] as Pillow's."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-class Logger:
-    """Called by the loop with (numbers, pictures, step)."""
+class TrainingLogger:
+    """Called by the loop with (numbers, pictures, step). Where several processes train, one is `active`."""
 
-    def __init__(self, cfg: DictConfig, out: Path):
-        self.part, self.out = cfg.part.name, out
-        self.file = out / "training" / f"{self.part}.jsonl"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.wandb = None
-        if cfg.logger.mode != "disabled":
-            import wandb
+    def __init__(self, cfg: DictConfig, out: Path, active: bool = True):
+        self.cfg, self.folder, self.active = cfg, out / "training", active
+        self.part = cfg.part.name
+        self.wandb = hydra.utils.instantiate(cfg.logger)
+        self.exits = ExitStack()
 
-            self.wandb = wandb.init(
-                project=cfg.logger.project,
-                name=f"train {self.part}",
-                mode=cfg.logger.mode,
-                dir=str(self.file.parent),
-                config=OmegaConf.to_container(cfg, resolve=True),
-                settings=wandb.Settings(silent=True),
-            )
+    def __enter__(self) -> TrainingLogger:
+        if self.active:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.exits.enter_context(self.wandb.run(self.folder, OmegaConf.to_container(self.cfg, resolve=True)))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.exits.__exit__(*error)
 
     def __call__(self, numbers: dict[str, float], pictures: dict[str, Tensor], step: int) -> None:
-        with self.file.open("a") as f:
-            f.write(json.dumps({"step": step} | numbers) + "\n")
-        for name, picture in pictures.items():
-            save_grid(picture, self.out / "training" / f"{name}_{step:07d}.png")
+        if not self.active:
+            return
+        with (self.folder / f"{self.part}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step} | numbers) + "\n")
+        self.wandb.scalars(self.part, step, numbers)
         if pictures:
             tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        if self.wandb:
-            import wandb
-
-            images = {k: wandb.Image(v.float().cpu()) for k, v in pictures.items()}
-            self.wandb.log(numbers | images, step=step)
-
-    def close(self) -> None:
-        if self.wandb:
-            self.wandb.finish()
+            images = {name: to_pil(picture) for name, picture in pictures.items()}
+            for name, image in images.items():
+                image.save(self.folder / f"{name}_{step:07d}.png")
+            self.wandb.pictures(images)

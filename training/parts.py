@@ -40,11 +40,11 @@ class AutoencoderObjective(Objective):
     """L1 + 2 L2 between a picture and its reconstruction, and a light KL to the unit Gaussian (Kingma & Welling,
     2014), all as means over elements."""
 
-    def __init__(self, model: LatentDiffusion, out: Path, heldout: Dataset, kl_weight: float):
+    def __init__(self, model: LatentDiffusion, out: Path, heldout: Dataset, kl_weight: float, probes: int):
         super().__init__()
         self.trained = model.autoencoder
         self.model, self.out, self.kl_weight = [model], out, kl_weight  # in a list: not a submodule
-        self.heldout = pictures(heldout, range(256))[0]
+        self.heldout = pictures(heldout, range(probes))[0]
         side = self.heldout.shape[-1] // self.trained.downsampling
         self.latent_shape = (self.trained.z_channels, side, side)
 
@@ -85,11 +85,13 @@ class ClipObjective(Objective):
     """The contrastive loss of CLIP (Radford et al., 2021), by open_clip. A few tokens are replaced by the unknown
     one, so that its embedding learns to mean nothing."""
 
-    def __init__(self, model: LatentDiffusion, out: Path, probes: dict[str, Dataset], unknown_rate: float):
+    def __init__(
+        self, model: LatentDiffusion, out: Path, datasets: dict[str, Dataset], unknown_rate: float, probes: int
+    ):
         super().__init__()
         self.trained: Clip = model.clip
         self.model, self.out, self.unknown_rate = [model], out, unknown_rate
-        self.probes = {name: pictures(dataset, range(1000)) for name, dataset in probes.items()}
+        self.probes = {name: pictures(dataset, range(probes)) for name, dataset in datasets.items()}
         self.context_length = model.text.context_length
         world = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -147,6 +149,7 @@ class UNetObjective(Objective):
         prompt_dropout: float,
         min_snr_gamma: float,
         guidance_scale: float,
+        probes: int,
     ):
         super().__init__()
         self.trained = model.unet
@@ -156,7 +159,7 @@ class UNetObjective(Objective):
         self.autoencoder = model.autoencoder.requires_grad_(False)
         self.text = model.text.requires_grad_(False)
         self.empty = self.text.tokenize([""])
-        images, captions = pictures(heldout, range(256))
+        images, captions = pictures(heldout, range(probes))
         generator = torch.Generator().manual_seed(0)
         self.probe = self.draw(len(images), generator) | {"ids": self.text.tokenize(captions)}
         self.probe |= {"image": ((images + 1) * 127.5).round(), "keep": torch.ones(len(images), dtype=torch.bool)}
@@ -198,13 +201,13 @@ class UNetObjective(Objective):
         current, model.unet, self.trained = self.trained, trained, trained
         try:
             losses = []
-            for i in range(0, 256, 32):
+            for i in range(0, len(self.probe["t"]), 32):
                 loss, _ = self({k: v[i : i + 32].to(device) for k, v in self.probe.items()})
-                losses.append(loss.item())
+                losses.append(loss)
             images = sample(model, self.prompts, self.guidance_scale, seed=0)
         finally:
             model.unet = self.trained = current
-        return {"heldout_loss": sum(losses) / len(losses)}, {"samples": grid(images, 8)}
+        return {"heldout_loss": torch.stack(losses).mean().item()}, {"samples": grid(images, 8)}
 
     def export(self, trained: nn.Module) -> None:
         save_part(trained, self.out, "unet")

@@ -14,7 +14,7 @@ from errors import InputError
 from models import LatentDiffusion, build, load
 from models.checkpoints import fill, part_of, read_config, read_part
 from models.text import compact_vocabulary
-from training.logger import save_grid
+from training.logger import to_pil
 from training.parts import (
     AutoencoderObjective,
     ClipObjective,
@@ -106,5 +106,5 @@ def evaluate(cfg: DictConfig, device: torch.device) -> dict[str, float]:
     settings = OmegaConf.to_container(cfg.part, resolve=True)
     (out / "evaluation.json").write_text(json.dumps({"settings": settings, "results": numbers}, indent=1) + "\n")
     for name, picture in grids.items():
-        save_grid(picture, out / f"{name}.png")
+        to_pil(picture).save(out / f"{name}.png")
     return numbers

@@ -1,0 +1,26 @@
+"""Where a model computes, and in what precision, from the names that users type."""
+
+import torch
+
+from errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA where there is a device for it, else the CPU. Raises InputError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
+    return device
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16 or float16. Raises InputError for another name."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype={name} is unknown: float32, bfloat16 or float16")
+    return getattr(torch, name)
