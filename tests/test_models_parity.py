@@ -63,11 +63,12 @@ def test_guided_ddim_trajectory(case):
     model, expected, arch = case
     trajectory = model.schedule.trajectory(steps=10)
     assert trajectory.timesteps.tolist() == expected["ddim_timesteps"].tolist()
-    hidden = expected["text_hidden"]
-    x = expected["ddim_cfg3_trajectory"][:1]
-    best = None
-    for text, null in ((0, 1), (1, 0)):
-        denoise = guided(model, hidden[text : text + 1], hidden[null : null + 1], arch["guidance_scale"])
-        error = (ddim.sample(denoise, x, trajectory) - expected["ddim_cfg3_trajectory"][-1:]).abs().max()
-        best = error if best is None else min(best, error)
-    assert best < 1e-4
+    path = [expected["ddim_cfg3_trajectory"][:1]]
+    text, null = expected["text_hidden"].split(1)
+    ddim.sample(
+        guided(model, text, null, arch["guidance_scale"]),
+        path[0],
+        trajectory,
+        callback=lambda i, x: path.append(x),
+    )
+    close(torch.cat(path), expected["ddim_cfg3_trajectory"])
