@@ -115,7 +115,7 @@ class DirectInversion:
                     z = self.sample(target, start, recording, trajectory, noise, reporter)
                     metrics = {"start_inverted_cosine": cosine(start, recording.latent)}
                     if self.semantic_coherence:
-                        z, agreement = self.cohere(model, task.prompt, z, reporter)
+                        z, agreement = self.cohere(model, task.prompt, z, reporter, i)
                         metrics |= agreement
                     metrics["edit_source_cosine"] = cosine(z, z_0)
                     settings = {"edit_strength": float(self.edit_strength), "sample": i}
@@ -187,7 +187,7 @@ class DirectInversion:
             z = with_cosine(z, noise_like(z_x, noise), math.sqrt(1 - self.diversity**2))
         return z
 
-    def cohere(self, model, prompt: str, z_edit: Tensor, reporter) -> tuple[Tensor, dict[str, float]]:
+    def cohere(self, model, prompt: str, z_edit: Tensor, reporter, i: int) -> tuple[Tensor, dict[str, float]]:
         """Pull the edited latent towards the target text, as CLIP sees it, without going far; w =
         semantic_coherence:
 
@@ -206,7 +206,8 @@ class DirectInversion:
             return {"clip": self.semantic_coherence * (1 - agreement()), "distance": distance}
 
         before, steps, lr = float(agreement()), self.coherence_steps, self.coherence_lr
-        minimise(terms, [z], steps, lr, "adam", "coherence", "method.coherence_lr", reporter)
+        stage = f"coherence_{i}" if self.num_samples > 1 else "coherence"  # each sample has curves of its own
+        minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
         return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}
 
 

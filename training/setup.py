@@ -59,7 +59,7 @@ def assemble(cfg: DictConfig, out: Path) -> tuple[torch.nn.Module, Dataset]:
     if part == "clip":
         probe = hydra.utils.instantiate(cfg.data.train, size=arch["image_size"], seed=cfg.seed + 1)
         return ClipObjective(model, out, {"trained": probe, "heldout": heldout}, **options), train
-    prompts = options.pop("prompts") or pictures(heldout, range(16))[1]
+    prompts = options.pop("prompts") or pictures(train, range(10**8, 10**8 + 16))[1]
     return UNetObjective(model, out, heldout, prompts, **options), train
 
 
