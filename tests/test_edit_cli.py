@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import models
+from reporting.outcome import explain
 
 EDIT = Path(__file__).resolve().parent.parent / "edit.py"
 SHORT = ["sampler.steps=3", "method.embedding_steps=3", "method.tuning_steps=2"]
@@ -36,52 +38,61 @@ def edit(user, *settings):
     command = [sys.executable, str(EDIT), "model.weights=tiny", *settings]
     done = subprocess.run(command, cwd=user, env=environment(user), capture_output=True, text=True)
     told = [line.split("\r")[-1] for line in done.stderr.splitlines()]
-    return done.returncode, done.stdout, [line for line in told if line.strip() and "it/s]" not in line]
+    return done.returncode, done.stdout, [line for line in told if line.strip() and "it/s" not in line]
 
 
 PHOTO = ["image=photo.jpg", "prompt=a red heart"]
 
 
-@pytest.fixture(scope="module")
-def imagic(user):
-    """One run of Imagic for a list of eta, with W&B offline."""
-    return edit(user, *PHOTO, *SHORT, "method=imagic", "method.eta=[0.4,0.8]", "fit=pad", "hydra.run.dir=one")
+def run_here(user, folder, *settings):
+    """The same in this process, which spares loading everything; errors are raised."""
+    import hydra
+
+    import edit as command
+
+    before, threads = Path.cwd(), torch.get_num_threads()
+    os.chdir(user)
+    torch.set_num_threads(1)  # as in `environment`: sums in another order end in other bits
+    try:
+        with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
+            cfg = hydra.compose("edit", ["model.weights=tiny", f"cache.dir={user / 'cache/tuning'}", *settings])
+            command.edit(cfg, folder, "imagic")
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
 
 
-def test_imagic_writes_its_folder(user, imagic):
-    code, out, err = imagic
-    assert code == 0 and err == [], err
-    one = user / "one"
-    files = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file() and "wandb" not in p.parts}
+def files_of(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "wandb" not in p.parts}
+
+
+REPORT = {"input.png", "reconstruction.png", "sheet.png", "metrics.json", "timings.json", "tensors.safetensors"}
+
+
+def test_imagic_for_a_list_of_eta_then_a_sweep(user, capsys):
+    """The sweep's first job has the settings of the single run, and so, from another process, its bytes; it reuses
+    the tuning of that run, and survives jobs that fail."""
+    imagic = [*PHOTO, *SHORT, "fit=pad", "logger.mode=disabled"]
+    one, many = user / "one", user / "many"
+    run_here(user, one, *imagic, "method.eta=[0.4,0.8]")
     edits = {"edits/00_eta-0.4_sample-0.png", "edits/01_eta-0.8_sample-0.png"}
-    pictures = {"input.png", "reconstruction.png", "sheet.png", "plots/loss.png", "plots/eta.png"}
-    assert edits | pictures | {"metrics.json", "timings.json", "tensors.safetensors"} <= files
+    assert files_of(one) == REPORT | edits | {"plots/loss.png", "plots/eta.png"}
     assert all(Image.open(one / name).size == (32, 32) for name in edits | {"input.png", "reconstruction.png"})
     assert Image.open(one / "input.png").getpixel((16, 1)) == (255, 255, 255)  # a bar of fit=pad
-    assert list(one.glob("wandb/offline-run-*/run-*.wandb"))
     numbers = json.loads((one / "metrics.json").read_text())
     assert [e["settings"]["eta"] for e in numbers["edits"]] == [0.4, 0.8]
     assert {"embedding", "tuning", "editing"} <= json.loads((one / "timings.json").read_text())["seconds"].keys()
-    assert f"contact sheet: {one / 'sheet.png'}" in out
-    assert not (user / "wandb").exists()  # nothing is left where the user stands
+    assert f"contact sheet: {one / 'sheet.png'}" in capsys.readouterr().out
 
-
-def test_a_sweep_reuses_the_tuning_and_survives_a_failing_job(user, imagic):
-    """The first job has the settings of the single run, and so, from another process and without W&B, its bytes."""
-    code, out, err = edit(
-        user, *PHOTO, *SHORT, "fit=pad", "logger.mode=disabled", "hydra.sweep.dir=many",
-        "--multirun", "method.eta=[0.4,0.8],1.5", "sampler.eta=0,1",
-    )  # fmt: skip
-    many = user / "many"
+    settings = ["hydra.sweep.dir=many", "--multirun", "method.eta=[0.4,0.8],1.5", "sampler.eta=0,1"]
+    code, out, err = edit(user, *imagic, *settings)
     assert code == 1 and len(err) == 2, err
     assert all("method.eta is 1.5" in line for line in err)
     assert "4 jobs, 2 failed" in out
-    one = user / "one"
-    for name in ("sheet.png", "edits/00_eta-0.4_sample-0.png", "tensors.safetensors", "metrics.json"):
+    for name in files_of(one) - {"timings.json"}:
         assert (many / "0" / name).read_bytes() == (one / name).read_bytes(), name
     for job in ("0", "1"):
-        reused = json.loads((many / job / "timings.json").read_text())["reused_tuning"]
-        assert reused == ["embedding", "tuning"]
+        assert json.loads((many / job / "timings.json").read_text())["reused_tuning"] == ["embedding", "tuning"]
     assert (many / "1" / "sheet.png").read_bytes() != (one / "sheet.png").read_bytes()
     with open(many / "summary.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -90,13 +101,16 @@ def test_a_sweep_reuses_the_tuning_and_survives_a_failing_job(user, imagic):
     assert Image.open(many / "summary.png").width > 500
 
 
-def test_direct_inversion(user):
-    run = ["method=direct_inversion", "sampler.steps=3", "method.edit_strength=0", "logger.mode=disabled"]
-    code, _, err = edit(user, *PHOTO, *run, "hydra.run.dir=inversion")
+def test_direct_inversion_with_wandb_offline(user):
+    run = ["method=direct_inversion", "sampler.steps=3", "method.edit_strength=0", "hydra.run.dir=inversion"]
+    code, out, err = edit(user, *PHOTO, *run)
+    folder = user / "inversion"
     assert code == 0 and err == [], err
-    (file,) = (user / "inversion" / "edits").iterdir()
-    assert file.read_bytes() == (user / "inversion" / "reconstruction.png").read_bytes()  # strength 0 replays
-    assert not (user / "inversion" / "wandb").exists()
+    assert files_of(folder) >= REPORT and f"contact sheet: {folder / 'sheet.png'}" in out
+    (file,) = (folder / "edits").iterdir()
+    assert file.read_bytes() == (folder / "reconstruction.png").read_bytes()  # strength 0 replays
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert not (user / "wandb").exists()  # nothing is left where the user stands
 
 
 WRONG = {
@@ -113,14 +127,8 @@ def test_a_mistake_is_one_line(user, setting):
     assert WRONG[setting] in err[0] and err[0].startswith("error: ")
 
 
-def test_more_mistakes_in_one_line(user, monkeypatch, tmp_path):
+def test_more_mistakes_in_one_line(user, tmp_path):
     """The same in one process, for speed: what `edit` raises is explained by the line."""
-    import hydra
-
-    import edit as command
-    from reporting.outcome import explain
-
-    monkeypatch.chdir(user)
     (user / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     (user / "half").mkdir(exist_ok=True)
     (user / "half" / "config.json").write_text((user / "tiny" / "config.json").read_text())
@@ -142,14 +150,12 @@ def test_more_mistakes_in_one_line(user, monkeypatch, tmp_path):
         "method.embedding_lr=1e30": "stage 'embedding' at step",
         "+method.colour=blue": "unexpected keyword argument 'colour'",
     }
-    with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
-        for setting, part in wrong.items():
-            quiet = ["model.weights=tiny", "logger.mode=disabled", "cache.enabled=false", *SHORT, *PHOTO]
-            cfg = hydra.compose("edit", [*quiet, setting])
-            with pytest.raises(Exception) as error:
-                command.edit(cfg, tmp_path, "imagic")
-            line = explain(error.value)
-            assert line and part in line and "\n" not in line, (setting, line)
+    quiet = ["logger.mode=disabled", "cache.enabled=false", *SHORT, *PHOTO]
+    for setting, part in wrong.items():
+        with pytest.raises(Exception) as error:
+            run_here(user, tmp_path, *quiet, setting)
+        line = explain(error.value)
+        assert line and part in line and "\n" not in line, (setting, line)
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
