@@ -21,6 +21,7 @@ from errors import InputError
 from models.latent_diffusion import LatentDiffusion, build
 
 PARTS = ("autoencoder", "clip", "unet")
+SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 
 
 def load(
@@ -77,6 +78,15 @@ def save_part(module: nn.Module, path: Path, part: str, dtype: torch.dtype | Non
         os.replace(temporary, path / f"{part}.safetensors")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str) -> None:
+    """Write one part of a folder whose parts are trained one by one: `module`'s weights in half precision, and those
+    sections of the model's config that describe it. What the config says of the other parts stays."""
+    save_part(module, path, part)
+    stored = read_config(path) if (path / "config.json").exists() else {}
+    own = {section: model.config[section] for section in SECTIONS_OF[part] if section in model.config}
+    write_config({**model.config, **stored, **own}, path)
 
 
 def write_config(config: Mapping, path: Path) -> None:

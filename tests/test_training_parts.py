@@ -59,6 +59,9 @@ def test_autoencoder_loss_and_scale(model, tmp_path):
     with torch.no_grad():
         objective.export(model.autoencoder)
     scaled = models.checkpoints.read_config(tmp_path)["vae"]["scale_factor"]
+    model.config["vae"]["scale_factor"] = 1.0  # as the process that trains another part has read it
+    UNetObjective(model, tmp_path, Squares(), ["a"], 0.0, 5.0, 3.0, probes=4).export(model.unet)
+    assert models.checkpoints.read_config(tmp_path)["vae"]["scale_factor"] == scaled  # another part leaves it alone
     z = model.autoencoder.encode(objective.heldout) / model.autoencoder.scale_factor
     assert (z * scaled).std().item() == pytest.approx(1, abs=0.01)
 

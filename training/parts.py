@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from metrics import psnr
-from models.checkpoints import save_part, write_config
+from models.checkpoints import export_part
 from models.latent_diffusion import LatentDiffusion
 from models.text import BEGIN, END, UNKNOWN, Clip
 from samplers import Sampler, guided
@@ -75,10 +75,8 @@ class AutoencoderObjective(Objective):
         """The weights, with the scale that gives latents unit variance in the config."""
         device = next(trained.parameters()).device
         z = torch.cat([trained.encode(x.to(device)) for x in self.heldout.split(32)]) / trained.scale_factor
-        config = self.model[0].config
-        config["vae"]["scale_factor"] = round(1 / z.std().item(), 5)
-        save_part(trained, self.out, "autoencoder")
-        write_config(config, self.out)
+        self.model[0].config["vae"]["scale_factor"] = round(1 / z.std().item(), 5)
+        export_part(self.model[0], trained, self.out, "autoencoder")
 
 
 class ClipObjective(Objective):
@@ -117,8 +115,7 @@ class ClipObjective(Objective):
         return {f"top1_of_100_{name}": top1_of(trained, *probe) for name, probe in self.probes.items()}, {}
 
     def export(self, trained: nn.Module) -> None:
-        save_part(trained, self.out, "clip")
-        write_config(self.model[0].config, self.out)
+        export_part(self.model[0], trained, self.out, "clip")
 
 
 def top1_of(clip: Clip, images: Tensor, captions: Sequence[str], choices: int = 100) -> float:
@@ -210,8 +207,7 @@ class UNetObjective(Objective):
         return {"heldout_loss": torch.stack(losses).mean().item()}, {"samples": grid(images, 8)}
 
     def export(self, trained: nn.Module) -> None:
-        save_part(trained, self.out, "unet")
-        write_config(self.model[0].config, self.out)
+        export_part(self.model[0], trained, self.out, "unet")
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from errors import InputError
 from models import LatentDiffusion, build, load
-from models.checkpoints import fill, part_of, read_config, read_part
+from models.checkpoints import SECTIONS_OF, fill, part_of, read_config, read_part
 from models.text import compact_vocabulary
 from training.logger import to_pil
 from training.parts import (
@@ -27,7 +27,6 @@ from training.parts import (
 )
 
 NEEDS = {"autoencoder": [], "clip": [], "unet": ["autoencoder", "clip"]}  # parts that must be trained before
-SECTIONS = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 
 
 def datasets(cfg: DictConfig, image_size: int) -> tuple[Dataset, Dataset]:
@@ -67,7 +66,7 @@ def reconciled(arch: dict, stored: dict, part: str, out: Path) -> dict:
     """`arch` with what earlier parts measured (the latents' scale). Raises InputError where it contradicts the sizes
     of a part that is already trained."""
     arch["vae"]["scale_factor"] = stored["vae"]["scale_factor"]
-    for other, sections in SECTIONS.items():
+    for other, sections in SECTIONS_OF.items():
         if other == part or not (out / f"{other}.safetensors").exists():
             continue
         for section in sections:
