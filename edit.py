@@ -3,6 +3,7 @@
     python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
 """
 
+import os
 from pathlib import Path
 
 import hydra
@@ -37,13 +38,16 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     torch.manual_seed(cfg.seed)  # methods draw from generators of their own; this is for those that do not
+    if device.type == "cuda":  # the same seed gives the same bytes, as far as CUDA's kernels can
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype)
 
     with logger.run(folder, OmegaConf.to_container(cfg, resolve=True)):
         tasks = list(source.tasks(model.image_size))
         for task in tasks:
-            task = replace(task, image=task.image.to(device, dtype))
+            task = replace(task, image=task.image.to(device))
             place = folder if len(tasks) == 1 else folder / task.name
             reporter = RunReporter(place, model, task, method_name, cache, logger)
             result = method.edit(model, task, reporter, cfg.seed)

@@ -108,14 +108,3 @@ def read_image(path: str | Path, size: int, fit: str = "crop") -> Tensor:
     `fit` is "crop", "pad" or "stretch". Raises InputError for a missing, broken or far too large file.
     """
     return to_tensor(fit_square(open_rgb(path), size, fit))
-
-
-def write_image(path: str | Path, image: Tensor) -> None:
-    """Write (3, H, W) in [-1, 1] as a PNG, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        to_pil(image).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

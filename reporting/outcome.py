@@ -34,7 +34,8 @@ def explain(error: BaseException) -> str | None:
         if full or "No space left on device" in str(cause):  # safetensors raises an error of its own
             where = f" (writing {cause.filename})" if getattr(cause, "filename", None) else ""
             return f"the disk is full{where}: free some space, or write elsewhere with hydra.run.dir=..."
-        if type(cause).__name__ == "OutOfMemoryError":  # torch's; not imported for this
+        # torch's own error on a GPU, and the CPU allocator's; torch is not imported for this
+        if type(cause).__name__ == "OutOfMemoryError" or "not enough memory" in str(cause):
             return f"the device ran out of memory ({str(cause).splitlines()[0]})"
     first = causes[0]
     if isinstance(first, MissingConfigException) and first.options:

@@ -32,6 +32,7 @@ class RunReporter(Reporter):
     ):
         self.folder, self.model, self.task, self.method = folder, model, task, method
         self.cache, self.logger = cache, logger
+        self.prefix = "" if task.name == "edit" else f"{task.name}/"  # W&B keeps the tasks of a benchmark apart
         self.began = time.perf_counter()
         self.curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
         self.seconds: dict[str, float] = {}
@@ -64,7 +65,7 @@ class RunReporter(Reporter):
             self.curves.setdefault(stage, {}).setdefault(name, []).append((step, float(value)))
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-        self.logger.scalars(stage, step, values)
+        self.logger.scalars(self.prefix + stage, step, values)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -129,9 +130,8 @@ class RunReporter(Reporter):
         captioned = [(p, describe(r["settings"])) for p, r in zip(pictures, records, strict=True)]
         shown = {"sheet": sheet, "input": source, "reconstruction": reconstruction, "edits": captioned}
         plotted = {f"plots/{name}": self.folder / "plots" / f"{name}.png" for name in plots}
-        prefix = "" if self.task.name == "edit" else f"{self.task.name}/"
-        self.logger.pictures({prefix + name: picture for name, picture in (shown | plotted).items()})
-        self.logger.summary({prefix + name: value for name, value in _flat(numbers | resources).items()})
+        self.logger.pictures({self.prefix + name: picture for name, picture in (shown | plotted).items()})
+        self.logger.summary({self.prefix + name: value for name, value in _flat(numbers | resources).items()})
         return self._headline(numbers)
 
     def _sheet(self, source, reconstruction, pictures, records, numbers):
