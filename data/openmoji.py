@@ -14,7 +14,6 @@ import hashlib
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from data.openmoji_names import Named, colorless, named_pictures, with_article
 from errors import InputError
+from files import whole_file
 
 RECIPE = 1  # raise when the rendering below changes, so that old caches are not read
 MARGIN = 1.25  # a stored picture spans this many frames: room for what sticks out of a face
@@ -340,14 +340,8 @@ def _save(path: Path, array: np.ndarray) -> None:
     """Written whole or not at all, whoever else writes the same."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                np.save(file, array)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            np.save(file, array)
     except OSError as error:
         raise InputError(
             f"rendered pictures cannot be kept in {path.parent} ({error.strerror or error}): "

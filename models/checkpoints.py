@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from errors import InputError
+from files import whole_file
 from models.latent_diffusion import LatentDiffusion, build
 
 PARTS = ("autoencoder", "clip", "unet")
@@ -67,17 +68,13 @@ def part_of(model: LatentDiffusion, part: str) -> nn.Module:
 
 
 def save_part(module: nn.Module, path: Path, part: str, dtype: torch.dtype | None = torch.float16) -> None:
-    """Write one part's safetensors file, whole: to a temporary name, then renamed."""
+    """Write one part's safetensors file."""
     state = {
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous().cpu()
         for name, t in module.state_dict().items()
     }
-    temporary = path / f".{part}.{os.getpid()}.tmp"
-    try:
-        save_file(state, temporary)
-        os.replace(temporary, path / f"{part}.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path / f"{part}.safetensors") as partial:
+        save_file(state, partial)
 
 
 def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str) -> None:
@@ -90,10 +87,8 @@ def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str
 
 
 def write_config(config: Mapping, path: Path) -> None:
-    """Write `config.json`, whole."""
-    temporary = path / f".config.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(dict(config), indent=1) + "\n")
-    os.replace(temporary, path / "config.json")
+    with whole_file(path / "config.json") as partial:
+        partial.write_text(json.dumps(dict(config), indent=1) + "\n")
 
 
 def read_config(path: Path) -> dict:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import InputError
-from reporting.files import whole_file
+from files import whole_file
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from data.images import to_pil
 from data.tasks import EditTask
+from files import whole_folder
 from methods.base import EditResult, Reporter
 from metrics import measure, psnr
 from reporting.cache import TuningCache, code_fingerprint, digest
-from reporting.files import whole_folder
 from reporting.logger import WandbLogger
 from reporting.sheet import Cell, contact_sheet, describe, scores, show
 

@@ -78,7 +78,7 @@ def read_jobs(folder: Path) -> list[Row]:
 
 def write_summary(folder: Path, rows: list[Row]) -> None:
     """`summary.csv`, and `summary.png` where there is an edit to show."""
-    from reporting.files import whole_file
+    from files import whole_file
 
     axes = swept(rows)
     overrides = unique(name for row in rows for name in row.overrides)

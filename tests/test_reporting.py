@@ -19,10 +19,10 @@ from PIL import Image, ImageFont
 from data.images import to_tensor
 from data.tasks import EditTask
 from errors import InputError
+from files import whole_file, whole_folder
 from methods.base import Edit, EditResult
 from metrics import measure, psnr
 from reporting.cache import TuningCache, code_fingerprint
-from reporting.files import whole_file, whole_folder
 from reporting.logger import WandbLogger
 from reporting.outcome import explain
 from reporting.plots import plot_curves, plot_tradeoff

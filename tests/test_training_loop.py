@@ -191,7 +191,7 @@ def test_killed_and_terminated_runs_continue_to_the_same_result(tmp_path):
     assert process.wait(timeout=60) == 0
     run(tmp_path / "whole", replace(SETTINGS, steps=60, save_every=3))
     assert_same_state(state(tmp_path / "whole"), state(folder), atol=0, rtol=0)
-    assert all(f.name == "state.pt" or f.suffix == ".tmp" for f in folder.iterdir())
+    assert all(f.name == "state.pt" or f.suffix == ".partial" for f in folder.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):

@@ -9,7 +9,6 @@ that any number of processes computes the same steps.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import InputError
+from files import whole_file
 
 
 @dataclass
@@ -243,7 +243,6 @@ def agreed(stop: bool, device: torch.device) -> bool:
 def store(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Settings, step: int) -> None:
     """Write the state whole: a kill at any moment leaves the old state or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     state = {
         "step": step,
         "seed": s.seed,
@@ -252,11 +251,8 @@ def store(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Sett
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(file) as partial:
+        torch.save(state, partial)
 
 
 def restore(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Settings, device) -> int:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
 from errors import InputError
+from files import whole_file
 from models import LatentDiffusion, build, load
 from models.checkpoints import SECTIONS_OF, fill, part_of, read_config, read_part
 from models.text import compact_vocabulary
@@ -103,7 +104,8 @@ def evaluate(cfg: DictConfig, device: torch.device) -> dict[str, float]:
     for name, value in numbers.items():
         print(f"{name:32s} {value}")
     settings = OmegaConf.to_container(cfg.part, resolve=True)
-    (out / "evaluation.json").write_text(json.dumps({"settings": settings, "results": numbers}, indent=1) + "\n")
+    with whole_file(out / "evaluation.json") as partial:
+        partial.write_text(json.dumps({"settings": settings, "results": numbers}, indent=1) + "\n")
     for name, picture in grids.items():
         to_pil(picture).save(out / f"{name}.png")
     return numbers
