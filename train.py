@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from errors import InputError
 from reporting import outcome
 
 
@@ -34,6 +35,10 @@ def run(cfg: DictConfig) -> bool:
     if cfg.part.name == "evaluation":
         evaluate(cfg, choose_device(cfg.device))
         return True
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     settings = Settings(**OmegaConf.to_container(cfg.part.training, resolve=True), seed=cfg.seed)
     with process_group(cfg.device) as (rank, device):
         torch.set_float32_matmul_precision("high")

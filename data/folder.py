@@ -28,7 +28,8 @@ class Folder:
 
     `held_out` is the share of the pictures, chosen by a hash of their names, that only split "heldout" shows; at
     least one of each where there are two, and with 0 both splits show all. Items are as OpenMoji's, with the file's
-    name as "concept". Raises InputError for whatever is wrong with the folder, before anything is trained.
+    name as "concept". Raises InputError for a missing folder, picture or caption at once, and for a broken picture when
+    it is drawn.
     """
 
     def __init__(

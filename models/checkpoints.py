@@ -39,16 +39,26 @@ def load(
     if path.is_dir():
         config = read_config(path)
         states = {part: read_part(path, part) for part in PARTS}
-        model = build(config, vocabulary=states["clip"].get("text.vocabulary"))
+        model = build_from(config, path / "config.json", vocabulary=states["clip"].get("text.vocabulary"))
         for part, state in states.items():
             fill(part_of(model, part), state, path / f"{part}.safetensors")
     else:
         if arch is None:
             raise InputError(f"{path} is a single file: give the sizes of its networks as arch={{...}}")
-        model = build(arch)
+        model = build_from(arch, "arch")
         for name, state in split_stable_diffusion(read_tensors(path)).items():
             fill(getattr(model, name), state, path)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def build_from(config: Mapping, source: str | Path, vocabulary: Tensor | None = None) -> LatentDiffusion:
+    """`build`, where the sizes are a user's: what they lack or cannot be is an InputError that names `source`."""
+    try:
+        return build(config, vocabulary=vocabulary)
+    except KeyError as error:
+        raise InputError(f"{source} lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source} describes no network that can be built: {error}") from None
 
 
 def save(model: LatentDiffusion, path: str | os.PathLike, dtype: torch.dtype | None = torch.float16) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -53,8 +54,9 @@ class LatentDiffusion(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that determines the outputs: all weights, the schedule and the prediction type."""
-        digest = hashlib.sha256(repr((self.schedule.to_dict(), self.prediction)).encode())
+        """A hash of everything that determines the outputs: the config, the schedule and all weights."""
+        settings = [self.config, self.schedule.to_dict(), self.prediction, self.autoencoder.scale_factor]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())

@@ -1,18 +1,20 @@
 """Where a model computes, and in what precision, from the names that users type."""
 
+import re
+
 import torch
 
 from errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: CUDA where there is a device for it, else the CPU. Raises InputError for one that is not there."""
+    """auto: CUDA where there is a device for it, else the CPU. Raises InputError for one that is not there, and for
+    the kinds that torch knows and this project was never run on (mps, xpu, meta)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(name)):  # torch would wrap cuda:256 round to cuda:0
+        raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")

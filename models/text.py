@@ -40,19 +40,19 @@ class TextEncoder(nn.Module):
             raise InputError(f"text.hidden_layer is {hidden_layer!r}: choose last or penultimate")
         self.tower = tower
         self.hidden_layer, self.pad_token = hidden_layer, pad_token
-        self.context_length, self.width = tower.context_length, tower.width
+        self.context_length = tower.context_length
         self.register_buffer("vocabulary", vocabulary)
         self._tokenizer = None
+        self._known = None if vocabulary is None else set(vocabulary.tolist())
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> ids (B, context_length): begin, the prompt's tokens, end, padding. Too long a prompt is cut
-        with a warning; words outside a compact vocabulary are named in one."""
+        """Prompts -> ids (B, context_length) on the CPU: begin, the prompt's tokens, end, padding. Too long a prompt is
+        cut with a warning; words outside a compact vocabulary are named in one."""
         if self._tokenizer is None:
             import open_clip
 
             self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
-        known = None if self.vocabulary is None else set(self.vocabulary.tolist())
         for row, prompt in zip(ids, prompts, strict=True):
             tokens = self._tokenizer.encode(prompt)
             if len(tokens) > self.context_length - 2:
@@ -61,15 +61,16 @@ class TextEncoder(nn.Module):
                     stacklevel=2,
                 )
                 tokens = tokens[: self.context_length - 2]
-            if known is not None and (new := [t for t in tokens if t not in known]):
+            if self._known is not None and (new := [t for t in tokens if t not in self._known]):
                 words = ", ".join(dict.fromkeys(self._tokenizer.decode([t]).strip() for t in new))
                 warnings.warn(f"this model has never seen: {words} (in the prompt {prompt!r})", stacklevel=2)
             row[: len(tokens) + 2] = torch.tensor([BEGIN, *tokens, END])
-        return ids.to(self.tower.positional_embedding.device)
+        return ids
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Tokenizer ids (B, L) -> hidden states (B, L, C)."""
         tower = self.tower
+        ids = ids.to(tower.positional_embedding.device)
         if self.vocabulary is not None:
             ids = compact(ids, self.vocabulary)
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
@@ -93,7 +94,7 @@ class TextEncoder(nn.Module):
                 "this checkpoint has no CLIP text projection for the states that condition it: "
                 "set the weight of the CLIP term to 0"
             )
-        end = ids.argmax(dim=-1)  # END is the largest id, and argmax takes the first of several
+        end = ids.argmax(dim=-1).to(hidden.device)  # END is the largest id, and argmax takes the first of several
         return F.normalize(hidden[torch.arange(len(hidden), device=hidden.device), end] @ projection, dim=-1)
 
 

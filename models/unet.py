@@ -143,7 +143,7 @@ class UNet(nn.Module):
             raise InputError("the UNet takes either num_heads or num_head_channels, not both and not neither")
         levels = len(channel_mult)
         attention_levels = range(levels - 1) if attention_levels is None else attention_levels
-        self.in_channels, self.model_channels, self.context_dim = in_channels, model_channels, context_dim
+        self.model_channels = model_channels
         self.downsampling = 2 ** (levels - 1)
         self.gradient_checkpointing = gradient_checkpointing
         time_dim = 4 * model_channels

@@ -48,15 +48,8 @@ def tiny_model():
     return randomised(models.build(TINY, seed=0))
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-
-
-def pytest_collection_modifyitems(config, items):
-    skip_slow = pytest.mark.skip(reason="takes over a minute: run with --slow")
-    skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(skip_slow)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(skip_gpu)
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

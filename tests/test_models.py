@@ -233,6 +233,38 @@ def test_what_does_not_load_is_told_in_one_line(tiny_model, tmp_path):
         models.load(folder)
 
 
+def test_sizes_that_build_nothing_are_told_in_one_line(tiny_model, tmp_path):
+    models.save(tiny_model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for section, values, message in [
+        ("unet", {"model_channels": 33}, "describes no network"),
+        ("unet", {"widht": 3}, "widht"),
+        ("text", {"heads": 5}, "describes no network"),
+        ("schedule", {"kind": "straight"}, "straight"),
+    ]:
+        changed = config | {section: config[section] | values}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=message):
+            models.load(tmp_path)
+    del config["vae"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="lacks 'vae'"):
+        models.load(tmp_path)
+
+
+def test_fingerprint_sees_settings_without_weights(tiny_config):
+    prints = {models.build(tiny_config, seed=0).fingerprint}
+    for section, values in [
+        ("unet", {"num_head_channels": 8}),
+        ("vae", {"scale_factor": 0.5}),
+        ("text", {"quick_gelu": True}),
+        ("text", {"pad_token": END}),
+        ("schedule", {"kind": "linear"}),
+    ]:
+        prints.add(models.build(tiny_config | {section: tiny_config[section] | values}, seed=0).fingerprint)
+    assert len(prints) == 6
+
+
 def test_build_is_reproducible_and_leaves_the_global_generator_alone(tiny_config):
     torch.manual_seed(5)
     expected = torch.rand(1)

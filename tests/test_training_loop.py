@@ -200,9 +200,54 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
             loss, values = super().forward(batch)
             return loss * float("nan"), values
 
-    with pytest.raises(InputError, match="step 1"):
-        run(tmp_path, replace(SETTINGS, log_every=1), Diverging())
+    with pytest.raises(InputError, match="loss became nan by step 4"):
+        run(tmp_path, replace(SETTINGS, log_every=100), Diverging())
     assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_diverged_run_keeps_its_last_good_state(tmp_path):
+    class LateInfinity(Regression):
+        """The loss stays finite, its gradient does not."""
+
+        def forward(self, batch):
+            loss, values = super().forward(batch)
+            self.calls = getattr(self, "calls", 0) + 1
+            w = self.trained[0].weight
+            return loss + (((w - w.detach()).sqrt() * 0).sum() if self.calls == 8 else 0), values
+
+    with pytest.raises(InputError, match="grad_norm became nan by step 8"):
+        run(tmp_path, replace(SETTINGS, log_every=100), LateInfinity())
+    good = state(tmp_path)
+    assert good["step"] == 4 and all(w.isfinite().all() for w in good["trained"].values())
+
+
+def test_a_finished_run_publishes_what_a_kill_left_undone(tmp_path):
+    class Published(Regression):
+        exported = validated = 0
+
+        def export(self, trained):
+            self.exported += 1
+            if self.killed:
+                raise KeyboardInterrupt
+
+        def validate(self, trained):
+            self.validated += 1
+            return {"score": 1.0}, {}
+
+    first, again = Published(), Published()
+    first.killed, again.killed = True, False
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, replace(SETTINGS, save_every=100), first)
+    assert state(tmp_path)["step"] == 12 and first.validated == 0
+    lines = []
+    finished, _ = run(tmp_path, SETTINGS, again, log=lambda *line: lines.append(line))
+    assert finished and again.exported == again.validated == 1 and lines == [({"score": 1.0}, {}, 12)]
+
+
+@pytest.mark.parametrize("name", ["steps", "accumulate", "save_every"])
+def test_counts_are_at_least_one(name):
+    with pytest.raises(InputError, match=f"{name}=0"):
+        replace(SETTINGS, **{name: 0})
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -236,7 +281,7 @@ def test_learning_rate_and_average():
 
 def test_log_lines_are_json_numbers(tmp_path):
     lines = []
-    run(tmp_path, replace(SETTINGS, log_every=3), log=lambda *line: lines.append(line))
+    run(tmp_path, replace(SETTINGS, log_every=3, save_every=100), log=lambda *line: lines.append(line))
     train_lines = [numbers for numbers, _, _ in lines if "loss" in numbers]
     assert [step for numbers, _, step in lines if "loss" in numbers] == [3, 6, 9, 12]
     assert json.loads(json.dumps(train_lines)) == train_lines

@@ -7,7 +7,7 @@ import torch
 
 import models
 from models.text import END, UNKNOWN
-from training.parts import AutoencoderObjective, ClipObjective, UNetObjective, mean_psnr, top1_of
+from training.parts import AutoencoderObjective, ClipObjective, UNetObjective, grid, mean_psnr, top1_of
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
@@ -62,8 +62,26 @@ def test_autoencoder_loss_and_scale(model, tmp_path):
     model.config["vae"]["scale_factor"] = 1.0  # as the process that trains another part has read it
     UNetObjective(model, tmp_path, Squares(), ["a"], 0.0, 5.0, 3.0, probes=4).export(model.unet)
     assert models.checkpoints.read_config(tmp_path)["vae"]["scale_factor"] == scaled  # another part leaves it alone
-    z = model.autoencoder.encode(objective.heldout) / model.autoencoder.scale_factor
+    z = model.autoencoder.encode(objective.heldout)
     assert (z * scaled).std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_measured_scale_does_not_change_training(tiny_config, tmp_path):
+    """A resumed run finds the scale of its last export in the config; the loss must be that of the first run."""
+    losses = []
+    for scale in (1.0, 0.37):
+        config = copy.deepcopy(tiny_config)
+        config["vae"]["scale_factor"] = scale
+        objective = AutoencoderObjective(models.build(config, seed=0), tmp_path, Squares(), 0.5, probes=4)
+        losses.append(objective(batch_of(objective))[0])
+    assert torch.equal(*losses)
+
+
+def test_grid_fills_its_last_row():
+    images = torch.full((5, 3, 2, 2), -1.0)
+    picture = grid(images, 4)
+    assert picture.shape == (3, 4, 8)
+    assert (picture[:, 2:, 2:] == 1).all() and (picture[:, :2] == -1).all() and (picture[:, 2:, :2] == -1).all()
 
 
 def test_clip_loss_learns_and_replaces_tokens(model, tmp_path):

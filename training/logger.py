@@ -7,16 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-
-def to_pil(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [0, 1] as Pillow's."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+from data.images import to_pil
+from files import whole_file
 
 
 class TrainingLogger:
@@ -47,5 +43,6 @@ class TrainingLogger:
             tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
             images = {name: to_pil(picture) for name, picture in pictures.items()}
             for name, image in images.items():
-                image.save(self.folder / f"{name}_{step:07d}.png")
+                with whole_file(self.folder / f"{name}_{step:07d}.png") as partial:
+                    image.save(partial, format="PNG")
             self.wandb.pictures(images)

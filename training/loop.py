@@ -31,7 +31,7 @@ from files import whole_file
 
 @dataclass
 class Settings:
-    """What the loop needs to know; see conf/train.yaml for each."""
+    """What the loop needs to know. conf/part/ has the values for each part. Raises InputError for a count below 1."""
 
     steps: int
     batch_size: int  # pictures per optimiser step, over all processes
@@ -49,6 +49,11 @@ class Settings:
     save_every: int = 500
     validate_every: int = 1000
     log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "validate_every", "log_every"):
+            if not getattr(self, name) >= 1:
+                raise InputError(f"part.training.{name}={getattr(self, name)}: it must be 1 or more")
 
 
 class Objective(nn.Module):
@@ -119,7 +124,8 @@ def train(
     """Run the objective up to `settings.steps`; resume from `state_file` if it exists.
 
     Returns True when done, False when a SIGTERM stopped it, after saving. Raises InputError if the batch cannot be
-    split evenly, if the state is of another run, or if the loss is no longer finite (naming the step).
+    split evenly, if the state is of another run, or if the loss or its gradient is no longer finite (naming the step,
+    with the last good state kept).
     """
     s = settings
     distributed = dist.is_initialized()
@@ -184,45 +190,55 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             ema.update_parameters(trained)
             done = step + 1
-
-            if done % s.log_every == 0 or done == s.steps:
-                if distributed:
-                    for value in numbers.values():
-                        dist.all_reduce(value, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                    if device.type != "cuda":
-                        numbers = {k: v / world for k, v in numbers.items()}
-                values = {k: v.item() for k, v in numbers.items()}
-                if not math.isfinite(values["loss"]):
-                    raise InputError(f"the loss became {values['loss']} at step {done}: lower lr or raise warmup")
-                now = time.perf_counter()
-                speed = (done - window_step) * s.batch_size / (now - window_start)
-                window_start, window_step = now, done
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} images/s")
-                values |= {"grad_norm": norm.item(), "lr": learning_rate(step, s), "images_per_second": speed}
-                log(values, {}, done)
             bar.update()
 
             stopping = agreed(stop, device) if distributed else stop
             due = done % s.validate_every == 0 or done == s.steps
-            if stopping or due or done % s.save_every == 0:
+            saving = stopping or due or done % s.save_every == 0
+            if saving or done % s.log_every == 0:
+                values = averaged(numbers, world) | {"grad_norm": norm.item(), "lr": learning_rate(step, s)}
+                for name in ("loss", "grad_norm"):  # before anything is saved: the last good state stays
+                    if not math.isfinite(values[name]):
+                        raise InputError(f"{name} became {values[name]} by step {done}: lower lr or raise warmup")
+                now = time.perf_counter()
+                values["images_per_second"] = (done - window_step) * s.batch_size / (now - window_start)
+                window_start, window_step = now, done
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
+                log(values, {}, done)
+            if saving:
                 if rank == 0:
                     store(state_file, trained, ema, optimizer, s, done)
-                    if not stopping:
-                        objective.export(ema.module)
-                    if due and not stopping:
-                        objective.eval()
-                        with torch.no_grad():
-                            log(*objective.validate(ema.module), done)
-                        objective.train()
+                    if not stopping or done == s.steps:
+                        publish(objective, ema.module, log, done, validate=due)
                 if distributed:
                     dist.barrier()
                 window_start, window_step = time.perf_counter(), done
-            if stopping:
+            if stopping and done < s.steps:
                 return False
+        if first >= s.steps and rank == 0:  # a kill may have come between the last state and its publication
+            publish(objective, ema.module, log, first, validate=True)
         return True
     finally:
         bar.close()
         signal.signal(signal.SIGTERM, previous)
+
+
+@torch.no_grad()
+def publish(objective: Objective, average: nn.Module, log, step: int, validate: bool) -> None:
+    """Export the averaged weights, and judge them where that is due."""
+    objective.export(average)
+    if validate:
+        objective.eval()
+        log(*objective.validate(average), step)
+        objective.train()
+
+
+def averaged(numbers: dict[str, Tensor], world: int) -> dict[str, float]:
+    """Means over all processes."""
+    if world > 1:
+        for value in numbers.values():
+            dist.all_reduce(value)
+    return {name: value.item() / world for name, value in numbers.items()}
 
 
 def own_draws(objective: Objective, s: Settings, step: int, micro: int, rank: int, world: int) -> dict[str, Tensor]:
@@ -251,12 +267,13 @@ def store(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Sett
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with whole_file(file) as partial:
-        torch.save(state, partial)
+    with whole_file(file) as partial, open(partial, "wb") as stream:
+        torch.save(state, stream)
 
 
 def restore(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Settings, device) -> int:
-    """Load the state; returns the step to go on from. A change of `steps` or `lr` is allowed, of the data is not."""
+    """Load the state; returns the step to go on from. `steps` and `lr` may differ from those it was saved with; with
+    another seed or batch size the data would no longer continue, so they may not (InputError)."""
     state = torch.load(file, map_location=device, weights_only=True)
     for name in ("seed", "batch_size"):
         if state[name] != getattr(s, name):

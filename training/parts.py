@@ -16,7 +16,7 @@ from metrics import psnr
 from models.checkpoints import export_part
 from models.latent_diffusion import LatentDiffusion
 from models.text import BEGIN, END, UNKNOWN, Clip
-from samplers import Sampler, guided
+from samplers import Sampler, guided, noise_like
 from training.loop import Objective
 
 
@@ -32,8 +32,10 @@ def mean_psnr(a: Tensor, b: Tensor) -> float:
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> one picture (3, H', W') in [0, 1]; B must be a multiple of `columns`."""
-    return rearrange((images.clamp(-1, 1) + 1) / 2, "(r c) ch h w -> ch (r h) (c w)", c=columns)
+    """(B, 3, H, W) in [-1, 1] -> one picture (3, H', W'), the last row filled up with white."""
+    missing = -len(images) % columns
+    images = torch.cat([images, images.new_ones(missing, *images.shape[1:])])
+    return rearrange(images, "(r c) ch h w -> ch (r h) (c w)", c=columns)
 
 
 class AutoencoderObjective(Objective):
@@ -43,6 +45,7 @@ class AutoencoderObjective(Objective):
     def __init__(self, model: LatentDiffusion, out: Path, heldout: Dataset, kl_weight: float, probes: int):
         super().__init__()
         self.trained = model.autoencoder
+        self.trained.scale_factor = 1.0  # plays no part in training, and is measured at each export
         self.model, self.out, self.kl_weight = [model], out, kl_weight  # in a list: not a submodule
         self.heldout = pictures(heldout, range(probes))[0]
         side = self.heldout.shape[-1] // self.trained.downsampling
@@ -55,7 +58,7 @@ class AutoencoderObjective(Objective):
         x = (batch["image"].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         mean, logvar = self.trained.posterior(x)
         z = mean + (0.5 * logvar).exp() * batch["noise"]
-        error = self.trained.decode(z * self.trained.scale_factor).float() - x
+        error = self.trained.decode(z).float() - x
         mean, logvar = mean.float(), logvar.float()
         reconstruction = error.abs().mean() + 2 * error.square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -74,7 +77,7 @@ class AutoencoderObjective(Objective):
     def export(self, trained: nn.Module) -> None:
         """The weights, with the scale that gives latents unit variance in the config."""
         device = next(trained.parameters()).device
-        z = torch.cat([trained.encode(x.to(device)) for x in self.heldout.split(32)]) / trained.scale_factor
+        z = torch.cat([trained.encode(x.to(device)) for x in self.heldout.split(32)])
         self.model[0].config["vae"]["scale_factor"] = round(1 / z.std().item(), 5)
         export_part(self.model[0], trained, self.out, "autoencoder")
 
@@ -96,7 +99,7 @@ class ClipObjective(Objective):
         self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
 
     def collate(self, items: Sequence[dict]) -> dict:
-        return super().collate(items) | {"ids": self.trained.text.tokenize([i["caption"] for i in items]).cpu()}
+        return super().collate(items) | {"ids": self.trained.text.tokenize([i["caption"] for i in items])}
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {"keep": torch.rand(batch_size, self.context_length, generator=generator) >= self.unknown_rate}
@@ -162,7 +165,7 @@ class UNetObjective(Objective):
         self.probe |= {"image": ((images + 1) * 127.5).round(), "keep": torch.ones(len(images), dtype=torch.bool)}
 
     def collate(self, items: Sequence[dict]) -> dict:
-        return super().collate(items) | {"ids": self.text.tokenize([i["caption"] for i in items]).cpu()}
+        return super().collate(items) | {"ids": self.text.tokenize([i["caption"] for i in items])}
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         schedule = self.model[0].schedule
@@ -176,7 +179,7 @@ class UNetObjective(Objective):
         model = self.model[0]
         with torch.no_grad():
             x = (batch["image"].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            x0 = self.autoencoder.encode(x)
+            x0 = self.autoencoder.encode(x).float()  # the noising must not be rounded, whatever autocast does
             ids = torch.where(batch["keep"][:, None], batch["ids"], self.empty.to(batch["ids"].device))
             context = self.text.encode_tokens(ids)
         t, noise = batch["t"], batch["noise"].to(x0)
@@ -215,7 +218,8 @@ def sample(model: LatentDiffusion, prompts: Sequence[str], guidance_scale: float
     """One picture (B, 3, H, W) in [-1, 1] per prompt, from noise, by DDIM with guidance."""
     sampler = Sampler(steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(prompts), *model.latent_shape, generator=generator).to(model.device, model.dtype)
+    like = torch.empty(len(prompts), *model.latent_shape, device=model.device, dtype=model.dtype)
+    noise = noise_like(like, generator)
     images = []
     for i in range(0, len(prompts), 50):
         denoise = guided(model, model.encode_text(prompts[i : i + 50]), model.encode_text([""]), guidance_scale)

@@ -10,12 +10,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
+from data.images import to_pil
 from errors import InputError
 from files import whole_file
 from models import LatentDiffusion, build, load
 from models.checkpoints import SECTIONS_OF, fill, part_of, read_config, read_part
 from models.text import compact_vocabulary
-from training.logger import to_pil
 from training.parts import (
     AutoencoderObjective,
     ClipObjective,
@@ -99,7 +99,8 @@ def evaluate(cfg: DictConfig, device: torch.device) -> dict[str, float]:
         drawn = sample(model, prompts, cfg.part.guidance_scale, cfg.seed, cfg.part.steps)
         numbers[f"samples_top1_of_100_{name}"] = top1_of(model.clip, drawn, prompts)
         grids[f"samples_{name}"] = grid(drawn[:64], 8)
-        (out / f"samples_{name}.txt").write_text("\n".join(prompts[:64]) + "\n")
+        with whole_file(out / f"samples_{name}.txt") as partial:
+            partial.write_text("\n".join(prompts[:64]) + "\n")
     numbers = {k: round(v, 4) for k, v in numbers.items()}
     for name, value in numbers.items():
         print(f"{name:32s} {value}")
@@ -107,5 +108,6 @@ def evaluate(cfg: DictConfig, device: torch.device) -> dict[str, float]:
     with whole_file(out / "evaluation.json") as partial:
         partial.write_text(json.dumps({"settings": settings, "results": numbers}, indent=1) + "\n")
     for name, picture in grids.items():
-        to_pil(picture).save(out / f"{name}.png")
+        with whole_file(out / f"{name}.png") as partial:
+            to_pil(picture).save(partial, format="PNG")
     return numbers
