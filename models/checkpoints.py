@@ -57,7 +57,7 @@ def build_from(config: Mapping, source: str | Path, vocabulary: Tensor | None = 
         return build(config, vocabulary=vocabulary)
     except KeyError as error:
         raise InputError(f"{source} lacks {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:  # torch asserts what its layers are given
         raise InputError(f"{source} describes no network that can be built: {error}") from None
 
 
