@@ -102,13 +102,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def to_image(model, latent: Tensor) -> Tensor:
     """A latent (1, c, h, w) -> its picture (3, H, W) in [-1, 1], float32 on the CPU. Raises InputError where
     the latent or the picture is not finite."""
-    image = model.decode_latents(latent.to(model.dtype))[0].float().clamp(-1, 1).cpu()
+    image = model.decode_latents(latent.to(model.dtype))[0].float().cpu()
     if not image.isfinite().all():
         raise InputError(
             "the edit became NaN or infinite while sampling: lower the learning rates or "
             "method.guidance_scale, or use dtype=float32"
         )
-    return image
+    return image.clamp(-1, 1)
 
 
 @contextmanager

@@ -96,9 +96,10 @@ class Imagic:
     ) -> EditResult:
         """One edit for each eta and sample. The reconstruction is the edit with eta 0 from the first start.
 
-        Raises InputError if a loss or the result is not finite, or if `clip_weight` asks for a CLIP that the
-        model does not have.
+        Raises InputError if a loss or the result is not finite, if the sampler asks for more steps than the
+        model's schedule has, or if `clip_weight` asks for a CLIP that the model does not have.
         """
+        trajectory = self.sampler.trajectory(model.schedule)  # refuses too many steps now, and not after tuning
         with frozen(model), checkpointing(model.unet, self.gradient_checkpointing), torch.no_grad():
             x = model.encode_image(task.image)  # the paper's x, here a latent (1, c, h, w)
             e_tgt = model.encode_text([task.prompt])  # (1, L, C)
@@ -107,7 +108,7 @@ class Imagic:
             unet, curves_b = self.tune_network(model, task, x, e_opt, reporter, seed)
             decoder, curves_d = self.tune_decoder(model, task, x, reporter)
             with replaced(model.unet, unet), replaced(model.autoencoder, decoder), reporter.stage("editing"):
-                result = self.interpolate(model, x, e_tgt, e_opt, reporter, seed)
+                result = self.interpolate(model, x, e_tgt, e_opt, trajectory, reporter, seed)
 
         result.metrics["embedding_cosine"] = sum(cosine(e, e_tgt) for e in e_opt) / len(e_opt)
         result.tensors |= {"source_latent": x, "target_embedding": e_tgt, "optimised_embedding": e_opt}
@@ -203,10 +204,9 @@ class Imagic:
         key = {"method": "imagic", "decoder": [self.decoder_steps, self.decoder_lr]}
         return cached_stage(reporter, "decoder", key, build)
 
-    def interpolate(self, model, x, e_tgt, e_opt, reporter, seed) -> EditResult:
+    def interpolate(self, model, x, e_tgt, e_opt, trajectory, reporter, seed) -> EditResult:
         """Stage C: sample under eta e_tgt + (1 - eta) e_opt (eq. 3). Sample i has one start for all etas, and
         takes embedding i modulo K."""
-        trajectory = self.sampler.trajectory(model.schedule)
         null = model.encode_text([""]) if self.guidance_scale != 1 else None
         bar = partial(reporter.progress, total=len(trajectory))
         samples = range(self.num_samples)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 import models
 from data.tasks import EditTask
 from errors import InputError
-from methods.base import Reporter, check, cosine, generator, minimise
+from methods.base import Reporter, check, cosine, generator, minimise, to_image
 from methods.imagic import Imagic, denoising_losses
 from samplers import Sampler, ddim, guided
 
@@ -343,6 +343,27 @@ def test_a_loss_that_is_no_number_names_stage_and_step(tiny_model, task, setting
     with pytest.raises(InputError, match=f"stage '{stage}' at step {step}: lower method.{next(iter(setting))}"):
         imagic(**setting).edit(tiny_model, task)
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
+def test_too_many_steps_are_refused_before_tuning(tiny_model, task):
+    memory = Memory()
+    with pytest.raises(InputError, match="from 1 to 1000"):
+        imagic(steps=2000).edit(tiny_model, task, memory)
+    assert not memory.bars and not memory.built
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_picture_that_is_not_finite_is_refused(value):
+    """Clamped first, an infinite one would pass for white."""
+
+    class Decoder:
+        dtype = torch.float32
+
+        def decode_latents(self, z):
+            return torch.full((1, 3, 4, 4), value)
+
+    with pytest.raises(InputError, match="NaN or infinite"):
+        to_image(Decoder(), torch.zeros(1, 4, 2, 2))
 
 
 @pytest.mark.parametrize("tune", ["all", "attention", "lora"])
