@@ -8,6 +8,7 @@ cost a run: where the folder cannot be used the state is simply built, with a wa
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,8 +49,8 @@ class TuningCache:
     def __init__(self, enabled: bool = True, dir: str = "~/.cache/palimpsest/tuning", max_gb: float = 10.0):
         if not isinstance(enabled, bool):
             raise InputError(f"cache.enabled={enabled} is unknown: true or false")
-        if not max_gb > 0:
-            raise InputError(f"cache.max_gb={max_gb} is out of range: above 0, or cache.enabled=false")
+        if isinstance(max_gb, bool) or not isinstance(max_gb, int | float) or not 0 < max_gb < math.inf:
+            raise InputError(f"cache.max_gb={max_gb} is out of range: a number above 0, or cache.enabled=false")
         self.enabled, self.dir, self.max_bytes = enabled, Path(dir).expanduser(), int(max_gb * 1e9)
 
     def get(
@@ -130,7 +131,13 @@ def _lock(path: Path) -> Iterator[None]:
     except ImportError:  # not a POSIX system: two jobs may then build the same entry, which is safe
         yield
         return
-    with open(os.devnull if not os.access(path.parent, os.W_OK) else path, "w") as file:
+    try:
+        file = open(path, "w")  # noqa: SIM115 (closed below)
+    except OSError as error:  # a folder that may only be read
+        log.debug("no lock on %s: %s", path, error)
+        yield
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

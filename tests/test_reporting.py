@@ -121,9 +121,18 @@ def test_jobs_at_once_tune_once(tmp_path):
     assert len(built) == 1 and len(got) == 4 and all(same(g, STATE) for g in got)
 
 
+def test_a_folder_that_gives_no_lock_costs_no_run(tmp_path, monkeypatch):
+    def refuse(path, mode="r", **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("reporting.cache.open", refuse, raising=False)
+    assert [counted(TuningCache(dir=tmp_path), {"k": 1})[1] for _ in range(2)] == [1, 0]
+
+
 def test_cache_settings_are_checked():
-    with pytest.raises(InputError, match="max_gb"):
-        TuningCache(max_gb=0)
+    for size in (0, "abc", float("nan"), float("inf"), None):
+        with pytest.raises(InputError, match="max_gb"):
+            TuningCache(max_gb=size)
     with pytest.raises(InputError, match="true or false"):
         TuningCache(enabled="no")
     assert code_fingerprint() == code_fingerprint()
