@@ -12,13 +12,13 @@ def choose_device(name: str) -> torch.device:
     the kinds that torch knows and this project was never run on (mps, xpu, meta)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(name)):  # torch would wrap cuda:256 round to cuda:0
+    known = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d*))?", str(name))
+    if not known:
         raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    # Counted before torch reads the name: it takes cuda:256 for cuda:0.
+    if name != "cpu" and int(known[1] or 0) >= (count := torch.cuda.device_count()):
         raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
-    return device
+    return torch.device(name)
 
 
 def choose_dtype(name: str) -> torch.dtype:

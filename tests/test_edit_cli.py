@@ -142,9 +142,12 @@ def test_more_mistakes_in_one_line(user, tmp_path):
         "seed=-1": "seed=-1",
         "dtype=int8": "float32, bfloat16 or float16",
         "device=tpu0": "device=tpu0",
+        "device=mps": "auto, cpu, cuda or cuda:N",
+        "device=cuda:256": "CUDA devices",  # torch would read cuda:0
         "device=cuda:99": "CUDA devices",
         "logger.mode=loud": "online, offline, disabled",
         "cache.max_gb=0": "cache.max_gb=0",
+        "cache.max_gb=abc": "cache.max_gb=abc",
         "model.weights=nowhere": "nowhere",
         "model.weights=half": "half",
         "method.embedding_lr=1e30": "stage 'embedding' at step",
