@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
@@ -78,6 +80,7 @@ def run(main: Callable[[], None]) -> None:
         os.environ.update({"HYDRA_FULL_ERROR": "1", "PALIMPSEST_SHORT": "1"})
     for flag in {"--multirun", "-m"} & set(sys.argv):  # Hydra's parser wants it before the overrides
         sys.argv.insert(1, sys.argv.pop(sys.argv.index(flag)))
+    sys.argv[1:] = [literal(argument) for argument in sys.argv[1:]]
     try:
         main()
     except KeyboardInterrupt:
@@ -87,6 +90,28 @@ def run(main: Callable[[], None]) -> None:
         if line is None or full_traces():
             raise
         end(f"error: {line}", 1)
+
+
+TEXTS = re.compile(r"(\+{0,2}(?:image|prompt|source_prompt|method\.inversion_prompt)=)(.*)", re.DOTALL)
+QUOTED = r"""\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")\s*"""  # one quoted string of Hydra's grammar
+
+
+def literal(argument: str) -> str:
+    """A setting that is free text, quoted for Hydra, whose grammar gives commas, apostrophes and brackets a meaning:
+    prompt=a dog's hat -> prompt='a dog\\'s hat'. What is quoted already ('a, b','c' sweeps over two), null and
+    nothing are left as they are, and so is any other setting."""
+    text = TEXTS.fullmatch(argument)
+    if not text or text[2] in ("", "null") or re.fullmatch(f"{QUOTED}(,{QUOTED})*", text[2], re.DOTALL):
+        return argument
+    return text[1] + QuotedString(text[2], Quote.single).with_quotes()
+
+
+def unquoted(override: str) -> str:
+    """A setting as a person wrote it: `literal`, undone."""
+    if not TEXTS.fullmatch(override):
+        return override
+    value = OverridesParser.create().parse_override(override).value()
+    return f"{override.split('=', 1)[0]}={value}" if isinstance(value, str) else override
 
 
 def full_traces() -> bool:

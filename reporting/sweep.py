@@ -11,6 +11,8 @@ import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from reporting.outcome import explain, unquoted
+
 
 @dataclass
 class Row:
@@ -35,8 +37,6 @@ class Summary(Callback):
             rows = read_jobs(folder)
             write_summary(folder, rows)
         except Exception as error:  # Hydra would make a mere warning of it
-            from reporting.outcome import explain
-
             line = explain(error)
             if line is None:
                 raise
@@ -58,7 +58,7 @@ def read_jobs(folder: Path) -> list[Row]:
     rows = []
     for job in sorted((path.parent.parent for path in found), key=lambda job: (len(job.name), job.name)):
         typed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or []
-        overrides = dict(item.lstrip("+~").split("=", 1) for item in typed if "=" in item)
+        overrides = dict(unquoted(item).lstrip("+~").split("=", 1) for item in typed if "=" in item)
         failure = job / "error.txt"
         written = sorted([*job.glob("metrics.json"), *job.glob("*/metrics.json")])
         if failure.exists() or not written:
