@@ -27,7 +27,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     import torch
     from hydra.utils import instantiate
 
-    import models
+    import models.attention
     from data.images import find
     from models.placement import choose_device, choose_dtype
     from reporting.reporter import RunReporter
@@ -38,9 +38,11 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     torch.manual_seed(cfg.seed)  # methods draw from generators of their own; this is for those that do not
-    if device.type == "cuda":  # the same seed gives the same bytes, as far as CUDA's kernels can
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    # On CUDA the same seed gives the same bytes: an operation that cannot give them raises. (With warn_only=True the
+    # backward pass of fused attention would quietly use its faster kernel, which cannot.)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(device.type == "cuda")
+    models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype)
 
@@ -49,7 +51,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
         for task in tasks:
             task = replace(task, image=task.image.to(device))
             place = folder if len(tasks) == 1 else folder / task.name
-            reporter = RunReporter(place, model, task, method_name, cache, logger)
+            reporter = RunReporter(place, model, task, method_name, cache, logger, cfg.attention)
             result = method.edit(model, task, reporter, cfg.seed)
             print("\n".join(reporter.finish(result)))
 

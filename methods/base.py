@@ -112,6 +112,17 @@ def to_image(model, latent: Tensor) -> Tensor:
 
 
 @contextmanager
+def any_kernels() -> Iterator[None]:
+    """Inside, an operation that has no deterministic kernel is only warned of, where it would raise otherwise."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(min(mode, 1))
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter asks for a gradient, so that a backward pass to the text embedding skips them all;
     afterwards each asks as before."""

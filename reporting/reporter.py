@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.images import to_pil
 from data.tasks import EditTask
-from files import whole_folder
+from files import whole_file, whole_folder
 from methods.base import EditResult, Reporter
 from metrics import measure, psnr
 from reporting.cache import TuningCache, code_fingerprint, digest
@@ -28,7 +28,14 @@ class RunReporter(Reporter):
     """Reports one edit task into `folder`. `model` and `task` are what the method is given."""
 
     def __init__(
-        self, folder: Path, model, task: EditTask, method: str, cache: TuningCache, logger: WandbLogger
+        self,
+        folder: Path,
+        model,
+        task: EditTask,
+        method: str,
+        cache: TuningCache,
+        logger: WandbLogger,
+        attention: str = "auto",  # its backends round differently
     ):
         self.folder, self.model, self.task, self.method = folder, model, task, method
         self.cache, self.logger = cache, logger
@@ -46,6 +53,7 @@ class RunReporter(Reporter):
                 "image": digest(task.image),
                 "dtype": str(model.dtype),
                 "device": model.device.type,
+                "attention": attention,
                 "code": code_fingerprint(),
                 "torch": torch.__version__,
             }
@@ -123,7 +131,8 @@ class RunReporter(Reporter):
                 picture.save(folder / record["file"])
             sheet.save(folder / "sheet.png")
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
-            save_file(tensors, folder / "tensors.safetensors")
+            with whole_file(folder / "tensors.safetensors") as file:
+                save_file(tensors, file)
             plots = self._plots(folder / "plots", records)
             (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
             (folder / "timings.json").write_text(json.dumps(resources, indent=2) + "\n")
