@@ -11,6 +11,7 @@ so that the prompt changes what it must while the recording holds the rest in pl
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from methods.base import (
     Edit,
     EditResult,
     Reporter,
+    any_kernels,
     check,
     check_choice,
     cosine,
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
 @dataclass
 class DirectInversion:
     """The settings. conf/method/direct_inversion.yaml says what each one does and its symbol. Raises
-    InputError for one that is out of range, and for a sampler other than DDIM, whose path alone can be walked
-    both ways."""
+    InputError for one that is out of range, for one that belongs to another `mix` than the chosen, and for a
+    sampler other than DDIM, whose path alone can be walked both ways."""
 
     sampler: Sampler
     edit_strength: float = 0.5
@@ -55,8 +57,8 @@ class DirectInversion:
     # the start latent
     mix: str = "cosine"  # cosine | linear | gaussian
     structural_similarity: float = 1.0  # for mix=cosine
-    alpha: float = 0.9  # for mix=linear and mix=gaussian
-    beta: float = 0.9  # for mix=linear and mix=gaussian
+    alpha: float = 0.9  # for mix=linear and mix=gaussian only
+    beta: float = 0.9  # for mix=linear and mix=gaussian only
     diversity: float = 0.0
     num_samples: int = 1
     # after sampling
@@ -77,13 +79,25 @@ class DirectInversion:
                 f"method.structural_similarity is {self.structural_similarity}, which only method.mix=cosine "
                 f"obeys: with method.mix={self.mix} set method.alpha and method.beta instead"
             )
+        for name in ("alpha", "beta"):
+            if self.mix == "cosine" and getattr(self, name) != getattr(DirectInversion, name):
+                raise InputError(
+                    f"method.{name} is {getattr(self, name)}, which only method.mix=linear and method.mix=gaussian "
+                    "obey: with method.mix=cosine set method.structural_similarity instead"
+                )
+        if not isinstance(self.inversion_prompt, str):
+            raise InputError(
+                f"method.inversion_prompt is {self.inversion_prompt}: it must be a text, nothing after the = sign "
+                "for the empty one (and where it is to be source_prompt, that must be given)"
+            )
         if self.sampler.kind != "ddim":
             raise InputError(f"sampler.kind is {self.sampler.kind}: Direct Inversion needs ddim")
 
     def edit(
         self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
     ) -> EditResult:
-        """`num_samples` edits. The reconstruction replays the recording, as the edit with strength 0 does.
+        """`num_samples` edits. The reconstruction replays the recording from the inverted latent, as the edit with
+        strength 0 does where it starts there (see `sample`).
 
         Raises InputError if the result is not finite, or if `semantic_coherence` asks for a CLIP that the
         model does not have.
@@ -143,7 +157,9 @@ class DirectInversion:
         path    after each step x + lambda (x_recorded - x), the latent that the inversion passed there.
 
         lambda is 0 after the first `blend_fraction` of the steps. Strength 0 means the recording's noise
-        alone in all of them, whatever the blend and the fraction: the reconstruction, exactly.
+        alone in all of them, whatever the blend and the fraction. That is the reconstruction, exactly, if
+        the start is the inverted latent (mix=cosine, structural_similarity=1, diversity=0) and sampling adds
+        no noise (the sampler's eta is 0).
         """
         steps = len(trajectory)
         lam = [1 - self.edit_strength if i < round(self.blend_fraction * steps) else 0.0 for i in range(steps)]
@@ -207,7 +223,10 @@ class DirectInversion:
 
         before, steps, lr = float(agreement()), self.coherence_steps, self.coherence_lr
         stage = f"coherence_{i}" if self.num_samples > 1 else "coherence"  # each sample has curves of its own
-        minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
+        # A CLIP of another size than the model's has its input resampled, whose gradient CUDA adds up in any order.
+        resampled = model.clip.image_size != model.image_size
+        with any_kernels() if resampled else nullcontext():
+            minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
         return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}
 
 
