@@ -1,7 +1,8 @@
 """What is measured on an edit: how well it shows the text, and how much of the input it keeps.
 
-Images are (B, 3, H, W) in [-1, 1]. The CLIP numbers are those of Imagic's figure 8, taken with the CLIP that
-the checkpoint carries, so they compare edits made with one model only.
+Images are (B, 3, H, W) in [-1, 1]. The CLIP numbers are taken with the CLIP that the
+checkpoint carries, so they compare edits made with one model only. Imagic's figure 8 sets the same CLIP score
+against another measure of likeness, 1 - LPIPS.
 """
 
 import torch

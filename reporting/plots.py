@@ -1,4 +1,5 @@
-"""Curves of a run: the loss of each tuning stage, and what eta trades (Imagic, figure 8)."""
+"""Curves of a run: the loss of each tuning stage, and what eta trades, agreement with the text against likeness to
+the input (as Imagic's figure 8 does, whose likeness is 1 - LPIPS; here it is CLIP's, or PSNR without a CLIP)."""
 
 import logging
 from collections import defaultdict
