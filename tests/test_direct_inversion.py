@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import models
 from data.tasks import EditTask
 from errors import InputError
+from methods import direct_inversion
 from methods.base import Reporter, cosine, generator
 from methods.direct_inversion import DirectInversion, with_cosine
 from samplers import Sampler, ddim, guided
@@ -192,6 +193,27 @@ def test_semantic_coherence_raises_clips_agreement(tiny_model, task):
     assert torch.equal(images(none), images(plain))
 
 
+def test_only_a_resampled_clip_relaxes_determinism(tiny_model, task, monkeypatch):
+    """The gradient of the resampling has no deterministic kernel on CUDA; all others have, and are held to it."""
+    modes = []
+    real = direct_inversion.minimise
+
+    def minimise(*args):
+        modes.append(torch.get_deterministic_debug_mode())
+        return real(*args)
+
+    monkeypatch.setattr(direct_inversion, "minimise", minimise)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for side in (tiny_model.image_size, tiny_model.image_size // 2):
+            monkeypatch.setattr(tiny_model, "image_size", side)
+            method(steps=2, semantic_coherence=1.0, coherence_steps=1).edit(tiny_model, task)
+            assert torch.get_deterministic_debug_mode() == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert modes == [2, 1]
+
+
 def test_semantic_coherence_names_what_is_wrong(tiny_model, task):
     without = {name: part for name, part in TINY.items() if name != "vision"}
     with pytest.raises(InputError, match=r"method\.semantic_coherence"):
@@ -273,6 +295,9 @@ def test_long_loops_show_their_progress(tiny_model, task):
         ({"blend_fraction": 2}, "method.blend_fraction"),
         ({"structural_similarity": -1}, "method.structural_similarity"),
         ({"structural_similarity": 0.5, "mix": "linear"}, "method.structural_similarity"),
+        ({"alpha": 0.5}, "method.alpha is 0.5, which only method.mix=linear"),
+        ({"beta": 0.5}, "method.beta is 0.5, which only method.mix=linear"),
+        ({"inversion_prompt": None}, "method.inversion_prompt is None: it must be a text"),
         ({"alpha": 1.5}, "method.alpha"),
         ({"beta": -0.5}, "method.beta"),
         ({"diversity": 1.5}, "method.diversity"),

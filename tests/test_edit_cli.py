@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import models
-from reporting.outcome import explain
+from models import attention
+from reporting.outcome import explain, literal
 
 EDIT = Path(__file__).resolve().parent.parent / "edit.py"
 SHORT = ["sampler.steps=3", "method.embedding_steps=3", "method.tuning_steps=2"]
@@ -72,20 +73,21 @@ REPORT = {"input.png", "reconstruction.png", "sheet.png", "metrics.json", "timin
 def test_imagic_for_a_list_of_eta_then_a_sweep(user, capsys):
     """The sweep's first job has the settings of the single run, and so, from another process, its bytes; it reuses
     the tuning of that run, and survives jobs that fail."""
-    imagic = [*PHOTO, *SHORT, "fit=pad", "logger.mode=disabled"]
+    prompt = "a dog's hat, [red]"  # which Hydra alone would refuse, or take for two
+    imagic = ["image=photo.jpg", *SHORT, "fit=pad", "logger.mode=disabled"]
     one, many = user / "one", user / "many"
-    run_here(user, one, *imagic, "method.eta=[0.4,0.8]")
+    run_here(user, one, *imagic, literal(f"prompt={prompt}"), "method.eta=[0.4,0.8]")
     edits = {"edits/00_eta-0.4_sample-0.png", "edits/01_eta-0.8_sample-0.png"}
     assert files_of(one) == REPORT | edits | {"plots/loss.png", "plots/eta.png"}
     assert all(Image.open(one / name).size == (32, 32) for name in edits | {"input.png", "reconstruction.png"})
     assert Image.open(one / "input.png").getpixel((16, 1)) == (255, 255, 255)  # a bar of fit=pad
     numbers = json.loads((one / "metrics.json").read_text())
-    assert [e["settings"]["eta"] for e in numbers["edits"]] == [0.4, 0.8]
+    assert [e["settings"]["eta"] for e in numbers["edits"]] == [0.4, 0.8] and numbers["prompt"] == prompt
     assert {"embedding", "tuning", "editing"} <= json.loads((one / "timings.json").read_text())["seconds"].keys()
     assert f"contact sheet: {one / 'sheet.png'}" in capsys.readouterr().out
 
     settings = ["hydra.sweep.dir=many", "--multirun", "method.eta=[0.4,0.8],1.5", "sampler.eta=0,1"]
-    code, out, err = edit(user, *imagic, *settings)
+    code, out, err = edit(user, *imagic, f"prompt={prompt}", *settings)
     assert code == 1 and len(err) == 2, err
     assert all("method.eta is 1.5" in line for line in err)
     assert "4 jobs, 2 failed" in out
@@ -96,6 +98,7 @@ def test_imagic_for_a_list_of_eta_then_a_sweep(user, capsys):
     assert (many / "1" / "sheet.png").read_bytes() != (one / "sheet.png").read_bytes()
     with open(many / "summary.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
+    assert {row["prompt"] for row in table} == {prompt}
     assert [row["error"] != "" for row in table] == [False] * 4 + [True] * 2
     assert [row["sampler.eta"] for row in table] == ["0", "0", "1", "1", "0", "1"]
     assert Image.open(many / "summary.png").width > 500
@@ -139,6 +142,7 @@ def test_more_mistakes_in_one_line(user, tmp_path):
         "method.tuning_lr=abc": "method.tuning_lr is abc",
         "sampler.steps=0": "sampler.steps",
         "fit=squash": "crop, pad, stretch",
+        "attention=fast": "auto, sdpa, reference",
         "seed=-1": "seed=-1",
         "dtype=int8": "float32, bfloat16 or float16",
         "device=tpu0": "device=tpu0",
@@ -160,6 +164,26 @@ def test_more_mistakes_in_one_line(user, tmp_path):
         line = explain(error.value)
         assert line and part in line and "\n" not in line, (setting, line)
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_the_published_preset_obeys_the_sampler():
+    import hydra
+
+    asked = {(): (100, 0), ("sampler.steps=20", "sampler.eta=1"): (20, 1), ("sampler=ddim",): (50, 0)}
+    with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
+        for settings, expected in asked.items():
+            sampler = hydra.compose("edit", ["method=direct_inversion_paper", *settings]).method.sampler
+            assert (sampler.steps, sampler.eta) == expected
+        assert hydra.compose("edit", ["method=direct_inversion"]).method.sampler.steps == 50
+
+
+def test_the_attention_backend_is_the_one_asked_for(user, tmp_path):
+    before = attention._backend
+    try:
+        run_here(user, tmp_path, *PHOTO, *SHORT, "logger.mode=disabled", "attention=reference")
+        assert attention._backend == "reference"
+    finally:
+        attention.set_backend(before)
 
 
 def test_help_is_quick_and_imports_nothing_heavy(user):

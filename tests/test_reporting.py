@@ -24,7 +24,7 @@ from methods.base import Edit, EditResult
 from metrics import measure, psnr
 from reporting.cache import TuningCache, code_fingerprint
 from reporting.logger import WandbLogger
-from reporting.outcome import explain
+from reporting.outcome import explain, literal, unquoted
 from reporting.plots import plot_curves, plot_tradeoff
 from reporting.reporter import RunReporter
 from reporting.sheet import Cell, contact_sheet, grid, wrap
@@ -164,6 +164,29 @@ def test_files_are_whole_or_untouched(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "edits"]
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with whole_file(tmp_path / "a.txt") as mine:
+        mine.write_text("whole")
+    name = mine.name.replace(str(os.getpid()), "{}")
+    dead, live, other = (tmp_path / name.format(pid) for pid in (gone.pid, 1, f"{gone.pid}x"))
+    elsewhere = tmp_path / f".a.txt.another-machine.{gone.pid}.partial"
+    for file in (dead, live, other, elsewhere):
+        file.write_text("half")
+    with whole_file(tmp_path / "a.txt") as file:
+        file.write_text("new")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", live.name, other.name, elsewhere.name}
+
+
+def test_a_finished_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "usual").touch()
+    with whole_file(tmp_path / "whole") as file:
+        file.unlink()
+        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors does
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 # Sheets and plots.
 
 
@@ -260,10 +283,10 @@ def test_a_full_disk_leaves_earlier_outputs(tmp_path, tiny_model, monkeypatch):
 
 
 def test_cached_tuning_depends_on_model_image_and_key(tmp_path, tiny_model):
-    def tuned(image, key, dtype="torch.float32"):
+    def tuned(image, key, dtype="torch.float32", attention="auto"):
         task = EditTask(image, "a")
         cache = TuningCache(dir=tmp_path)
-        reporter = RunReporter(tmp_path, tiny_model, task, "m", cache, WandbLogger("disabled"))
+        reporter = RunReporter(tmp_path, tiny_model, task, "m", cache, WandbLogger("disabled"), attention)
         reporter.identity["dtype"] = dtype
         reporter.cached(key, lambda: STATE)
         return bool(reporter.reused)
@@ -273,6 +296,7 @@ def test_cached_tuning_depends_on_model_image_and_key(tmp_path, tiny_model):
     assert not tuned(white, {"seed": 0})
     assert not tuned(black, {"seed": 1})
     assert not tuned(black, {"seed": 0}, "torch.bfloat16")
+    assert not tuned(black, {"seed": 0}, attention="reference")
 
 
 def test_psnr_and_measures(tiny_model):
@@ -400,6 +424,32 @@ def test_summary_ends_with_1_if_a_job_failed_and_skips_older_jobs(tmp_path, caps
     with pytest.raises(SystemExit) as end:
         Summary().on_multirun_end(config)
     assert end.value.code == 1 and "2 jobs, 1 failed" in capsys.readouterr().out
+
+
+# Free text on the command line.
+
+TEXT = st.text(st.one_of(st.sampled_from("a ,'\"[](){}\\=:$%#"), st.characters(codec="utf-8")), min_size=1, max_size=12)
+
+
+@given(TEXT)
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_is_taken_as_it_is(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    argument = literal(f"prompt={text}")
+    if argument == f"prompt={text}":  # left alone: null, or a string in quotes
+        assert text == "null" or (text.strip()[0] in "'\"" and text.strip()[-1] == text.strip()[0])
+        return
+    override = OverridesParser.create().parse_override(argument)
+    assert not override.is_sweep_override() and override.value() == text
+    assert unquoted(argument) == f"prompt={text}"
+
+
+def test_a_sweep_over_prompts_is_written_in_quotes():
+    for argument in ("prompt='a, b','c'", 'prompt="a, b"', "prompt=", "source_prompt=null", "seed=0,1"):
+        assert literal(argument) == argument
+    assert literal("method.inversion_prompt=a, b") == "method.inversion_prompt='a, b'"
+    assert literal("image=my [old], photo's.png") == r"image='my [old], photo\'s.png'"
 
 
 # Errors in one line.
