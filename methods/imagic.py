@@ -52,14 +52,14 @@ class Imagic:
     sampler: Sampler
     # Stage A
     embedding_steps: int = 100
-    embedding_lr: float = 1e-3
+    embedding_lr: float = 1e-2
     embedding_optimizer: str = "adam"  # adam | sgd
     embedding_init: str = "target"  # target | random
     embedding_noise: float = 0.0  # in standard deviations of the target embedding
     num_embeddings: int = 1
     clip_weight: float = 0.0
     # Stage B
-    tuning_steps: int = 150
+    tuning_steps: int = 120
     tuning_lr: float = 1e-4
     tuning_optimizer: str = "adam"  # adam | sgd
     tuning_batch: int = 1
@@ -69,10 +69,10 @@ class Imagic:
     decoder_steps: int = 0  # 0: the decoder stays as it is
     decoder_lr: float = 1e-4
     # Stage C
-    eta: float | Sequence[float] = 0.7
-    guidance_scale: float = 3.0
+    eta: float | Sequence[float] = 0.6
+    guidance_scale: float = 2.0
     num_samples: int = 1
-    start: str = "noise"  # noise | inversion
+    start: str = "inversion"  # inversion | noise
     style_eta: float | None = None
     style_from: float = 0.5  # fraction of the steps
 
@@ -89,7 +89,13 @@ class Imagic:
         check_choice(self, OPTIMIZERS, "embedding_optimizer", "tuning_optimizer")
         check_choice(self, ("target", "random"), "embedding_init")
         check_choice(self, ("all", "attention", "lora"), "tune")
-        check_choice(self, ("noise", "inversion"), "start")
+        check_choice(self, ("inversion", "noise"), "start")
+        noiseless = self.sampler.kind == "ddim" and self.sampler.eta == 0
+        if self.start == "inversion" and noiseless and self.num_samples > self.num_embeddings:
+            raise InputError(
+                f"method.num_samples is {self.num_samples}, and all would be one picture: the image has one "
+                "inversion, and DDIM adds no noise; set method.start=noise or sampler.eta above 0"
+            )
 
     def edit(
         self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0

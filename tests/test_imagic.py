@@ -52,7 +52,7 @@ def task():
 
 
 def imagic(steps=3, sampler=None, **settings):
-    return Imagic(sampler or Sampler(steps=steps), **{**FAST, **settings})
+    return Imagic(sampler or Sampler(steps=steps), **{**FAST, "start": "noise", **settings})
 
 
 def images(result):
@@ -475,3 +475,11 @@ def test_stages_are_timed_under_their_names(tiny_model, task):
 
     imagic(decoder_steps=1).edit(tiny_model, task, Timed())
     assert Timed.names == ["embedding", "tuning", "decoder", "editing"]
+
+
+def test_samples_that_would_all_be_one_picture_are_refused():
+    with pytest.raises(InputError, match=r"method\.num_samples is 2, and all would be one picture"):
+        imagic(start="inversion", num_samples=2)
+    imagic(start="inversion", num_samples=2, num_embeddings=2)
+    imagic(start="inversion", num_samples=2, sampler=Sampler(steps=3, eta=0.5))
+    imagic(start="inversion", num_samples=2, sampler=Sampler(kind="ddpm", steps=3))
