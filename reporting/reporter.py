@@ -159,6 +159,8 @@ class RunReporter(Reporter):
         return contact_sheet(title, references, edits)
 
     def _plots(self, folder: Path, records: list[dict]) -> list[str]:
+        if not any(self.curves.values()) and len({record["settings"].get("eta") for record in records}) < 2:
+            return []  # nothing to draw, and matplotlib takes a second to import
         from reporting.plots import plot_curves, plot_tradeoff
 
         folder.mkdir()
