@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from pathlib import Path
 
 import hydra
@@ -57,4 +58,5 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # for users: no line of code
     outcome.run(main)

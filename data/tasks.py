@@ -45,7 +45,7 @@ class OneImage:
             raise InputError("image is missing: name the picture to edit, for example image=dog.jpg")
         self.prompt = "" if prompt is None else str(prompt).strip()
         if not self.prompt:
-            raise InputError('prompt is empty: say what the picture should show, e.g. prompt="a sitting dog"')
+            raise InputError('prompt is empty: say what the picture should show, prompt="a dog on a blue background"')
         self.source_prompt = "" if source_prompt is None else str(source_prompt).strip()
         if fit not in FITS:
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}")

@@ -65,14 +65,22 @@ class Reporter:
         return build()
 
 
-def check(method: Any, *settings: str, low: float = 0, high: float = math.inf, whole: bool = False) -> None:
+def check(
+    method: Any,
+    *settings: str,
+    low: float = 0,
+    high: float = math.inf,
+    whole: bool = False,
+    many: bool = False,
+) -> None:
     """Raise InputError unless each named setting is a finite number in [low, high], an integer where
-    `whole`."""
+    `whole`, or where `many` a list of such."""
     for setting in settings:
         value = getattr(method, setting)
-        values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        values = value if many and isinstance(value, Iterable) and not isinstance(value, str) else [value]
         kind = "a whole number" if whole else "a number"
         allowed = f"{kind} from {low} to {high}" if math.isfinite(high) else f"{kind}, {low} or more"
+        allowed += ", or a list of them such as [0.4,0.6]" if many else ""
         for v in values:
             number = isinstance(v, int if whole else (int, float)) and not isinstance(v, bool)
             if not (number and math.isfinite(v) and low <= v <= high):

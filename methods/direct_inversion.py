@@ -90,6 +90,14 @@ class DirectInversion:
                 f"method.inversion_prompt is {self.inversion_prompt}: it must be a text, nothing after the = sign "
                 "for the empty one (and where it is to be source_prompt, that must be given)"
             )
+        fresh = self.alpha < 1 or (self.mix == "gaussian" and self.beta < 1)  # a share of noise in the start latent
+        if self.mix == "cosine":
+            fresh = self.structural_similarity < 1
+        if self.num_samples > 1 and not (fresh or self.diversity > 0 or self.sampler.eta > 0):
+            raise InputError(
+                f"method.num_samples is {self.num_samples}, and all would be one picture: set method.diversity or "
+                "sampler.eta above 0, or method.structural_similarity below 1"
+            )
         if self.sampler.kind != "ddim":
             raise InputError(f"sampler.kind is {self.sampler.kind}: Direct Inversion needs ddim")
 

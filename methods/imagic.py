@@ -79,7 +79,8 @@ class Imagic:
     def __post_init__(self) -> None:
         if isinstance(self.eta, Iterable) and not len(self.eta):
             raise InputError("method.eta is an empty list: it must hold at least one number from 0 to 1")
-        check(self, "eta", "style_from", high=1)
+        check(self, "eta", high=1, many=True)
+        check(self, "style_from", high=1)
         if self.style_eta is not None:
             check(self, "style_eta", high=1)
         check(self, "embedding_steps", "tuning_steps", "decoder_steps", whole=True)

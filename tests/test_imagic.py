@@ -459,9 +459,11 @@ def test_check_reads_lists_and_bounds():
     class Settings:
         good, bad = [0, 1], [0, 2]
 
-    check(Settings, "good", high=1)
-    with pytest.raises(InputError, match=r"method\.bad"):
-        check(Settings, "bad", high=1)
+    check(Settings, "good", high=1, many=True)
+    with pytest.raises(InputError, match=r"method\.bad is \[0, 2\].* a list of them"):
+        check(Settings, "bad", high=1, many=True)
+    with pytest.raises(InputError, match=r"method\.good is \[0, 1\]: it must be a number from 0 to 1$"):
+        check(Settings, "good", high=1)
 
 
 def test_stages_are_timed_under_their_names(tiny_model, task):
