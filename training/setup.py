@@ -45,13 +45,15 @@ def assemble(cfg: DictConfig, out: Path) -> tuple[torch.nn.Module, Dataset]:
         arch = reconciled(arch, read_config(out), part, out)
     train, heldout = datasets(cfg, arch["image_size"])
     states = {p: read_part(out, p) for p in NEEDS[part]}
-    if part == "unet":
+    if cfg.init:  # a training state in `out`, where there is one, is resumed all the same
+        states[part] = read_part(Path(cfg.init), part)
+    if "clip" in states:
         vocabulary = states["clip"].get("text.vocabulary")
     else:
         vocabulary = compact_vocabulary(train.vocabulary()) if part == "clip" else None
     model = build(arch, seed=cfg.seed, vocabulary=vocabulary)
     for p, state in states.items():
-        fill(part_of(model, p), state, out / f"{p}.safetensors")
+        fill(part_of(model, p), state, (Path(cfg.init) if p == part else out) / f"{p}.safetensors")
     out.mkdir(parents=True, exist_ok=True)
     options = OmegaConf.to_container(cfg.part.objective, resolve=True)
     if part == "autoencoder":
