@@ -1,27 +1,30 @@
-"""Loading and saving models: this project's own folder, and Stable Diffusion's single file.
+"""Loading and saving models: this project's own folder, and Stable Diffusion in either of its layouts.
 
-A folder holds `config.json` (all sizes, readable) and one safetensors file for each part that is trained on its own:
-`autoencoder`, `clip` (text and image towers) and `unet`.
+A folder of this project holds `config.json` (all sizes, readable) and one safetensors file for each part that is
+trained on its own: `autoencoder`, `clip` (text and image towers) and `unet`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import InputError
 from files import whole_file
+from models import hub
 from models.latent_diffusion import LatentDiffusion, build
+from models.layouts import FOLDERS, Pieces, from_folder, from_single_file
+from models.recognise import architecture, configured, foreign, merged, stacked_shape
+from models.weights import mappable, read_tensors, stated_prediction
 
 PARTS = ("autoencoder", "clip", "unet")
+CHUNK = 256 * 2**20  # bytes
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 
 
@@ -30,31 +33,105 @@ def load(
     arch: Mapping | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    ema: bool | None = None,
 ) -> LatentDiffusion:
-    """The model in `path`: a folder written by `save`, or a Stable Diffusion file (.safetensors) with its sizes in
-    `arch`. Raises InputError for a path that is missing, incomplete, damaged or does not fit its sizes."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"there is no checkpoint at {path}")
-    if path.is_dir():
-        config = read_config(path)
-        states = {part: read_part(path, part) for part in PARTS}
-        model = build_from(config, path / "config.json", vocabulary=states["clip"].get("text.vocabulary"))
-        for part, state in states.items():
-            fill(part_of(model, part), state, path / f"{part}.safetensors")
+    """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x or 2.x as a single file (.safetensors,
+    .ckpt), as a folder in the model hub's layout, or as a hub id ("org/name"), which is fetched once.
+
+    Its sizes are recognised; `arch` adds what weights do not tell, in the form of config.json: any of `unet`, `vae`,
+    `text`, `schedule`, `prediction` and `image_size`. `ema` chooses between the UNet's averaged weights (True) and the
+    plain ones (False) where a checkpoint has both; None is the averaged where there are some.
+
+    On the CPU, weights stored in `dtype` stay mapped to their file: keep it as it is while the model is used. Raises
+    InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
+    """
+    source = Path(path)
+    if not source.exists():
+        if not hub.looks_like_id(str(path)):
+            raise InputError(f"there is no checkpoint at {path}")
+        source = hub.fetch(str(path), half=dtype == torch.float16, ema=ema)
+    if source.is_dir() and not (source / "unet").is_dir():
+        if ema is False:
+            raise InputError(f"ema=false, and {source} holds averaged weights alone: leave ema out")
+        model = load_own(source, arch, device, dtype)
     else:
-        if arch is None:
-            raise InputError(f"{path} is a single file: give the sizes of its networks as arch={{...}}")
-        model = build_from(arch, "arch")
-        for name, state in split_stable_diffusion(read_tensors(path)).items():
-            fill(getattr(model, name), state, path)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        model = load_stable_diffusion(source, arch, device, dtype, ema)
+    return model.eval().requires_grad_(False)
 
 
-def build_from(config: Mapping, source: str | Path, vocabulary: Tensor | None = None) -> LatentDiffusion:
+def load_own(
+    path: Path, arch: Mapping | None, device: str | torch.device | None, dtype: torch.dtype
+) -> LatentDiffusion:
+    """The model in a folder written by `save`."""
+    config = read_config(path)
+    if arch:
+        try:
+            config = merged(config, arch)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    files = {part: part_file(path, part) for part in PARTS}
+    model = build_from(config, path / "config.json", read_tensors(files["clip"]).get("text.vocabulary"), meta=True)
+    for part, file in files.items():
+        pour(part_of(model, part), lambda file=file: unstacked(read_tensors(file)), file, device, dtype)
+    return model.to(device)
+
+
+def load_stable_diffusion(
+    path: Path, arch: Mapping | None, device: str | torch.device | None, dtype: torch.dtype, ema: bool | None
+) -> LatentDiffusion:
+    """The Stable Diffusion in a single file or in a folder of the hub's layout."""
+    files = hub_files(path, dtype == torch.float16, ema) if path.is_dir() else {}
+    whole = None if files or mappable(path) else read_tensors(path)
+
+    def read() -> tuple[dict[str, Pieces], list[str]]:
+        if files:
+            return from_folder({folder: read_tensors(names) for folder, names in files.items()})
+        return from_single_file(whole or read_tensors(path), ema)
+
+    try:
+        if not files and (kind := foreign(whole or read_tensors(path))):
+            raise InputError(kind)
+        pieces, problems = read()
+        told = architecture(pieces)
+        if files:
+            told = configured(told, hub_configs(path))
+        elif (stated := stated_prediction(path)) is not None:
+            told["prediction"] = stated
+        config = merged(told, arch)
+    except InputError as error:  # what reads a file names it, what looks at names and shapes does not
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+    model = build_from(config, path, meta=True)
+    parts = {part: getattr(model, part) for part in pieces}
+    check_fit(parts, pieces, problems, path)
+    for part, module in parts.items():
+        pour(module, lambda part=part: read()[0][part], path, device, dtype)
+    return model.to(device)
+
+
+def hub_files(path: Path, half: bool, ema: bool | None) -> dict[str, list[Path]]:
+    """The weight files of each folder of the hub's layout."""
+    if (path / "text_encoder_2").is_dir():
+        raise InputError(f"{path} seems to hold an SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
+    names = [file.relative_to(path).as_posix() for file in path.glob("*/*")]
+    try:
+        return {folder: [path / name for name in hub.part_files(names, folder, half, ema)] for folder in FOLDERS}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def hub_configs(path: Path) -> dict[str, dict]:
+    """What the config files of the hub's layout say, {} for a file that is not there."""
+    files = {folder: f"{folder}/config.json" for folder in FOLDERS}
+    files |= {"scheduler": "scheduler/scheduler_config.json", "tokenizer": "tokenizer/special_tokens_map.json"}
+    return {name: read_json(path / file) if (path / file).exists() else {} for name, file in files.items()}
+
+
+def build_from(
+    config: Mapping, source: str | Path, vocabulary: Tensor | None = None, meta: bool = False
+) -> LatentDiffusion:
     """`build`, where the sizes are a user's: what they lack or cannot be is an InputError that names `source`."""
     try:
-        return build(config, vocabulary=vocabulary)
+        return build(config, vocabulary=vocabulary, meta=meta)
     except KeyError as error:
         raise InputError(f"{source} lacks {error}") from None
     except (TypeError, ValueError, AssertionError) as error:  # torch asserts what its layers are given
@@ -103,114 +180,88 @@ def write_config(config: Mapping, path: Path) -> None:
 
 def read_config(path: Path) -> dict:
     """The sizes in a folder's `config.json`."""
+    if not (path / "config.json").exists():
+        raise InputError(
+            f"{path} holds neither a config.json of this project nor the hub's folders {', '.join(FOLDERS)}"
+        )
+    return read_json(path / "config.json")
+
+
+def read_json(file: Path) -> dict:
     try:
-        return json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} holds no config.json, so it is not one of this project's checkpoints") from None
+        content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path / 'config.json'} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no settings by name")
+    return content
 
 
-def read_part(path: Path, part: str) -> dict[str, Tensor]:
-    """The weights of one part of a folder."""
+def part_file(path: Path, part: str) -> Path:
+    """Where one part of a folder of ours is stored."""
     file = path / f"{part}.safetensors"
     if not file.exists():
         raise InputError(f"{path} lacks {file.name}: train it with `python train.py part={part}`")
-    return read_tensors(file)
+    return file
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file} is damaged or no safetensors file: {error}") from None
+def read_part(path: Path, part: str) -> dict[str, Tensor]:
+    """The weights of one part of a folder of ours."""
+    return read_tensors(part_file(path, part))
+
+
+def check_fit(
+    parts: Mapping[str, nn.Module], pieces: Mapping[str, Pieces], problems: Sequence[str], source: Path
+) -> None:
+    """Raise InputError, naming the first keys that are missing, unexpected or of another shape, and counting them."""
+    problems = list(problems)
+    named = " (in this project's names)" if len(parts) > 1 else ""
+    for part, module in parts.items():
+        prefix = f"{part}." if len(parts) > 1 else ""
+        own, found = module.state_dict(), pieces[part]
+        problems += [f"{prefix}{k} is missing" for k in own if k not in found]
+        problems += [f"{prefix}{k} is unexpected" for k in found if k not in own]
+        for k in own:
+            if k in found and (shape := stacked_shape(found[k])) != tuple(own[k].shape):
+                problems.append(f"{prefix}{k} is {shape} where {tuple(own[k].shape)} fits")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"{source} does not fit the networks{named}: {'; '.join(problems[:3])}{more}")
+
+
+def unstacked(state: Mapping[str, Tensor]) -> Pieces:
+    return {name: [tensor] for name, tensor in state.items()}
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy `state` into the module. Raises InputError that names the first keys that are missing, unexpected or of
-    another shape, and counts them."""
-    own = module.state_dict()
-    problems = [f"{k} is missing" for k in own if k not in state]
-    problems += [f"{k} is unexpected" for k in state if k not in own]
-    problems += [
-        f"{k} is {tuple(state[k].shape)} where {tuple(own[k].shape)} fits"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"{source} does not fit the networks: {'; '.join(problems[:3])}{more}")
+    """Copy `state` into the module. Raises InputError where it does not fit; see `check_fit`."""
+    check_fit({"": module}, {"": unstacked(state)}, [], source)
     module.load_state_dict(state)
 
 
-# Stable Diffusion's released files name the same layers differently. A rule renames; `fuse` joins projections.
-SECTIONS = {  # prefix in the file -> our module
-    "model.diffusion_model.": "unet",
-    "first_stage_model.": "autoencoder",
-    "cond_stage_model.transformer.text_model.": "text",  # 1.x, in the layout of another library
-    "cond_stage_model.model.": "text",  # 2.x, open_clip's own
-}
-RULES = {
-    "unet": [
-        (r"\.in_layers\.0\.", ".norm1."),
-        (r"\.in_layers\.2\.", ".conv1."),
-        (r"\.emb_layers\.1\.", ".time."),
-        (r"\.out_layers\.0\.", ".norm2."),
-        (r"\.out_layers\.3\.", ".conv2."),
-        (r"\.skip_connection\.", ".skip."),
-        (r"\.0\.op\.", ".0.conv."),
-        (r"\.to_out\.0\.", ".to_out."),
-        (r"\.ff\.net\.0\.proj\.", ".ff.proj_in."),
-        (r"\.ff\.net\.2\.", ".ff.proj_out."),
-    ],
-    "autoencoder": [
-        (r"\.nin_shortcut\.", ".skip."),
-        (r"\.(down|up)sample\.conv\.", ".resample.conv."),
-        (r"\.attn_1\.(q|k|v)\.", r".attn_1.to_\1."),
-        (r"\.attn_1\.proj_out\.", ".attn_1.to_out."),
-    ],
-    "text": [
-        (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
-        (r"^embeddings\.token_embedding\.", "token_embedding."),
-        (r"^final_layer_norm\.", "ln_final."),
-        (r"^encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1."),
-        (r"\.layer_norm(\d)\.", r".ln_\1."),
-        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-        (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
-        (r"\.self_attn\.(q|k|v)_proj\.", r".attn.to_\1."),
-        (r"^", "tower."),
-    ],
-}
-FUSED = [  # several of the file's matrices, stacked, are one of ours
-    (r"(.*\.attn1\.|.*\.attn_1\.)to_([qkv])(\..*)", r"\1to_qkv\3"),
-    (r"(.*\.attn2\.)to_([kv])(\..*)", r"\1to_kv\3"),
-    (r"(.*\.attn\.)to_([qkv])\.(.*)", r"\1in_proj_\3"),
-]
-NOT_WEIGHTS = re.compile(r"embeddings\.position_ids|attn_mask|logit_scale|text_projection")
+def pour(
+    module: nn.Module,
+    read: Callable[[], Pieces],
+    source: Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+) -> None:
+    """Give a module on the meta device its weights, in `dtype` and on `device`: as they lie in the mapped file where
+    nothing is to be changed, so that none is copied and no memory is taken twice.
 
-
-def split_stable_diffusion(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A Stable Diffusion state dict -> our state dicts for `unet`, `autoencoder` and `text`."""
-    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "autoencoder": {}, "text": {}}
-    stacks: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        prefix = next((p for p in SECTIONS if key.startswith(p)), None)
-        if prefix is None or NOT_WEIGHTS.search(key):
-            continue  # the schedule's tables and what conditioning does not use
-        part, name = SECTIONS[prefix], key[len(prefix) :]
-        for pattern, replacement in RULES[part]:
-            name = re.sub(pattern, replacement, name)
-        for pattern, target in FUSED:
-            if match := re.fullmatch(pattern, name):
-                if tensor.ndim == 4:
-                    tensor = tensor.flatten(1)  # the autoencoder's 1x1 convolutions
-                stacks.setdefault((part, match.expand(target)), {})[match[2]] = tensor
-                break
-        else:
-            if ".attn_1.to_out.weight" in name:
-                tensor = tensor.flatten(1)
-            parts[part][name] = tensor
-    for (part, name), members in stacks.items():
-        parts[part][name] = torch.cat([members[m] for m in sorted(members, key="qkv".index)])
-    return parts
+    `read` maps the file anew. It is called again after every `CHUNK` bytes, because the pages that a mapping has
+    touched count as memory until it is dropped. Raises InputError where the weights do not fit.
+    """
+    pieces = read()
+    check_fit({"": module}, {"": pieces}, [], source)
+    state, touched = {}, 0
+    for name in list(pieces):
+        tensors = pieces[name]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        if state[name] is not tensors[0]:
+            touched += sum(t.nbytes for t in tensors)
+        if touched > CHUNK:
+            del tensors, tensor
+            pieces, touched = read(), 0
+    module.load_state_dict(state, assign=True)

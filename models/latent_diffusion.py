@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -91,23 +92,28 @@ class LatentDiffusion(nn.Module):
         return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
 
 
-def build(config: Mapping, seed: int | None = None, vocabulary: Tensor | None = None) -> LatentDiffusion:
+def build(
+    config: Mapping, seed: int | None = None, vocabulary: Tensor | None = None, meta: bool = False
+) -> LatentDiffusion:
     """A model with random weights from the sizes in `config`: `unet`, `vae`, `text`, `schedule`, optionally `vision`,
     `prediction` and `image_size`. `seed` makes the weights reproducible without touching the global generator;
-    `vocabulary` gives the text encoder a compact embedding."""
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    `vocabulary` gives the text encoder a compact embedding; `meta` leaves all weights on the meta device, where they
+    take neither time nor memory."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta") if meta else nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
         text = build_text(**config["text"], vocabulary=vocabulary)
+        unet, autoencoder = UNet(**config["unet"]), Autoencoder(**config["vae"])
         vision = config.get("vision")
-        model = LatentDiffusion(
-            UNet(**config["unet"]),
-            Autoencoder(**config["vae"]),
-            text,
-            NoiseSchedule(**config["schedule"]),
-            config.get("prediction", "epsilon"),
-            config.get("image_size", 512),
-            build_clip(text, config["text"]["embed_dim"], **vision) if vision else None,
-        )
-        model.config = dict(config)
-        return model.eval()
+        clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
+    model = LatentDiffusion(
+        unet,
+        autoencoder,
+        text,
+        NoiseSchedule(**config["schedule"]),
+        config.get("prediction", "epsilon"),
+        config.get("image_size", 512),
+        clip,
+    )
+    model.config = dict(config)
+    return model.eval()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from errors import InputError
 
-BEGIN, END = 49406, 49407  # open_clip's begin and end tokens; END is also the largest id
+VOCABULARY = 49408  # entries of CLIP's tokenizer: 256 bytes, each inside and at the end of a word, merges, begin, end
+BEGIN, END = VOCABULARY - 2, VOCABULARY - 1
 UNKNOWN = 1  # row of a compact vocabulary that stands for every token it lacks
 
 
@@ -25,7 +26,8 @@ class TextEncoder(nn.Module):
     `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is END for 1.x and 0 for
     2.x and for open_clip itself. `vocabulary`, where given, lists in ascending order the tokenizer's ids that the
     tower knows; its embedding then has one row for each, behind a row for padding (0) and one for all other tokens
-    (`UNKNOWN`), so that a small model carries no rows that were never trained.
+    (`UNKNOWN`), so that a small model carries no rows that were never trained. Without one, a tower of n embeddings
+    knows the first n - 514 of the tokenizer's merges, and begins and ends prompts with n - 2 and n - 1.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class TextEncoder(nn.Module):
         self.hidden_layer, self.pad_token = hidden_layer, pad_token
         self.context_length = tower.context_length
         self.register_buffer("vocabulary", vocabulary)
+        self.begin, self.end = (tower.vocab_size - 2, tower.vocab_size - 1) if vocabulary is None else (BEGIN, END)
         self._tokenizer = None
         self._known = None if vocabulary is None else set(vocabulary.tolist())
 
@@ -52,6 +55,11 @@ class TextEncoder(nn.Module):
             import open_clip
 
             self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+            merges = self.begin - 512
+            if merges < 0:
+                raise InputError(f"text.vocab_size={self.end + 1} is too small: the tokenizer alone has 514")
+            ranks = self._tokenizer.bpe_ranks
+            self._tokenizer.bpe_ranks = {pair: rank for pair, rank in ranks.items() if rank < merges}
         ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
             tokens = self._tokenizer.encode(prompt)
@@ -64,7 +72,7 @@ class TextEncoder(nn.Module):
             if self._known is not None and (new := [t for t in tokens if t not in self._known]):
                 words = ", ".join(dict.fromkeys(self._tokenizer.decode([t]).strip() for t in new))
                 warnings.warn(f"this model has never seen: {words} (in the prompt {prompt!r})", stacklevel=2)
-            row[: len(tokens) + 2] = torch.tensor([BEGIN, *tokens, END])
+            row[: len(tokens) + 2] = torch.tensor([self.begin, *tokens, self.end])
         return ids
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ class TextEncoder(nn.Module):
                 "this checkpoint has no CLIP text projection for the states that condition it: "
                 "set the weight of the CLIP term to 0"
             )
-        end = ids.argmax(dim=-1).to(hidden.device)  # END is the largest id, and argmax takes the first of several
+        end = ids.argmax(dim=-1).to(hidden.device)  # end is the largest id, and argmax takes the first of several
         return F.normalize(hidden[torch.arange(len(hidden), device=hidden.device), end] @ projection, dim=-1)
 
 
@@ -122,8 +130,9 @@ class Clip(nn.Module):
         super().__init__()
         self.visual, self.text, self.image_size = visual, text, image_size
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # On the CPU even while the weights are on the meta device: no file will bring these.
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
 
     def image_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], of any size, resampled to the tower's; differentiable."""
@@ -143,7 +152,7 @@ def build_text(
     width: int,
     heads: int,
     layers: int,
-    vocab_size: int = 49408,
+    vocab_size: int = VOCABULARY,
     context_length: int = 77,
     quick_gelu: bool = False,
     hidden_layer: str = "last",
@@ -164,6 +173,8 @@ def build_text(
         act_layer=QuickGELU if quick_gelu else nn.GELU,
         norm_layer=LayerNorm,
     )
+    with torch.device("cpu"):  # even while the weights are on the meta device: no file will bring the mask
+        tower.attn_mask = tower.build_causal_mask()
     return TextEncoder(tower, hidden_layer, pad_token, vocabulary)
 
 

@@ -114,6 +114,10 @@ class Stage(nn.Sequential):
         return x
 
 
+def at_level(value: int | Sequence[int] | None, level: int) -> int | None:
+    return value[level] if isinstance(value, Sequence) else value
+
+
 class UNet(nn.Module):
     """x (B, in_channels, h, w), t (B,) or a scalar, context (B, L, context_dim) -> (B, out_channels, h, w).
 
@@ -131,9 +135,9 @@ class UNet(nn.Module):
         channel_mult: Sequence[int] = (1, 2, 4, 4),  # width of each level, times model_channels
         num_res_blocks: int = 2,  # per level on the way down; one more on the way up
         attention_levels: Sequence[int] | None = None,  # levels with transformers; None: all but the last
-        num_heads: int | None = None,  # heads per layer (Stable Diffusion 1.x: 8) ...
+        num_heads: int | Sequence[int] | None = None,  # heads (Stable Diffusion 1.x: 8), the same or for each level ...
         num_head_channels: int | None = None,  # ... or channels per head (Stable Diffusion 2.x: 64)
-        transformer_depth: int = 1,  # transformer blocks per spatial transformer
+        transformer_depth: int | Sequence[int] = 1,  # transformer blocks per spatial transformer, likewise
         context_dim: int = 768,  # width of the text states
         use_linear_projection: bool = False,
         gradient_checkpointing: bool = False,
@@ -151,9 +155,10 @@ class UNet(nn.Module):
         def res_block(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, time_dim)
 
-        def transformer(c: int) -> SpatialTransformer:
-            heads = num_heads or c // num_head_channels
-            return SpatialTransformer(c, heads, c // heads, context_dim, transformer_depth, use_linear_projection)
+        def transformer(c: int, level: int) -> SpatialTransformer:
+            heads = at_level(num_heads, level) or c // num_head_channels
+            depth = at_level(transformer_depth, level)
+            return SpatialTransformer(c, heads, c // heads, context_dim, depth, use_linear_projection)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
@@ -165,14 +170,16 @@ class UNet(nn.Module):
                 layers = [res_block(channels, mult * model_channels)]
                 channels = mult * model_channels
                 if level in attention_levels:
-                    layers.append(transformer(channels))
+                    layers.append(transformer(channels, level))
                 self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
             if level < levels - 1:
                 self.input_blocks.append(Stage(Downsample(channels)))
                 skips.append(channels)
 
-        self.middle_block = Stage(res_block(channels, channels), transformer(channels), res_block(channels, channels))
+        self.middle_block = Stage(
+            res_block(channels, channels), transformer(channels, levels - 1), res_block(channels, channels)
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -180,7 +187,7 @@ class UNet(nn.Module):
                 layers = [res_block(channels + skips.pop(), mult * model_channels)]
                 channels = mult * model_channels
                 if level in attention_levels:
-                    layers.append(transformer(channels))
+                    layers.append(transformer(channels, level))
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(Stage(*layers))

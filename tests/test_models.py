@@ -214,7 +214,7 @@ def test_what_does_not_load_is_told_in_one_line(tiny_model, tmp_path):
     with pytest.raises(InputError, match="no checkpoint at"):
         models.load(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no config\.json"):
+    with pytest.raises(InputError, match=r"holds neither a config\.json"):
         models.load(tmp_path / "empty")
     folder = tmp_path / "model"
     models.save(tiny_model, folder)
@@ -226,7 +226,7 @@ def test_what_does_not_load_is_told_in_one_line(tiny_model, tmp_path):
     assert "\n" not in str(error.value)
     models.save(tiny_model, folder)
     (folder / "unet.safetensors").write_bytes((folder / "unet.safetensors").read_bytes()[:5000])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="cut short"):
         models.load(folder)
     (folder / "unet.safetensors").unlink()
     with pytest.raises(InputError, match="train it with"):
