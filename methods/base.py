@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,23 @@ from torch import Tensor, nn
 
 from errors import InputError
 
+
+def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer & Stern, 2018, arXiv 1804.04235) without its first moment: of the second moment of a weight
+    it keeps only the means over rows and over columns. `lr` is absolute, as Adam's: a step is about `lr` long."""
+    from timm.optim.adafactor import Adafactor  # seconds to import
+
+    return Adafactor(params, lr=lr, scale_parameter=False)
+
+
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "adafactor": adafactor,
 }
+# These move each parameter as soon as its gradient is there, so that no two gradients need exist at once. It takes one
+# call for each parameter, and so more time.
+ONE_BY_ONE = {"adafactor"}
 
 
 @dataclass
@@ -156,24 +170,31 @@ def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
 
 @contextmanager
 def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, the named parameters of `module` hold copies of `values` and are handed out; afterwards they
-    hold their own storage again."""
+    """Inside, the named parameters of `module` hold `values` and are handed out; afterwards they hold their own again.
+    Values are used as they are if they fit, else as copies. On an accelerator the parameters' own values wait in the
+    CPU's memory, so that the card holds one set of weights."""
     parameters = {name: module.get_parameter(name) for name in values}
-    own = {name: parameter.data for name, parameter in parameters.items()}
+    own = {name: parameter.data.cpu() for name, parameter in parameters.items()}  # the very same on the CPU
     try:
         for name, parameter in parameters.items():
-            # empty_like keeps the memory layout, and with it the kernels chosen and the last bit of a result
-            parameter.data = torch.empty_like(own[name]).copy_(values[name])
+            parameter.data = fitted(values[name], parameter.data)
         yield parameters
     finally:
         for name, parameter in parameters.items():
-            parameter.data = own[name]
+            parameter.data = own[name].to(parameter.device)
+
+
+def fitted(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the dtype, device and memory layout of `like`, and aligned as torch aligns what it allocates (a file
+    mapped into memory is not): the kernels that are chosen depend on these, and so the last bit of a result."""
+    fits = (value.dtype, value.device, value.stride()) == (like.dtype, like.device, like.stride())
+    return value if fits and value.data_ptr() % 64 == 0 else torch.empty_like(like).copy_(value)
 
 
 @contextmanager
 def trainable(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
     """`replaced` by copies of the named parameters' own values, which ask for gradients."""
-    with replaced(module, {name: module.get_parameter(name).data for name in names}) as parameters:
+    with replaced(module, {name: module.get_parameter(name).data.clone() for name in names}) as parameters:
         try:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -181,11 +202,12 @@ def trainable(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+                parameter.grad = None  # left over from a backward pass that failed
 
 
 def minimise(
     terms: Callable[[], dict[str, Tensor]],  # the terms of the loss, drawn anew at each call
-    params: Sequence[Tensor],
+    params: Sequence[Tensor],  # leaves that ask for gradients and have none yet
     steps: int,
     lr: float,
     optimizer: str,
@@ -197,34 +219,50 @@ def minimise(
 
     Returns the curves, each (steps,): "loss", and the single terms where there are several. Parameters of
     less than 32 bits are optimised as float32 copies, since updates of 5e-7 would vanish in them. Raises
-    InputError, naming stage and step, if the loss is NaN or infinite.
+    InputError, naming stage and step, if the loss is NaN or infinite; no parameter has then moved at that step.
     """
     masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in params]
-    opt = OPTIMIZERS[optimizer](masters, lr)
+    pairs = list(zip(params, masters, strict=True))
+    groups = [[pair] for pair in pairs] if optimizer in ONE_BY_ONE else [pairs]
+    updates = [partial(update, OPTIMIZERS[optimizer]([m for _, m in group], lr), group) for group in groups]
+    hooks = []
+    if optimizer in ONE_BY_ONE:
+        for param, move in zip(params, updates, strict=True):
+            hooks.append(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
     curves: dict[str, list[float]] = {"loss": []}
-    for step in reporter.progress(range(steps), stage, steps):
-        with torch.enable_grad():
-            losses = terms()
-            loss = sum(losses.values())
-            grads = torch.autograd.grad(loss, params)
-        values = {"loss": float(loss.detach())}
-        if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"the loss became {values['loss']} in stage '{stage}' at step {step}: lower {setting}"
-            )
-        if len(losses) > 1:
-            values |= {name: float(term.detach()) for name, term in losses.items()}
-        for name, value in values.items():
-            curves.setdefault(name, []).append(value)
-        reporter.scalar(stage, step, **values)
-        with torch.no_grad():
-            for master, grad in zip(masters, grads, strict=True):
-                master.grad = grad.float()
-            opt.step()
-            for param, master in zip(params, masters, strict=True):
-                if param.dtype != master.dtype:
-                    param.copy_(master)
+    try:
+        for step in reporter.progress(range(steps), stage, steps):
+            with torch.enable_grad():
+                losses = terms()
+                loss = sum(losses.values())
+            values = {"loss": float(loss.detach())}
+            if not math.isfinite(values["loss"]):
+                raise InputError(f"the loss became {values['loss']} in stage '{stage}' at step {step}: lower {setting}")
+            if len(losses) > 1:
+                values |= {name: float(term.detach()) for name, term in losses.items()}
+            for name, value in values.items():
+                curves.setdefault(name, []).append(value)
+            reporter.scalar(stage, step, **values)
+            loss.backward()
+            if not hooks:
+                for move in updates:
+                    move()
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {name: torch.tensor(curve) for name, curve in curves.items()}
+
+
+@torch.no_grad()
+def update(opt: torch.optim.Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """A step of `opt`, which holds the masters, for (parameter, master) pairs. It uses up the parameters' gradients."""
+    for param, master in pairs:
+        master.grad, param.grad = param.grad.float(), None
+    opt.step()
+    for param, master in pairs:
+        master.grad = None
+        if param.dtype != master.dtype:
+            param.copy_(master)
 
 
 def cached_stage(

@@ -53,7 +53,7 @@ class Imagic:
     # Stage A
     embedding_steps: int = 100
     embedding_lr: float = 1e-2
-    embedding_optimizer: str = "adam"  # adam | sgd
+    embedding_optimizer: str = "adam"  # adam | sgd | adafactor
     embedding_init: str = "target"  # target | random
     embedding_noise: float = 0.0  # in standard deviations of the target embedding
     num_embeddings: int = 1
@@ -61,7 +61,7 @@ class Imagic:
     # Stage B
     tuning_steps: int = 120
     tuning_lr: float = 1e-4
-    tuning_optimizer: str = "adam"  # adam | sgd
+    tuning_optimizer: str = "adam"  # adam | sgd | adafactor
     tuning_batch: int = 1
     tune: str = "all"  # all | attention | lora
     lora_rank: int = 8
