@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.blocks import Downsample, ResBlock, Upsample, group_norm, zero_init
+from models.blocks import Downsample, ResBlock, Upsample, group_norm, norm_silu_conv, zero_init
 
 
 class AttentionBlock(nn.Module):
@@ -38,22 +37,22 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(channels)
         self.block_2 = ResBlock(channels, channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    def forward(self, x: Tensor, slices: int) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, slices=slices)), slices=slices)
 
 
 class Level(nn.Module):
     """Residual blocks at one resolution, then a change of resolution or none."""
 
-    def __init__(self, blocks: list[ResBlock], resample: nn.Module):
+    def __init__(self, blocks: list[ResBlock], resample: Downsample | Upsample | None):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.resample = resample
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slices: int) -> Tensor:
         for block in self.block:
-            x = block(x)
-        return self.resample(x)
+            x = block(x, slices=slices)
+        return self.resample(x, slices) if self.resample else x
 
 
 class Encoder(nn.Module):
@@ -67,16 +66,16 @@ class Encoder(nn.Module):
             blocks = [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
             width = mult * ch
             last = i == len(ch_mult) - 1
-            self.down.append(Level(blocks, nn.Identity() if last else Downsample(width, asymmetric=True)))
+            self.down.append(Level(blocks, None if last else Downsample(width, asymmetric=True)))
         self.mid = Middle(width)
         self.norm_out = group_norm(width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slices: int = 1) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+            h = level(h, slices)
+        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h, slices), slices)
 
 
 class Decoder(nn.Module):
@@ -90,23 +89,25 @@ class Decoder(nn.Module):
             widths = [width] + [mult * ch] * (num_res_blocks + 1)
             blocks = [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
             width = mult * ch
-            levels.append(Level(blocks, Upsample(width) if i > 0 else nn.Identity()))
+            levels.append(Level(blocks, Upsample(width) if i > 0 else None))
         self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest
         self.norm_out = group_norm(width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+    def forward(self, z: Tensor, slices: int = 1) -> Tensor:
+        h = self.mid(self.conv_in(z), slices)
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h, slices)
+        return norm_silu_conv(self.norm_out, self.conv_out, h, slices)
 
 
 class Autoencoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, z_channels, H/f, W/f), f = patch * 2 ** (levels - 1), and back.
 
     `patch` folds patch x patch pixels into channels before the first convolution, which saves the costly work at
-    full resolution; Stable Diffusion has 1. `scale_factor` brings latents to about unit variance.
+    full resolution; Stable Diffusion has 1. `scale_factor` brings latents to about unit variance. With `slices`
+    above 1 the networks work through one image at a time, each in that many horizontal strips: less memory, more
+    time, and the same result up to rounding.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.patch, self.scale_factor, self.z_channels = patch, scale_factor, z_channels
         self.downsampling = patch * 2 ** (len(ch_mult) - 1)
+        self.slices = 1
         pixels = 3 * patch**2
         self.encoder = Encoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
@@ -130,7 +132,7 @@ class Autoencoder(nn.Module):
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), unscaled, each (B, z_channels, h, w); log-variance within [-30, 20]."""
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self._run(self.encoder, x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -143,5 +145,10 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, z_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        x = self.decoder(self.post_quant_conv(z / self.scale_factor))
+        x = self._run(self.decoder, self.post_quant_conv(z / self.scale_factor))
         return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+
+    def _run(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
+        if self.slices == 1:
+            return network(x)
+        return torch.cat([network(one, self.slices) for one in x.split(1)])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -15,6 +20,67 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=eps)
+
+
+def conv_in_strips(
+    conv: nn.Conv2d,
+    x: Tensor,
+    slices: int,
+    before: Callable[[Tensor], Tensor] | None = None,  # what comes before the convolution, row by row
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1),  # left, right, top, bottom
+    scale: int = 1,  # how many rows `before` makes of one
+) -> Tensor:
+    """conv(pad(before(x))) for a 3x3 convolution, computed in `slices` horizontal strips of the output, so that only x
+    (B, C, H, W) and the output exist whole. Where gradients are asked for, a strip is computed again for them."""
+    stride, (left, right, top, bottom), height = conv.stride[0], padding, scale * x.shape[2]
+
+    def part(x: Tensor, a: int, b: int) -> Tensor:
+        first, end = stride * a - top, stride * (b - 1) + 3 - top  # the rows it sees, some beyond the map
+        low, high = max(first, 0), min(end, height)
+        y = x[:, :, low // scale : -(-high // scale)]
+        y = before(y) if before else y
+        y = y.narrow(2, low % scale, high - low)
+        return F.conv2d(F.pad(y, (left, right, low - first, end - high)), conv.weight, conv.bias, stride)
+
+    rows = (height + top + bottom - 3) // stride + 1
+    slices = min(slices, rows)
+    out = None
+    for a, b in pairwise(rows * i // slices for i in range(slices + 1)):
+        strip = checkpoint(part, x, a, b, use_reentrant=False, preserve_rng_state=False)
+        if out is None:
+            out = strip.new_empty(*strip.shape[:2], rows, strip.shape[3])
+        out[:, :, a:b] = strip
+    return out
+
+
+def affine_of(norm: nn.GroupNorm, x: Tensor, slices: int) -> tuple[Tensor, Tensor]:
+    """Scale and shift, each (B, C, 1, 1) in float32, with which norm(x) = scale x + shift; from the means and variances
+    of `slices` horizontal strips of x (Chan et al., 1979)."""
+
+    def moments(strip: Tensor) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(strip.float().unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)
+        return mean, variance
+
+    strips = x.tensor_split(min(slices, x.shape[2]), dim=2)
+    parts = [checkpoint(moments, strip, use_reentrant=False, preserve_rng_state=False) for strip in strips]
+    share = torch.tensor([strip.shape[2] / x.shape[2] for strip in strips], device=x.device)[:, None, None]
+    means, variances = (torch.stack(part) for part in zip(*parts, strict=True))  # each (strips, B, groups)
+    mean = (share * means).sum(0)
+    variance = (share * (variances + (means - mean).square())).sum(0)
+    mean, rstd = (
+        m.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for m in (mean, (variance + norm.eps).rsqrt())
+    )
+    scale = rstd * norm.weight.float()
+    return scale[:, :, None, None], (norm.bias.float() - mean * scale)[:, :, None, None]
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, slices: int = 1) -> Tensor:
+    """conv(silu(norm(x))), in `slices` horizontal strips if there is more than one. The strips share the statistics of
+    the whole map, so that the result is the same up to rounding."""
+    if slices == 1:
+        return conv(F.silu(norm(x)))
+    scale, shift = affine_of(norm, x, slices)
+    return conv_in_strips(conv, x, slices, lambda strip: F.silu((scale * strip + shift).to(x.dtype)))
 
 
 class ResBlock(nn.Module):
@@ -33,12 +99,14 @@ class ResBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """`time` (B, time_dim) is the embedding after its SiLU, which all blocks share."""
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x: Tensor, time: Tensor | None = None, slices: int = 1) -> Tensor:
+        """`time` (B, time_dim) is the embedding after its SiLU, which all blocks share. `slices`: see
+        `norm_silu_conv`."""
+        h = norm_silu_conv(self.norm1, self.conv1, x, slices)
         if self.time is not None:
             h = h + self.time(time)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm2, self.conv2, h, slices)
+        return self.skip(x) + h if slices == 1 else h.add_(self.skip(x))
 
 
 class Upsample(nn.Module):
@@ -48,8 +116,11 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, slices: int = 1) -> Tensor:
+        def double(x: Tensor) -> Tensor:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+        return self.conv(double(x)) if slices == 1 else conv_in_strips(self.conv, x, slices, double, scale=2)
 
 
 class Downsample(nn.Module):
@@ -63,5 +134,8 @@ class Downsample(nn.Module):
         self.asymmetric = asymmetric
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slices: int = 1) -> Tensor:
+        if slices > 1:
+            padding = (0, 1, 0, 1) if self.asymmetric else (1, 1, 1, 1)
+            return conv_in_strips(self.conv, x, slices, padding=padding)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
