@@ -101,6 +101,10 @@ def load_stable_diffusion(
     except InputError as error:  # what reads a file names it, what looks at names and shapes does not
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
     model = build_from(config, path, meta=True)
+    if not files and (stored := (whole or read_tensors(path)).get("alphas_cumprod")) is not None:
+        own = model.schedule.alpha_bars
+        if stored.shape != own.shape or (stored - own).abs().max() > 1e-3:  # half precision is within 3e-4
+            raise InputError(f"{path} was trained with another noise schedule (its alphas_cumprod): give arch.schedule")
     parts = {part: getattr(model, part) for part in pieces}
     check_fit(parts, pieces, problems, path)
     for part, module in parts.items():

@@ -95,7 +95,7 @@ def read_pickle(file: Path, zipped: bool) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(f"{file} {needs(file, zipped)}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError):  # torch names no type
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError, SafetensorError):
         raise InputError(f"{file} is damaged, cut short or no PyTorch file: download it again") from None
     if isinstance(content, Mapping):
         content = content.get("state_dict", content)
