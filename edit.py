@@ -1,6 +1,6 @@
 """Edit one image, or every task of a benchmark, with one method. Wiring only; see conf/edit.yaml.
 
-    python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
+python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
 """
 
 import os
@@ -45,10 +45,12 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     torch.use_deterministic_algorithms(device.type == "cuda")
     models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype)
+    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
+    model.autoencoder.slices = cfg.model.vae_slices
+    multiple = model.autoencoder.downsampling * model.unet.downsampling
+    tasks = list(source.tasks(model.image_size if cfg.size is None else cfg.size, multiple))
 
     with logger.run(folder, OmegaConf.to_container(cfg, resolve=True)):
-        tasks = list(source.tasks(model.image_size))
         for task in tasks:
             task = replace(task, image=task.image.to(device))
             place = folder if len(tasks) == 1 else folder / task.name

@@ -1,10 +1,12 @@
-"""Pictures in and out: any file Pillow can read -> (1, 3, size, size) in [-1, 1], and back to an 8-bit PNG.
+"""Pictures in and out: any file Pillow can read -> (1, 3, H, W) in [-1, 1], and back to an 8-bit PNG.
 
 Whatever a camera or a drawing program wrote is brought to one form first: turned upright by its EXIF tag, its
 first frame if it moves, 16-bit and float samples scaled to 8 bits, transparency laid over white, and any
 palette, grey or CMYK picture as RGB.
 """
 
+import itertools
+import math
 import os
 import struct
 import warnings
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from errors import InputError
 
-FITS = ("crop", "pad", "stretch")
+FITS = ("crop", "pad", "stretch")  # to a square
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 CLONE = Path(__file__).resolve().parent.parent
 
@@ -89,6 +91,30 @@ def fit_square(image: Image.Image, size: int, fit: str = "crop") -> Image.Image:
     return square
 
 
+def bucket(width: int, height: int, size: int, multiple: int) -> tuple[int, int]:
+    """The (width, height) in multiples of `multiple`, of an area of about size^2, that come nearest to the shape
+    width : height. Of pictures so thin that a side would vanish, that side is one multiple."""
+    most = size / multiple
+    root = min(max(math.sqrt(width / height), 1 / most), most)
+    sides = [(math.floor(side), math.ceil(side)) for side in (most * root, most / root)]
+
+    def strain(shape: tuple[int, int]) -> tuple[float, float]:
+        return abs(math.log(shape[0] / shape[1] / root**2)), abs(math.log(shape[0] * shape[1] / most**2))
+
+    wide, high = min((shape for shape in itertools.product(*sides) if all(shape)), key=strain)
+    return wide * multiple, high * multiple
+
+
+def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int = 1) -> Image.Image:
+    """`image` as a model takes it, whose sides must be multiples of `multiple`: size x size by `fit_square`, or with
+    "keep" all of it in about its own shape and size^2 pixels, its sides in the nearest `bucket`."""
+    if not isinstance(size, int) or size < 1 or size % multiple:
+        raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
+    if fit == "keep":
+        return image.resize(bucket(*image.size, size, multiple), Image.Resampling.LANCZOS)
+    return fit_square(image, size, fit)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image -> (1, 3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
@@ -102,9 +128,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
 
 
-def read_image(path: str | Path, size: int, fit: str = "crop") -> Tensor:
-    """The picture at `path` fitted to size x size -> (1, 3, size, size) float32 in [-1, 1].
+def read_image(path: str | Path, size: int, fit: str = "crop", multiple: int = 1) -> Tensor:
+    """The picture at `path` by `fit_picture` -> (1, 3, H, W) float32 in [-1, 1]; H and W are `size` unless `fit` is
+    "keep".
 
-    `fit` is "crop", "pad" or "stretch". Raises InputError for a missing, broken or far too large file.
+    `fit` is "crop", "pad", "stretch" or "keep". Raises InputError for a missing, broken or far too large file, and
+    for a size that is no multiple of `multiple`.
     """
-    return to_tensor(fit_square(open_rgb(path), size, fit))
+    return to_tensor(fit_picture(open_rgb(path), size, fit, multiple))

@@ -1,7 +1,8 @@
 """What is to be edited: one picture with a prompt, or later a benchmark of many.
 
-`conf/task/NAME.yaml` names a class with `tasks(size)`, which yields EditTasks at the model's image size. Bad
-input is noticed when the class is constructed, before any model is loaded.
+`conf/task/NAME.yaml` names a class with `tasks(size, multiple)`, which yields EditTasks of about `size` x `size` pixels
+whose sides are multiples of what the model needs. Bad input is noticed when the class is constructed, before any model
+is loaded.
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data.images import FITS, fit_square, open_rgb, to_tensor
+from data.images import FITS, fit_picture, open_rgb, to_tensor
 from errors import InputError
 
 
@@ -33,7 +34,7 @@ class OneImage:
         image: str | None,
         prompt: str | None,
         source_prompt: str | None = None,
-        fit: str = "crop",  # crop, pad or stretch to the model's square
+        fit: str = "crop",  # crop, pad or stretch to a square, or keep the shape
         example: dict[str, str] | None = None,
     ):
         if image is None and example:
@@ -47,11 +48,11 @@ class OneImage:
         if not self.prompt:
             raise InputError('prompt is empty: say what the picture should show, prompt="a dog on a blue background"')
         self.source_prompt = "" if source_prompt is None else str(source_prompt).strip()
-        if fit not in FITS:
-            raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}")
+        if fit not in (*FITS, "keep"):
+            raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
         self.fit = fit
         self.picture = open_rgb(str(image))
 
-    def tasks(self, size: int) -> Iterable[EditTask]:
-        image = to_tensor(fit_square(self.picture, size, self.fit))
+    def tasks(self, size: int, multiple: int = 1) -> Iterable[EditTask]:
+        image = to_tensor(fit_picture(self.picture, size, self.fit, multiple))
         yield EditTask(image, self.prompt, self.source_prompt)

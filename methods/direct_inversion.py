@@ -231,8 +231,9 @@ class DirectInversion:
 
         before, steps, lr = float(agreement()), self.coherence_steps, self.coherence_lr
         stage = f"coherence_{i}" if self.num_samples > 1 else "coherence"  # each sample has curves of its own
-        # A CLIP of another size than the model's has its input resampled, whose gradient CUDA adds up in any order.
-        resampled = model.clip.image_size != model.image_size
+        # A picture of another size than CLIP's is resampled for it, whose gradient CUDA adds up in any order.
+        sides = {side * model.autoencoder.downsampling for side in z.shape[-2:]}
+        resampled = sides != {model.clip.image_size}
         with any_kernels() if resampled else nullcontext():
             minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
         return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}

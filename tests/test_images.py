@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import find, fit_square, open_rgb, read_image, to_pil, to_tensor
+from data.images import bucket, find, fit_picture, fit_square, open_rgb, read_image, to_pil, to_tensor
 from data.tasks import OneImage
 from errors import InputError
 
@@ -124,6 +124,44 @@ def test_crop_keeps_the_centre_and_stretch_the_whole():
     assert [stretched.getpixel((x, 15)) for x in (2, 15, 27)] == [RED, GREEN, WHITE]
 
 
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    size=st.integers(1, 12),
+    multiple=st.sampled_from([1, 16, 64]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_bucket_has_the_shape_the_area_and_sides_of_multiples(width, height, size, multiple):
+    size *= multiple
+    sides = bucket(width, height, size, multiple)
+    assert all(side >= multiple and side % multiple == 0 for side in sides)
+    assert bucket(height, width, size, multiple) == sides[::-1]
+    if not multiple <= size * (width / height) ** 0.5 <= size**2 / multiple:
+        return  # thinner than can be kept
+    ideal = [size * (width / height) ** 0.5, size * (height / width) ** 0.5]
+    assert all(abs(side - wanted) < multiple for side, wanted in zip(sides, ideal, strict=True))
+    nearest = [max(multiple, round(side / multiple) * multiple) for side in ideal]
+    strain = [abs(np.log(w / h * height / width)) for w, h in (sides, nearest)]
+    assert strain[0] <= strain[1] + 1e-9  # no worse than rounding each side by itself
+
+
+def test_keep_shows_the_whole_picture_in_its_own_shape():
+    assert bucket(4032, 3024, 512, 64) == (576, 448)  # a phone's
+    assert bucket(3000, 2000, 512, 64) == (576, 384)
+    assert bucket(1000, 1000, 512, 64) == (512, 512)
+    assert bucket(50000, 1, 512, 64) == (4096, 64)
+    kept = fit_picture(quadrants(32).resize((48, 32), Image.Resampling.NEAREST), 64, "keep", multiple=16)
+    assert kept.size == (80, 48) and corners(kept) == [RED, GREEN, BLUE, WHITE]
+    same = Image.effect_noise((96, 64), 60).convert("RGB").resize((96, 64))
+    exact = fit_picture(same.resize((96, 96)), 96, "keep", multiple=32)
+    assert exact.tobytes() == same.resize((96, 96)).tobytes()  # what has the size keeps every pixel
+    with pytest.raises(InputError, match="size=72: the side in pixels must be a multiple of 16"):
+        fit_picture(same, 72, "keep", multiple=16)
+    for size in (0, -16, "big", 64.0):
+        with pytest.raises(InputError, match="multiple of 16"):
+            fit_picture(same, size, "crop", multiple=16)
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=10, deadline=None)
 def test_eight_bit_round_trip_is_exact(tmp_path_factory, seed):
@@ -185,5 +223,7 @@ def test_one_image_task(tmp_path):
         OneImage(str(tmp_path / "x.png"), None, example=example)
     with pytest.raises(InputError, match="prompt is empty"):
         OneImage(None, " ", example=example)
+    (task,) = OneImage(None, None, fit="keep", example=example).tasks(64, multiple=64)
+    assert task.image.shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match="fit=squash"):
         OneImage(None, None, fit="squash", example=example)
