@@ -66,7 +66,7 @@ def load_own(
     config = read_config(path)
     if arch:
         try:
-            config = merged(config, arch)
+            config = merged(config, arch, configured=True)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
     files = {part: part_file(path, part) for part in PARTS}
@@ -97,7 +97,7 @@ def load_stable_diffusion(
             told = configured(told, hub_configs(path))
         elif (stated := stated_prediction(path)) is not None:
             told["prediction"] = stated
-        config = merged(told, arch)
+        config = merged(told, arch, configured=bool(files) and (path / "scheduler").is_dir())
     except InputError as error:  # what reads a file names it, what looks at names and shapes does not
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
     model = build_from(config, path, meta=True)

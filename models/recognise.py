@@ -194,19 +194,24 @@ def refuse(config: Mapping[str, Any], folder: str, **supported: Any) -> None:
             raise InputError(f"{folder}: {name}={config[name]} is not supported")
 
 
-def merged(told: dict[str, Any], arch: Mapping[str, Any] | None) -> dict[str, Any]:
+def merged(told: dict[str, Any], arch: Mapping[str, Any] | None, configured: bool = False) -> dict[str, Any]:
     """`told` by the weights, with what the user's `arch` adds or corrects. Raises InputError where `arch` contradicts
-    the shapes, and where neither says the heads or the prediction."""
+    the shapes, or the schedule and prediction that the model was `configured` with in its own folder, and where neither
+    says the heads or the prediction."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in told.items()}
     for section, given in (arch or {}).items():
+        known = ("unet", "vae", "text", *(("schedule", "prediction") if configured else ()))
+        pairs = given.items() if isinstance(given, Mapping) else [(None, given)]
+        for name, value in pairs:
+            own = result.get(section, {}).get(name, value) if name else result.get(section, value)
+            value = list(value) if isinstance(value, tuple) else value
+            if section in known and name not in UNTOLD and own != value:
+                place = f"arch.{section}.{name}" if name else f"arch.{section}"
+                raise InputError(f"{place} is {value}, and the model has {own}{family(told)}")
         if not isinstance(given, Mapping):
             result[section] = given
             continue
-        own = result.setdefault(section, {})
-        for name, value in given.items():
-            sure = name in own and name not in UNTOLD and section in ("unet", "vae", "text")
-            if sure and own[name] != (list(value) if isinstance(value, tuple) else value):
-                raise InputError(f"arch.{section}.{name} is {value}, and the weights have {own[name]}{family(told)}")
+        own = result.get(section, {})
         if {"num_heads", "num_head_channels"} & set(given):
             own = {key: v for key, v in own.items() if key not in ("num_heads", "num_head_channels")}
         result[section] = own | dict(given)

@@ -136,6 +136,9 @@ def test_the_scheduler_config_tells_prediction_and_schedule(tmp_path, prediction
     model = models.load(folder)
     assert model.prediction == ours
     assert model.schedule.alpha_bars[0].item() == pytest.approx(1 - 0.001)
+    other = {"v": "epsilon", "epsilon": "v"}[ours]
+    assert f"arch.prediction is {other}, and the model has {ours}" in refused(folder, arch={"prediction": other})
+    assert "arch.schedule.beta_end is 0.012" in refused(folder, arch={"schedule": {"beta_end": 0.012}})
     config["beta_schedule"] = "sigmoid"
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     assert "beta_schedule=sigmoid" in refused(folder, arch=None)
@@ -151,9 +154,15 @@ def test_the_tokenizer_config_tells_the_padding(tmp_path):
 
 
 def test_arch_may_not_contradict_the_weights():
-    assert "weights have 32" in refused(SINGLE, arch=ARCH | {"unet": ARCH["unet"] | {"context_dim": 64}})
+    assert "model has 32" in refused(SINGLE, arch=ARCH | {"unet": ARCH["unet"] | {"context_dim": 64}})
     message = refused(SINGLE, arch=ARCH | {"unet": ARCH["unet"] | {"use_linear_projection": True}})
     assert "seems to be a Stable Diffusion 1.x" in message
+
+
+def test_arch_may_not_contradict_a_folder_of_ours(tmp_path):
+    models.save(models.load(FOLDER), tmp_path)
+    assert models.load(tmp_path, arch={"image_size": 32, "prediction": "epsilon"}).image_size == 32
+    assert "arch.prediction is v, and the model has epsilon" in refused(tmp_path, arch={"prediction": "v"})
 
 
 def test_another_noise_schedule_is_noticed(state, write):
