@@ -17,12 +17,14 @@ from samplers import ddim, guided
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.fixture(scope="module", params=["sd1_tiny", "sd2_tiny"])
+@pytest.fixture(
+    scope="module", params=["sd1_tiny/model.safetensors", "sd1_tiny/diffusers", "sd2_tiny/model.safetensors"]
+)
 def case(request):
-    folder = FIXTURES / request.param
-    arch = json.loads((folder / "arch.json").read_text())
-    expected = {k: torch.from_numpy(v) for k, v in np.load(folder / "expected.npz").items()}
-    return load(folder / "model.safetensors", arch=arch), expected, arch
+    path = FIXTURES / request.param
+    arch = json.loads((path.parent / "arch.json").read_text())
+    expected = {k: torch.from_numpy(v) for k, v in np.load(path.parent / "expected.npz").items()}
+    return load(path, arch=arch if path.is_file() else None), expected, arch
 
 
 def close(actual, expected):
