@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import models
+from models.layouts import from_single_file
+from models.recognise import architecture
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STYLE = {"sd1_tiny": 1, "sd2_tiny": 2}
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+def close(actual, expected, tolerance=2e-5):
+    """Outputs are of order 1, and rounding about 4e-6. (1e-4 would let the tanh form of the GELU pass.)"""
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture(params=STYLE)
@@ -137,18 +140,18 @@ FORMS = {
     "1-ema-declined": Form(1, sizes_of(1, [1, 2], 1, BY_NUMBER), "model.ckpt", averaged=True, ema=False),
     "1-4levels-pruned": Form(
         1,
-        sizes_of(1, [1, 2, 3, 3], 2, BY_NUMBER, vae_mults=(1, 2, 2), vae_blocks=2),
+        sizes_of(1, [1, 2, 2, 2], 2, BY_NUMBER, vae_mults=(1, 2, 2), vae_blocks=2),
         "model.safetensors",
         BF16,
         writing={"position_ids": False, "buffers": False},
     ),
     "1-heads-by-width": Form(1, sizes_of(1, [1, 2, 3], 1, BY_WIDTH, layers=3), "model.safetensors", HALF),
     "2-4levels-half": Form(
-        2, sizes_of(2, [1, 2, 2, 3], 2, BY_WIDTH, vae_mults=(1, 2, 3, 3), prediction="v"), "model.safetensors", HALF
+        2, sizes_of(2, [1, 1, 2, 3], 2, BY_WIDTH, vae_mults=(1, 1, 2, 2), prediction="v"), "model.safetensors", HALF
     ),
     "2-heads-by-number": Form(2, sizes_of(2, [1, 2, 3], 1, BY_NUMBER, layers=3), "model.ckpt"),
     "2-ema-bfloat16": Form(2, sizes_of(2, [1, 2], 2, BY_WIDTH, depth=2), "model.ckpt", BF16, averaged=True),
-    "1-folder-2022": Form(1, sizes_of(1, [1, 2, 2, 2], 2, BY_NUMBER, vae_mults=(1, 2, 2), vae_blocks=2)),
+    "1-folder-2022": Form(1, sizes_of(1, [1, 1, 1, 2], 2, BY_NUMBER, vae_mults=(1, 1, 2), vae_blocks=2)),
     "1-folder": Form(1, sizes_of(1, [1, 3], 1, BY_NUMBER), writing={"old_names": False, "position_ids": False}),
     "1-folder-by-width": Form(1, sizes_of(1, [1, 2, 3], 1, BY_WIDTH), dtype=BF16, writing={"old_names": False}),
     "1-folder-fp16": Form(1, sizes_of(1, [1, 2], 2, BY_NUMBER), dtype=HALF, writing={"variant": "fp16"}),
@@ -156,7 +159,7 @@ FORMS = {
     "2-folder": Form(2, sizes_of(2, [1, 2, 3], 2, BY_WIDTH, layers=3, prediction="v"), writing={"old_names": False}),
     "2-folder-fp16-shards": Form(
         2,
-        sizes_of(2, [1, 2, 2, 2], 1, BY_NUMBER, vae_mults=(1, 2, 2, 3), vae_blocks=2, depth=2),
+        sizes_of(2, [1, 1, 2, 2], 1, BY_NUMBER, vae_mults=(1, 1, 2, 2), vae_blocks=2, depth=2),
         dtype=HALF,
         writing={"variant": "fp16", "shards": 2},
     ),
@@ -211,8 +214,24 @@ def test_sizes_are_recognised(loaded):
         assert model.image_size == 64
 
 
+@pytest.mark.parametrize("style", [1, 2])
+def test_published_models_are_recognised(style):
+    """At full width nothing need be said of a single file, but what a 2.x predicts. Tensors without storage do."""
+    sizes = sd.PUBLISHED[style]
+    weights = {k: torch.empty(shape, device="meta") for k, shape in sd.shapes(sizes).items()}
+    pieces, problems = from_single_file(sd.to_single_file(weights, sizes, style), ema=None)
+    found = architecture(pieces)
+    assert not problems
+    for section, expected in sizes.items():
+        assert {k: found[section].get(k) for k in expected} == expected
+    assert {"num_heads", "num_head_channels"} - set(found["unet"])  # one of them alone
+    assert found["unet"]["use_linear_projection"] == (style == 2)
+    assert found["text"]["pad_token"] == (49407 if style == 1 else 0)
+    assert found.get("prediction") == ("epsilon" if style == 1 else None)
+
+
 @pytest.mark.parametrize("name", ["1-safetensors", "2-heads-by-number", "2-folder"])
-def test_every_weight_matters(name, tmp_path):
+def test_every_weight_matters(name):
     """The comparison above can only fail for a weight that changes an output. (A bias on keys shifts all scores of a
     query alike, which the softmax takes out again; 2.x skips its last text layer.)"""
     sizes = FORMS[name].sizes
@@ -227,4 +246,4 @@ def test_every_weight_matters(name, tmp_path):
     skipped = f"layers.{sizes['text']['layers'] - 1}." if FORMS[name].style == 2 else "none"
     for key, weight in weights.items():
         if not key.endswith(("k_proj.bias", "to_k.bias")) and skipped not in key:
-            assert (weight.grad * weight).norm() > 1e-3, key
+            assert (weight.grad * weight).norm() > 4e-5, key  # root mean square; `close` looks at the largest
