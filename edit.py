@@ -38,6 +38,11 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
+    ema, slices = cfg.model.get("ema"), cfg.model.get("vae_slices", 1)
+    if ema not in (None, True, False):
+        raise InputError(f"model.ema is {ema}: choose null, true or false")
+    if not isinstance(slices, int) or slices < 1:
+        raise InputError(f"model.vae_slices is {slices}: it must be a whole number, 1 or more")
     torch.manual_seed(cfg.seed)  # methods draw from generators of their own; this is for those that do not
     # On CUDA the same seed gives the same bytes: an operation that cannot give them raises. (With warn_only=True the
     # backward pass of fused attention would quietly use its faster kernel, which cannot.)
@@ -45,8 +50,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     torch.use_deterministic_algorithms(device.type == "cuda")
     models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
-    model.autoencoder.slices = cfg.model.vae_slices
+    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=ema)
+    model.autoencoder.slices = slices
     multiple = model.autoencoder.downsampling * model.unet.downsampling
     tasks = list(source.tasks(model.image_size if cfg.size is None else cfg.size, multiple))
 

@@ -57,13 +57,13 @@ def test_what_is_not_there_is_said():
             part_files(names, "unet", ema=True)
 
 
-SMALL = """model_index.json scheduler/scheduler_config.json tokenizer/tokenizer_config.json
-    tokenizer/special_tokens_map.json unet/config.json vae/config.json text_encoder/config.json""".split()
-WEIGHTS = """vae/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.fp16.safetensors
-    text_encoder/model.safetensors text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin""".split()
-USELESS = """v1-5-pruned.ckpt README.md safety_checker/config.json safety_checker/model.safetensors
-    tokenizer/vocab.json tokenizer/merges.txt feature_extractor/preprocessor_config.json""".split()
+SMALL = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/special_tokens_map.json"]
+SMALL += ["tokenizer/tokenizer_config.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))]
+WEIGHTS = [f"vae/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16")]
+WEIGHTS += [f"text_encoder/{name}" for name in ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")]
 WEIGHTS += RELEASED
+USELESS = ["v1-5-pruned.ckpt", "README.md", "safety_checker/config.json", "safety_checker/model.safetensors"]
+USELESS += ["tokenizer/vocab.json", "tokenizer/merges.txt", "feature_extractor/preprocessor_config.json"]
 
 
 @pytest.fixture
