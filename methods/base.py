@@ -33,9 +33,6 @@ OPTIMIZERS = {
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "adafactor": adafactor,
 }
-# These move each parameter as soon as its gradient is there, so that no two gradients need exist at once. It takes one
-# call for each parameter, and so more time.
-ONE_BY_ONE = {"adafactor"}
 
 
 @dataclass
@@ -214,6 +211,7 @@ def minimise(
     stage: str,
     setting: str,  # the learning rate's name, for the message
     reporter: Reporter,
+    lean: bool = False,  # move each parameter as soon as its gradient is there, so that no two need exist at once
 ) -> dict[str, Tensor]:
     """Minimise the sum of `terms` over `params`, in place.
 
@@ -223,10 +221,10 @@ def minimise(
     """
     masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in params]
     pairs = list(zip(params, masters, strict=True))
-    groups = [[pair] for pair in pairs] if optimizer in ONE_BY_ONE else [pairs]
+    groups = [[pair] for pair in pairs] if lean else [pairs]  # one call for all parameters is faster than one for each
     updates = [partial(update, OPTIMIZERS[optimizer]([m for _, m in group], lr), group) for group in groups]
     hooks = []
-    if optimizer in ONE_BY_ONE:
+    if lean:
         for param, move in zip(params, updates, strict=True):
             hooks.append(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
     curves: dict[str, list[float]] = {"loss": []}
@@ -244,9 +242,8 @@ def minimise(
                 curves.setdefault(name, []).append(value)
             reporter.scalar(stage, step, **values)
             loss.backward()
-            if not hooks:
-                for move in updates:
-                    move()
+            if not lean:
+                updates[0]()
     finally:
         for hook in hooks:
             hook.remove()

@@ -65,7 +65,7 @@ class Imagic:
     tuning_batch: int = 1
     tune: str = "all"  # all | attention | lora
     lora_rank: int = 8
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # and, with it, one gradient at a time
     decoder_steps: int = 0  # 0: the decoder stays as it is
     decoder_lr: float = 1e-4
     # Stage C
@@ -177,8 +177,8 @@ class Imagic:
         def build() -> Stage:
             with self.tunable(model.unet, seed) as weights:
                 steps, lr, optimizer = self.tuning_steps, self.tuning_lr, self.tuning_optimizer
-                params = list(weights.values())
-                curves = minimise(terms, params, steps, lr, optimizer, "tuning", "method.tuning_lr", reporter)
+                params, lean = list(weights.values()), optimizer == "adafactor" or self.gradient_checkpointing
+                curves = minimise(terms, params, steps, lr, optimizer, "tuning", "method.tuning_lr", reporter, lean)
                 return {name: w.detach() for name, w in weights.items()}, curves
 
         tuning = [self.tuning_steps, self.tuning_lr, self.tuning_optimizer, self.tuning_batch, self.tune]
