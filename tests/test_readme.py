@@ -6,10 +6,12 @@ import types
 from dataclasses import fields
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 import yaml
 
+from data.images import bucket
 from data.tasks import EditTask
 from errors import InputError
 from methods.direct_inversion import DirectInversion
@@ -17,6 +19,7 @@ from methods.imagic import Imagic
 from samplers import Sampler
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def test_example_method_runs(tiny_model):
@@ -54,3 +57,13 @@ def test_every_setting_is_in_the_tables_with_its_default(method):
             default = field.default
             shown = [float(v) if isinstance(default, float) and v is not None else v for v in rows[field.name]]
             assert default in shown, field.name
+
+
+def test_the_table_of_stable_diffusion_is_that_of_the_settings():
+    rows = re.findall(r"^\| `(sd\w+)` \| `([^`]+)` \| (\d+) \| (\w+) \|$", README, re.M)
+    assert {name for name, *_ in rows} == {file.stem for file in (CONF / "model").glob("sd*.yaml")}
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        for name, weights, side, prediction in rows:
+            model = hydra.compose("edit", [f"model={name}"]).model
+            assert (model.weights, model.arch.image_size, model.arch.prediction) == (weights, int(side), prediction)
+    assert bucket(4000, 3000, 512, 64) == (576, 448) and "photograph of 4000×3000 is edited at 576×448" in README
