@@ -50,7 +50,10 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     torch.use_deterministic_algorithms(device.type == "cuda")
     models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=ema)
+    weights = find(cfg.model.weights)
+    if arch is None and not (weights / "config.json").exists() and weights.exists():
+        warnings.warn(f"{weights} comes with the settings for another model: name its kind, model=sd15", stacklevel=1)
+    model = models.load(weights, arch=arch, device=device, dtype=dtype, ema=ema)
     model.autoencoder.slices = slices
     multiple = model.autoencoder.downsampling * model.unet.downsampling
     tasks = list(source.tasks(model.image_size if cfg.size is None else cfg.size, multiple))
