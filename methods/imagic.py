@@ -7,7 +7,7 @@ and the target embedding, and sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -179,7 +179,7 @@ class Imagic:
                 steps, lr, optimizer = self.tuning_steps, self.tuning_lr, self.tuning_optimizer
                 params, lean = list(weights.values()), optimizer == "adafactor" or self.gradient_checkpointing
                 curves = minimise(terms, params, steps, lr, optimizer, "tuning", "method.tuning_lr", reporter, lean)
-                return {name: w.detach() for name, w in weights.items()}, curves
+                return on_cpu(weights), curves
 
         tuning = [self.tuning_steps, self.tuning_lr, self.tuning_optimizer, self.tuning_batch, self.tune]
         key = self.key(task, seed) | {"tuning": tuning, "rank": self.lora_rank if self.tune == "lora" else 0}
@@ -206,7 +206,7 @@ class Imagic:
             with trainable(model.autoencoder, names) as weights:
                 params, steps, lr = list(weights.values()), self.decoder_steps, self.decoder_lr
                 curves = minimise(terms, params, steps, lr, "adam", "decoder", "method.decoder_lr", reporter)
-                return {name: w.detach() for name, w in weights.items()}, curves
+                return on_cpu(weights), curves
 
         key = {"method": "imagic", "decoder": [self.decoder_steps, self.decoder_lr]}
         return cached_stage(reporter, "decoder", key, build)
@@ -270,6 +270,11 @@ class Imagic:
         tuned = lora.adapters(unet, self.lora_rank, generator(seed, "lora")) if self.tune == "lora" else None
         with tuned or trainable(unet, names) as weights:
             yield weights
+
+
+def on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values, where they wait for stage C: a card would have to hold them beside the untuned ones."""
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 def denoising_losses(model, x: Tensor, e: Tensor, noise: torch.Generator) -> Tensor:
