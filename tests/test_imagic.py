@@ -157,7 +157,14 @@ def test_stage_a_settings_matter_and_tune_again(tiny_model, task, setting):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"tuning_steps": 3}, {"tuning_lr": 2e-3}, {"tuning_optimizer": "sgd"}, {"tuning_batch": 2}, {"tune": "attention"}],
+    [
+        {"tuning_steps": 3},
+        {"tuning_lr": 2e-3},
+        {"tuning_optimizer": "sgd"},
+        {"tuning_optimizer": "adafactor"},
+        {"tuning_batch": 2},
+        {"tune": "attention"},
+    ],
     ids=str,
 )
 def test_stage_b_settings_matter_and_keep_the_embedding(tiny_model, task, setting):
@@ -245,6 +252,20 @@ def test_batches_have_the_sizes_asked_for(tiny_model, task, monkeypatch):
     seen.clear()
     imagic().edit(tiny_model, task)
     assert seen == [1] * 4 + [2] * 6  # with guidance both branches go in one call
+
+
+def test_adafactor_finds_what_adam_finds(tiny_model, task):
+    memory = {}
+    for optimizer in ("adam", "adafactor"):
+        memory[optimizer] = Memory()
+        imagic(embedding_steps=0, tuning_steps=15, tuning_batch=2, tuning_optimizer=optimizer).edit(
+            tiny_model, task, memory[optimizer]
+        )
+    e = tiny_model.encode_text([task.prompt])
+    x = tiny_model.encode_image(task.image)
+    before = expected_loss(tiny_model, x, e)
+    adam, adafactor = (expected_loss(tuned_copy(tiny_model, kept), x, e) for kept in memory.values())
+    assert adafactor < 0.8 * before and adafactor == pytest.approx(adam, rel=0.3)
 
 
 def test_gradient_checkpointing_changes_no_result(tiny_model, task, monkeypatch):
