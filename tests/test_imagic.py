@@ -268,13 +268,14 @@ def test_adafactor_finds_what_adam_finds(tiny_model, task):
     assert adafactor < 0.8 * before and adafactor == pytest.approx(adam, rel=0.3)
 
 
-def test_gradient_checkpointing_changes_no_result(tiny_model, task, monkeypatch):
+@pytest.mark.parametrize("tune", ["all", "attention", "lora"])
+def test_gradient_checkpointing_changes_no_result(tiny_model, task, monkeypatch, tune):
     used = []
     predict = tiny_model.predict_noise
     watch = lambda x, t, c: used.append(tiny_model.unet.gradient_checkpointing) or predict(x, t, c)
-    plain = images(imagic().edit(tiny_model, task))
+    plain = images(imagic(tune=tune, tuning_lr=1e-2).edit(tiny_model, task))
     monkeypatch.setattr(tiny_model, "predict_noise", watch)
-    saving = images(imagic(gradient_checkpointing=True).edit(tiny_model, task))
+    saving = images(imagic(tune=tune, tuning_lr=1e-2, gradient_checkpointing=True).edit(tiny_model, task))
     assert all(used) and not tiny_model.unet.gradient_checkpointing
     torch.testing.assert_close(plain, saving, atol=1e-4, rtol=0)
 
