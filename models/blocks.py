@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +27,7 @@ def conv_in_strips(
     conv: nn.Conv2d,
     x: Tensor,
     slices: int,
-    before: Callable[[Tensor], Tensor] | None = None,  # what comes before the convolution, row by row
+    before: Callable[[Tensor], Tensor] = nn.Identity(),  # what comes before the convolution, row by row
     padding: tuple[int, int, int, int] = (1, 1, 1, 1),  # left, right, top, bottom
     scale: int = 1,  # how many rows `before` makes of one
 ) -> Tensor:
@@ -37,9 +38,7 @@ def conv_in_strips(
     def part(x: Tensor, a: int, b: int) -> Tensor:
         first, end = stride * a - top, stride * (b - 1) + 3 - top  # the rows it sees, some beyond the map
         low, high = max(first, 0), min(end, height)
-        y = x[:, :, low // scale : -(-high // scale)]
-        y = before(y) if before else y
-        y = y.narrow(2, low % scale, high - low)
+        y = before(x[:, :, low // scale : -(-high // scale)]).narrow(2, low % scale, high - low)
         return F.conv2d(F.pad(y, (left, right, low - first, end - high)), conv.weight, conv.bias, stride)
 
     rows = (height + top + bottom - 3) // stride + 1
@@ -67,9 +66,8 @@ def affine_of(norm: nn.GroupNorm, x: Tensor, slices: int) -> tuple[Tensor, Tenso
     means, variances = (torch.stack(part) for part in zip(*parts, strict=True))  # each (strips, B, groups)
     mean = (share * means).sum(0)
     variance = (share * (variances + (means - mean).square())).sum(0)
-    mean, rstd = (
-        m.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for m in (mean, (variance + norm.eps).rsqrt())
-    )
+    per_group = x.shape[1] // norm.num_groups
+    mean, rstd = (repeat(m, "b g -> b (g c)", c=per_group) for m in (mean, (variance + norm.eps).rsqrt()))
     scale = rstd * norm.weight.float()
     return scale[:, :, None, None], (norm.bias.float() - mean * scale)[:, :, None, None]
 
