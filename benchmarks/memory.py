@@ -15,6 +15,7 @@ slices    The autoencoder whole and in strips: memory and time, calculated and m
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -199,6 +200,7 @@ def run(memory: Memory, config: dict, size: int, method, dtype: torch.dtype, for
     """Bytes by name for one edit of a picture of size x size: what is held at certain moments of the tuning, the peak
     of each stage, and the highest of them."""
     calculated = isinstance(memory, Calculated)
+    gc.collect()  # what an earlier run left
     with calculating(memory, foreach) if calculated else nullcontext(), torch.no_grad():
         model = build(config, seed=None if calculated else 0, meta=calculated).to(memory.device, dtype)
         task = EditTask(torch.zeros(1, 3, size, size, device=memory.device), "a sitting dog")
@@ -354,6 +356,8 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(torch.cuda.is_available())  # as edit.py does
     if sys.argv[1:2] in (["tuned"], ["sliced"]):
         print(json.dumps({"tuned": tuned, "sliced": sliced}[sys.argv[1]](*sys.argv[2:])))
         sys.exit()
