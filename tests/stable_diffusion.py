@@ -21,30 +21,23 @@ from torch.nn import functional as F
 
 Weights = dict[str, Tensor]
 
-_VAE = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 4, "scale_factor": 0.18215}
-_UNET = {"model_channels": 320, "channel_mult": [1, 2, 4, 4], "num_res_blocks": 2}
-_CLIP = {"vocab_size": 49408, "context_length": 77}
-_SCHEDULE = {"kind": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timesteps": 1000}
+_VAE = dict(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, scale_factor=0.18215)
+_UNET = dict(model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=2)
+_CLIP = dict(vocab_size=49408, context_length=77)
+_SCHEDULE = dict(kind="scaled_linear", beta_start=0.00085, beta_end=0.012, timesteps=1000)
 PUBLISHED = {  # the sizes of the real models, by style
-    1: {
-        "unet": {**_UNET, "num_heads": 8, "context_dim": 768},
-        "vae": _VAE,
-        "text": {**_CLIP, "width": 768, "layers": 12, "heads": 12, "quick_gelu": True},
-        "schedule": _SCHEDULE,
-    },
-    2: {
-        "unet": {**_UNET, "num_head_channels": 64, "use_linear_projection": True, "context_dim": 1024},
-        "vae": _VAE,
-        "text": {
-            **_CLIP,
-            "width": 1024,
-            "layers": 24,
-            "heads": 16,
-            "quick_gelu": False,
-            "hidden_layer": "penultimate",
-        },
-        "schedule": _SCHEDULE,
-    },
+    1: dict(
+        unet=dict(**_UNET, num_heads=8, context_dim=768),
+        vae=_VAE,
+        text=dict(**_CLIP, width=768, layers=12, heads=12, quick_gelu=True),
+        schedule=_SCHEDULE,
+    ),
+    2: dict(
+        unet=dict(**_UNET, num_head_channels=64, use_linear_projection=True, context_dim=1024),
+        vae=_VAE,
+        text=dict(**_CLIP, width=1024, layers=24, heads=16, quick_gelu=False, hidden_layer="penultimate"),
+        schedule=_SCHEDULE,
+    ),
 }
 
 
@@ -460,84 +453,68 @@ def write_single_file(
 
 
 def hub_configs(sizes: Mapping, style: int, image_size: int) -> dict[str, dict]:
-    """The json files of the folder layout that say something about sizes, by their path."""
+    """The json files of the folder layout that say something about the model, by their path."""
     u, v, text = sizes["unet"], sizes["vae"], sizes["text"]
-    widths = [u["model_channels"] * m for m in u["channel_mult"]]
-    down, vae_levels = ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"], len(v["ch_mult"])
-    # a misnomer that is there to stay: `attention_head_dim` is the number of heads, for all levels or for each
-    heads = u.get("num_heads") or [c // u["num_head_channels"] for c in widths]
+    widths, vae_levels = [u["model_channels"] * m for m in u["channel_mult"]], len(v["ch_mult"])
+    down = ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"]
+    told = {}  # settings that the folders of 1.x are older than
+    if style == 2:
+        told["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[sizes["prediction"]]
     return {
-        "model_index.json": {
-            "_class_name": "StableDiffusionPipeline",
-            "scheduler": ["diffusers", "PNDMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-        "unet/config.json": {
-            "_class_name": "UNet2DConditionModel",
-            "act_fn": "silu",
-            "attention_head_dim": heads,
-            "block_out_channels": widths,
-            "cross_attention_dim": u["context_dim"],
-            "down_block_types": down,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "in_channels": 4,
-            "layers_per_block": u["num_res_blocks"],
-            "transformer_layers_per_block": u.get("transformer_depth", 1),
-            "norm_eps": 1e-5,
-            "norm_num_groups": 32,
-            "out_channels": 4,
-            "sample_size": image_size // 2 ** (vae_levels - 1),
-            "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "model_index.json": dict(
+            _class_name="StableDiffusionPipeline",
+            scheduler=["diffusers", "PNDMScheduler"],
+            text_encoder=["transformers", "CLIPTextModel"],
+            tokenizer=["transformers", "CLIPTokenizer"],
+            unet=["diffusers", "UNet2DConditionModel"],
+            vae=["diffusers", "AutoencoderKL"],
+        ),
+        "unet/config.json": dict(
+            _class_name="UNet2DConditionModel",
+            # a misnomer that is there to stay: the number of heads, for all levels or for each
+            attention_head_dim=u.get("num_heads") or [c // u["num_head_channels"] for c in widths],
+            block_out_channels=widths,
+            cross_attention_dim=u["context_dim"],
+            down_block_types=down,
+            in_channels=4,
+            layers_per_block=u["num_res_blocks"],
+            norm_eps=1e-5,
+            out_channels=4,
+            sample_size=image_size // 2 ** (vae_levels - 1),
+            transformer_layers_per_block=u.get("transformer_depth", 1),
+            up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
             **({"use_linear_projection": True} if u.get("use_linear_projection") else {}),
-        },
-        "vae/config.json": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [v["ch"] * m for m in v["ch_mult"]],
-            "down_block_types": ["DownEncoderBlock2D"] * vae_levels,
-            "in_channels": 3,
-            "latent_channels": v["z_channels"],
-            "layers_per_block": v["num_res_blocks"],
-            "norm_num_groups": 32,
-            "out_channels": 3,
-            "sample_size": image_size,
-            "up_block_types": ["UpDecoderBlock2D"] * vae_levels,
-        },
-        "text_encoder/config.json": {
-            "architectures": ["CLIPTextModel"],
-            "hidden_act": "quick_gelu" if text["quick_gelu"] else "gelu",
-            "hidden_size": text["width"],
-            "intermediate_size": 4 * text["width"],
-            "max_position_embeddings": text["context_length"],
-            "model_type": "clip_text_model",
-            "num_attention_heads": text["heads"],
-            "num_hidden_layers": text["layers"] - (style == 2),
-            "vocab_size": text["vocab_size"],
-        },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "PNDMScheduler",
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "num_train_timesteps": 1000,
-            "set_alpha_to_one": False,
-            "skip_prk_steps": True,
-            "steps_offset": 1,
-            # 1.x folders are older than the setting
-            **(
-                {"prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[sizes["prediction"]]}
-                if style == 2
-                else {}
-            ),
-        },
-        "tokenizer/special_tokens_map.json": {
-            "bos_token": {"content": "<|startoftext|>"},
-            "eos_token": {"content": "<|endoftext|>"},
-            "pad_token": "<|endoftext|>" if style == 1 else "!",
-        },
+        ),
+        "vae/config.json": dict(
+            _class_name="AutoencoderKL",
+            block_out_channels=[v["ch"] * m for m in v["ch_mult"]],
+            down_block_types=["DownEncoderBlock2D"] * vae_levels,
+            latent_channels=v["z_channels"],
+            layers_per_block=v["num_res_blocks"],
+            sample_size=image_size,
+            up_block_types=["UpDecoderBlock2D"] * vae_levels,
+        ),
+        "text_encoder/config.json": dict(
+            architectures=["CLIPTextModel"],
+            hidden_act="quick_gelu" if text["quick_gelu"] else "gelu",
+            hidden_size=text["width"],
+            intermediate_size=4 * text["width"],
+            max_position_embeddings=text["context_length"],
+            num_attention_heads=text["heads"],
+            num_hidden_layers=text["layers"] - (style == 2),  # 2.x comes without the layer that it skips
+            vocab_size=text["vocab_size"],
+        ),
+        "scheduler/scheduler_config.json": dict(
+            _class_name="PNDMScheduler",
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            num_train_timesteps=1000,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            **told,
+        ),
+        "tokenizer/special_tokens_map.json": dict(pad_token="<|endoftext|>" if style == 1 else "!"),
     }
 
 

@@ -214,6 +214,17 @@ def test_sizes_are_recognised(loaded):
         assert model.image_size == 64
 
 
+@pytest.mark.parametrize("name, dtype", [("1-ema-asked", HALF), ("2-4levels-half", BF16), ("1-folder-fp16", HALF)])
+def test_other_precisions(name, dtype, tmp_path):
+    """Asked for in another dtype than it is stored in, or in its own, a weight is what it would be, rounded."""
+    form = FORMS[name]
+    path, _ = form.make(tmp_path)
+    full = models.load(path, arch=form.arch, ema=form.ema).state_dict()
+    rounded = models.load(path, arch=form.arch, ema=form.ema, dtype=dtype).state_dict()
+    assert set(full) == set(rounded)
+    assert all(torch.equal(rounded[k], v.to(dtype) if v.is_floating_point() else v) for k, v in full.items())
+
+
 @pytest.mark.parametrize("style", [1, 2])
 def test_published_models_are_recognised(style):
     """At full width nothing need be said of a single file, but what a 2.x predicts. Tensors without storage do."""
