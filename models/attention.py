@@ -7,15 +7,19 @@ neither the noisy latent nor the timestep.
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
+from importlib.util import find_spec
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from errors import InputError
 
-BACKENDS = ("auto", "sdpa", "reference")
+BACKENDS = ("auto", "fused", "sdpa", "reference")
+WIDEST = 160  # channels per head that the fused kernels take
 _backend = "auto"
 
 
@@ -41,16 +45,53 @@ def use_backend(name: str):
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
     """softmax(q kᵀ / √d) v.
 
-    q (B, heads, N, d), k and v (B, heads, M, d) -> (B, heads, N, d). `backend`: "sdpa" (PyTorch's fused kernels),
-    "reference" (plain products, softmax in float32), "auto" (the fastest that the device has), or None for the one
-    chosen with `set_backend`.
+    q (B, heads, N, d), k and v (B, heads, M, d) -> (B, heads, N, d). `backend`: "fused" (this project's Triton kernels,
+    for CUDA; heads wider than they take, such as the autoencoder's one, go to "sdpa"), "sdpa" (PyTorch's fused
+    kernels), "reference" (plain products, softmax in float32), "auto" (the fastest that the device has), or None for
+    the one chosen with `set_backend`. Raises InputError for "fused" where it cannot run, and for an unknown name.
     """
     name = backend or _backend
+    if name == "auto":
+        name = "fused" if fused_is_faster(q, k) else "sdpa"
     if name == "reference":
         return (attention_map(q, k) @ v.float()).to(q.dtype)
-    if name in ("auto", "sdpa"):
+    if name == "fused" and q.shape[-1] <= WIDEST:
+        return _fused()(q, k, v)
+    if name in ("fused", "sdpa"):
         return F.scaled_dot_product_attention(q, k, v)
     raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _fused():
+    """The fused attention, imported when first asked for: Triton takes long to import and is not everywhere."""
+    if not find_spec("triton"):
+        raise InputError("fused attention needs Triton, which is not installed; use attention=auto or attention=sdpa")
+    from models.fused_attention import fused_attention
+
+    return fused_attention
+
+
+def fused_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether "auto" takes the fused kernels.
+
+    Expected, not measured yet: they win where PyTorch's waste work, on contexts of a text's length and on head widths
+    that PyTorch pads (40 to 64, 80 to 96, 160 to 192). `benchmarks/attention.py` tells.
+    """
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > WIDEST:
+        return False
+    return (k.shape[-2] <= 128 or q.shape[-1] not in (32, 64, 128)) and _has_kernels(q.device)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    if not find_spec("triton"):
+        return False
+    from models.fused_attention import why_not_on
+
+    return why_not_on(device) is None
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:

@@ -30,9 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from errors import InputError
+from models.attention import WIDEST
 
-WIDEST = 160  # channels per head
-SHORT = 128  # keys: up to here the kernels for short contexts
+# Keys, up to which the kernels for short contexts serve; on a GPU not for float32, whose full-precision products are
+# unrolled over the registers: 128 keys do not fit there, and compiling takes half a minute.
+SHORT = 128
 
 # Triton's interpreter, for tests on the CPU. It cannot multiply bfloat16 matrices, so there `_dot` widens them first.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -77,9 +79,7 @@ def _load_part(base, rows, stride, length, FIRST: tl.constexpr, W: tl.constexpr,
 
 
 @triton.jit
-def _load(
-    base, rows, stride, length, D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, WHOLE: tl.constexpr
-):  # fmt: skip
+def _load(base, rows, stride, length, D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, WHOLE: tl.constexpr):
     """Some rows of a matrix of D columns, as its first W0 columns and the W1 after them (if W1 is 0, ignore those)."""
     x0 = _load_part(base, rows, stride, length, 0, W0, D, WHOLE)
     x1 = x0
@@ -175,7 +175,7 @@ def _row_products(
     o, do, delta, N, heads, sdb, sdh, sdn,
     D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = the sum of o * do over each row: what the softmax's gradient subtracts (FlashAttention-2, section 3.1)."""
+    """delta = the sum of o * do over each row, which the softmax's gradient subtracts (FlashAttention-2, 3.1)."""
     blocks = tl.cdiv(N, BLOCK_M)
     bh = tl.program_id(0) // blocks
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -261,13 +261,13 @@ def _backward_kv(
 
 
 @triton.jit
-def _softmax(s, scale, keys, M, WHOLE_N: tl.constexpr):
-    """Weights of all keys at once; logits in base 2 after scaling."""
+def _softmax(s, scale, present, AXIS: tl.constexpr, WHOLE_N: tl.constexpr):
+    """Weights of all keys, which lie along AXIS, at once; logits in base 2 after scaling."""
     s = s * scale
     if not WHOLE_N:
-        s = tl.where(keys[None, :] < M, s, -float("inf"))
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+        s = tl.where(present, s, -float("inf"))
+    p = tl.exp2(s - tl.expand_dims(tl.max(s, AXIS), AXIS))
+    return p / tl.expand_dims(tl.sum(p, AXIS), AXIS)
 
 
 def _short_forward(
@@ -288,7 +288,7 @@ def _short_forward(
     for start in range(first, min(first + BLOCK_M * REPEATS, N), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q0, q1 = _load(q, rows, sqn * UNIT, N, D, W0, W1, WHOLE_M)
-        p = _softmax(_dot_rows(q0, q1, k0, k1, W1, PRECISION), scale, keys, M, WHOLE_N)
+        p = _softmax(_dot_rows(q0, q1, k0, k1, W1, PRECISION), scale, keys[None, :] < M, 1, WHOLE_N)
         o0, o1 = _zeros(BLOCK_M, W0, W1)
         o0, o1 = _add_product(o0, o1, p, v0, v1, W1, PRECISION)
         _store(o, rows, heads * D, N, o0, o1, D, W0, W1)
@@ -303,7 +303,8 @@ def _short_backward(
 ):  # fmt: skip
     """One program: one part of the queries of one head: their dq, and their share of dk and dv.
 
-    `partial` is (parts, 2, B, M, heads, D), dk first: the caller adds up the parts, `part_stride` elements apart.
+    Weights are held transposed, keys first, which spares turning them for dk and dv. `partial` is
+    (parts, 2, B, M, heads, D), dk first: the caller adds up the parts, `part_stride` elements are from dk to dv.
     """
     bh = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
@@ -320,21 +321,20 @@ def _short_backward(
         rows = start + tl.arange(0, BLOCK_M)
         q0, q1 = _load(q, rows, sqn * UNIT, N, D, W0, W1, WHOLE_M)
         g0, g1 = _load(do, rows, sdn * UNIT, N, D, W0, W1, WHOLE_M)
-        p = _softmax(_dot_rows(q0, q1, k0, k1, W1, PRECISION), scale, keys, M, WHOLE_N)
+        p = _softmax(_dot_rows(k0, k1, q0, q1, W1, PRECISION), scale, keys[:, None] < M, 0, WHOLE_N)
         if not WHOLE_M:
-            p = tl.where(rows[:, None] < N, p, 0.0)
+            p = tl.where(rows[None, :] < N, p, 0.0)
         if NEED_V:
-            dv0, dv1 = _add_product(dv0, dv1, tl.trans(p.to(g0.dtype)), g0, g1, W1, PRECISION)
+            dv0, dv1 = _add_product(dv0, dv1, p, g0, g1, W1, PRECISION)
         if NEED_Q or NEED_K:
-            dp = _dot_rows(g0, g1, v0, v1, W1, PRECISION)
-            ds = p * (dp - tl.sum(p * dp, 1)[:, None])
-            ds = ds.to(q0.dtype)
+            dp = _dot_rows(v0, v1, g0, g1, W1, PRECISION)
+            ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q0.dtype)
+            if NEED_K:
+                dk0, dk1 = _add_product(dk0, dk1, ds, q0, q1, W1, PRECISION)
             if NEED_Q:
                 dq0, dq1 = _zeros(BLOCK_M, W0, W1)
-                dq0, dq1 = _add_product(dq0, dq1, ds, k0, k1, W1, PRECISION)
+                dq0, dq1 = _add_product(dq0, dq1, tl.trans(ds), k0, k1, W1, PRECISION)
                 _store(dq, rows, heads * D, N, dq0 * natural_scale, dq1 * natural_scale, D, W0, W1)
-            if NEED_K:
-                dk0, dk1 = _add_product(dk0, dk1, tl.trans(ds), q0, q1, W1, PRECISION)
     partial = _dense_head(partial + part.to(tl.int64) * (2 * part_stride), bh, heads, M, D)
     if NEED_K:
         _store(partial, keys, heads * D, M, dk0 * natural_scale, dk1 * natural_scale, D, W0, W1)
@@ -360,10 +360,13 @@ def _affordable(configs: list[triton.Config], named: dict, **sizes) -> list[trit
     """
     named = {**named, **sizes}
     longest = {"BLOCK_M": max(64, triton.next_power_of_2(named["N"])), "BLOCK_N": triton.next_power_of_2(named["M"])}
-    if named["q"].dtype == torch.float32:
+    if named["q"].dtype == torch.float32 and named["PRECISION"] == "ieee":
         longest = {"BLOCK_M": 32, "BLOCK_N": 32}
     fit = [c for c in configs if all(c.kwargs.get(name, 0) <= most for name, most in longest.items())]
     return fit or [min(configs, key=lambda c: c.kwargs["BLOCK_M"] * c.kwargs.get("BLOCK_N", 1))]
+
+
+_KEY = ("shape", "D", "UNIT", "PRECISION", "DEVICE", "NEED_Q", "NEED_K", "NEED_V")
 
 
 def _tuned(kernel, *choices: tuple[dict[str, int], int, int]):
@@ -372,7 +375,7 @@ def _tuned(kernel, *choices: tuple[dict[str, int], int, int]):
     `shape` in the key is the lengths and the number of heads, rounded up to powers of two: see `_shape`.
     """
     wholes = {
-        "WHOLE_M": lambda a: a["N"] % a["BLOCK_M"] == 0 and a.get("part_rows", 0) % a["BLOCK_M"] == 0,
+        "WHOLE_M": lambda a: a["N"] % a["BLOCK_M"] == 0,
         "WHOLE_N": lambda a: a["M"] % a["BLOCK_N"] == 0,
     }
     keep = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
@@ -380,17 +383,14 @@ def _tuned(kernel, *choices: tuple[dict[str, int], int, int]):
         configs=_configs(*choices),
         key=[n for n in inspect.signature(kernel).parameters if n in _KEY],
         prune_configs_by={"early_config_prune": _affordable},
-        do_bench=functools.partial(_time, warmup=5, rep=20),
+        do_bench=_time,
         **keep,
     )
     return tune(triton.heuristics(wholes)(triton.jit(kernel, do_not_specialize=["shape"])))
 
 
-_KEY = ("shape", "D", "UNIT", "PRECISION", "DEVICE", "NEED_Q", "NEED_K", "NEED_V")
-
-
-def _time(call, quantiles, **milliseconds):
-    return triton.testing.do_bench(call, quantiles=quantiles, **milliseconds)
+def _time(call, quantiles):
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)  # milliseconds
 
 
 forward_kernel = _tuned(
@@ -413,6 +413,7 @@ backward_kv_kernel = _tuned(
     _backward_kv,
     ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
     ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
+    ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 3),
     ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3),
     ({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 2),
 )
@@ -421,13 +422,13 @@ short_forward_kernel = _tuned(
     ({"BLOCK_M": 64, "REPEATS": 1}, 4, 2),
     ({"BLOCK_M": 64, "REPEATS": 4}, 4, 2),
     ({"BLOCK_M": 128, "REPEATS": 1}, 8, 2),
-    ({"BLOCK_M": 128, "REPEATS": 2}, 4, 2),
+    ({"BLOCK_M": 128, "REPEATS": 2}, 8, 2),
     ({"BLOCK_M": 32, "REPEATS": 1}, 4, 2),
 )
 short_backward_kernel = _tuned(
     _short_backward,
     ({"BLOCK_M": 64}, 8, 2),
-    ({"BLOCK_M": 64}, 4, 1),
+    ({"BLOCK_M": 64}, 8, 1),
     ({"BLOCK_M": 32}, 8, 2),
     ({"BLOCK_M": 32}, 4, 1),
 )
@@ -622,6 +623,17 @@ class _ShortAttention(torch.autograd.Function):
         return tuple(g if n else None for g, n in zip(gradients, need, strict=True))
 
 
+def _on_its_device(run):
+    """Triton launches on the current device, which need not be the one of the tensors."""
+
+    @functools.wraps(run)
+    def guarded(first: Tensor, *others):
+        with torch.cuda.device_of(first):
+            return run(first, *others)
+
+    return guarded
+
+
 for name, run, autograd in (
     ("attention", _run_forward, _Attention.apply),
     ("short_attention", _run_short_forward, _ShortAttention.apply),
@@ -629,7 +641,7 @@ for name, run, autograd in (
     ("short_attention_backward", _run_short_backward, None),
 ):
     for key in ("CUDA", "CPU"):
-        library.impl(name, run, key)
+        library.impl(name, _on_its_device(run), key)
     if autograd:
         library.impl(name, autograd, "Autograd")
 
@@ -654,6 +666,7 @@ def _(do, q, k, v, *needed):
     return _gradients(q, k, v, *needed)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def why_not_on(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`; None if they can: CUDA from compute capability 8.0 on, or interpreted."""
@@ -668,9 +681,10 @@ def why_not_on(device: torch.device) -> str | None:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once.
 
-    q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to `WIDEST`,
-    N and M from 1 -> (B, heads, N, d). Under autocast they are cast first, as PyTorch's own attention does. Raises
-    InputError on a device that cannot run them or for another type, ValueError for shapes that do not fit together.
+    q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
+    `WIDEST`, N and M from 1 -> (B, heads, N, d). Under autocast they are cast first, as PyTorch's own attention does.
+    Raises InputError on a device that cannot run them or for another type, ValueError for shapes that do not fit
+    together.
     """
     if reason := why_not_on(q.device):
         raise InputError(f"{reason}; use attention=auto or attention=sdpa")
@@ -685,6 +699,6 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(f"fused attention cannot take q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"fused attention needs one type, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if m <= SHORT:
+    if m <= SHORT and (q.dtype != torch.float32 or INTERPRETED.value):  # `SHORT` says why
         return ops.short_attention.default(q, k, v)
     return ops.attention.default(q, k, v)[0]
