@@ -8,6 +8,7 @@ neither the noisy latent nor the timestep.
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -55,22 +56,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Te
         name = "fused" if fused_is_faster(q, k) else "sdpa"
     if name == "reference":
         return (attention_map(q, k) @ v.float()).to(q.dtype)
+    if name == "fused" and (reason := why_not_fused(q.device)):
+        raise InputError(reason)
     if name == "fused" and q.shape[-1] <= WIDEST:
-        return _fused()(q, k, v)
+        from models.fused_attention import fused_attention  # here, because importing Triton takes a while
+
+        return fused_attention(q, k, v)
     if name in ("fused", "sdpa"):
         return F.scaled_dot_product_attention(q, k, v)
     raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _fused():
-    """The fused attention, imported when first asked for: Triton takes long to import and is not everywhere."""
-    if not find_spec("triton"):
-        raise InputError("fused attention needs Triton, which is not installed; use attention=auto or attention=sdpa")
-    from models.fused_attention import fused_attention
-
-    return fused_attention
 
 
 def fused_is_faster(q: Tensor, k: Tensor) -> bool:
@@ -81,17 +75,30 @@ def fused_is_faster(q: Tensor, k: Tensor) -> bool:
     """
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > WIDEST:
         return False
-    return (k.shape[-2] <= 128 or q.shape[-1] not in (32, 64, 128)) and _has_kernels(q.device)
+    return (k.shape[-2] <= 128 or q.shape[-1] not in (32, 64, 128)) and why_not_fused(q.device) is None
 
 
-@torch.compiler.assume_constant_result
+def why_not_fused(device: torch.device) -> str | None:
+    """Why the fused kernels cannot run on `device`, and what would do; None if they can."""
+    return _why_not_fused(device)
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo here and now, and take seconds.
+why_not_fused._dynamo_marked_constant = True
+
+
 @functools.cache
-def _has_kernels(device: torch.device) -> bool:
+def _why_not_fused(device: torch.device) -> str | None:
     if not find_spec("triton"):
-        return False
-    from models.fused_attention import why_not_on
-
-    return why_not_on(device) is None
+        return "fused attention needs Triton, which is not installed; use attention=auto or attention=sdpa"
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        advice = "use attention=auto or attention=sdpa (TRITON_INTERPRET=1 runs it there, but slowly: for tests)"
+        return None if interpreted else f"fused attention needs a CUDA device, not {device.type}; {advice}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"fused attention needs a GPU of compute capability 8.0 or more, which {name} is not; use attention=sdpa"
+    return None
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:

@@ -666,28 +666,14 @@ def _(do, q, k, v, *needed):
     return _gradients(q, k, v, *needed)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def why_not_on(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`; None if they can: CUDA from compute capability 8.0 on, or interpreted."""
-    if device.type != "cuda":
-        return None if INTERPRETED.value else f"fused attention needs a CUDA device, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"fused attention needs a GPU of compute capability 8.0 or more, not {capability[0]}.{capability[1]}"
-    return None
-
-
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once.
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
     `WIDEST`, N and M from 1 -> (B, heads, N, d). Under autocast they are cast first, as PyTorch's own attention does.
-    Raises InputError on a device that cannot run them or for another type, ValueError for shapes that do not fit
-    together.
+    Raises InputError for another type, ValueError for shapes that do not fit together. Whether the device can run it is
+    for the caller to know: see `attention`.
     """
-    if reason := why_not_on(q.device):
-        raise InputError(f"{reason}; use attention=auto or attention=sdpa")
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
