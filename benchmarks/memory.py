@@ -352,7 +352,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return names[0].split(":")[1].strip()
 
 
 if __name__ == "__main__":
@@ -365,10 +365,11 @@ if __name__ == "__main__":
     parser.add_argument("parts", nargs="*", default=["tables", "check", "slices"], help="tables, check, slices")
     for part in parser.parse_args().parts:
         found = {"tables": tables, "check": check, "slices": slices}[part]()
-        text = f"# {part} on {machine()}, torch {torch.__version__}\n\n" + "\n".join(markdown(*t) for t in found)
+        place = "no device" if part == "tables" and not torch.cuda.is_available() else machine()
+        text = f"# Memory: {part}, {place}, torch {torch.__version__}\n\n" + "\n".join(markdown(*t) for t in found)
         print(text)
         RESULTS.mkdir(exist_ok=True)
-        name = re.sub(r"\W+", "-", f"memory-{part}-{machine()}").lower()
+        name = re.sub(r"\W+", "-", f"memory-{part}-{place}").lower()
         for ending, content in {"md": text, "json": json.dumps(dict(found), indent=1) + "\n"}.items():
             with whole_file(RESULTS / f"{name}.{ending}") as partial:
                 Path(partial).write_text(content)
