@@ -347,8 +347,8 @@ def _short_backward(
 
 def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
     configs = [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in choices]
-    if INTERPRETED.value:  # nothing to time there: one choice, small and uneven, so that small tests see many blocks
-        small = {"BLOCK_M": 32, "BLOCK_N": 64, "REPEATS": 2}
+    if INTERPRETED.value:  # nothing to time there: one choice, with blocks of unequal sides
+        small = {"BLOCK_M": 64, "BLOCK_N": 128, "REPEATS": 2}
         configs = [triton.Config({name: small[name] for name in configs[0].kwargs})]
     return configs
 
