@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 
 import torch
 from einops import rearrange
@@ -42,17 +42,18 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution or none."""
+    """Residual blocks at one resolution, then a change of resolution or none; in this order when iterated. (Were they
+    called from here, the caller would hold the first one's input to the end.)"""
 
     def __init__(self, blocks: list[ResBlock], resample: Downsample | Upsample | None):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.resample = resample
 
-    def forward(self, x: Tensor, slices: int) -> Tensor:
-        for block in self.block:
-            x = block(x, slices=slices)
-        return self.resample(x, slices) if self.resample else x
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self.block
+        if self.resample:
+            yield self.resample
 
 
 class Encoder(nn.Module):
@@ -73,8 +74,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, slices: int = 1) -> Tensor:
         h = self.conv_in(x)
-        for level in self.down:
-            h = level(h, slices)
+        for layer in chain.from_iterable(self.down):
+            h = layer(h, slices=slices)
         return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h, slices), slices)
 
 
@@ -96,8 +97,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, slices: int = 1) -> Tensor:
         h = self.mid(self.conv_in(z), slices)
-        for level in reversed(self.up):
-            h = level(h, slices)
+        for layer in chain.from_iterable(reversed(self.up)):
+            h = layer(h, slices=slices)
         return norm_silu_conv(self.norm_out, self.conv_out, h, slices)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -21,6 +21,12 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=eps)
+
+
+def bounds(rows: int, slices: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each of `slices` strips, or of as many as there are rows."""
+    slices = min(slices, rows)
+    return pairwise(rows * i // slices for i in range(slices + 1))
 
 
 def conv_in_strips(
@@ -42,9 +48,8 @@ def conv_in_strips(
         return F.conv2d(F.pad(y, (left, right, low - first, end - high)), conv.weight, conv.bias, stride)
 
     rows = (height + top + bottom - 3) // stride + 1
-    slices = min(slices, rows)
     out = None
-    for a, b in pairwise(rows * i // slices for i in range(slices + 1)):
+    for a, b in bounds(rows, slices):
         strip = checkpoint(part, x, a, b, use_reentrant=False, preserve_rng_state=False)
         if out is None:
             out = strip.new_empty(*strip.shape[:2], rows, strip.shape[3])
@@ -60,7 +65,7 @@ def affine_of(norm: nn.GroupNorm, x: Tensor, slices: int) -> tuple[Tensor, Tenso
         variance, mean = torch.var_mean(strip.float().unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)
         return mean, variance
 
-    strips = x.tensor_split(min(slices, x.shape[2]), dim=2)
+    strips = [x[:, :, a:b] for a, b in bounds(x.shape[2], slices)]
     parts = [checkpoint(moments, strip, use_reentrant=False, preserve_rng_state=False) for strip in strips]
     share = torch.tensor([strip.shape[2] / x.shape[2] for strip in strips], device=x.device)[:, None, None]
     means, variances = (torch.stack(part) for part in zip(*parts, strict=True))  # each (strips, B, groups)
@@ -78,7 +83,7 @@ def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, slices: int =
     if slices == 1:
         return conv(F.silu(norm(x)))
     scale, shift = affine_of(norm, x, slices)
-    return conv_in_strips(conv, x, slices, lambda strip: F.silu((scale * strip + shift).to(x.dtype)))
+    return conv_in_strips(conv, x, slices, lambda strip: F.silu((scale * strip).add_(shift).to(x.dtype)))
 
 
 class ResBlock(nn.Module):
@@ -104,7 +109,11 @@ class ResBlock(nn.Module):
         if self.time is not None:
             h = h + self.time(time)[:, :, None, None]
         h = norm_silu_conv(self.norm2, self.conv2, h, slices)
-        return self.skip(x) + h if slices == 1 else h.add_(self.skip(x))
+        if slices == 1:
+            return self.skip(x) + h
+        for a, b in bounds(h.shape[2], slices):
+            h[:, :, a:b] += self.skip(x[:, :, a:b])
+        return h
 
 
 class Upsample(nn.Module):
