@@ -85,9 +85,9 @@ def fused_inputs(batch, heads, n, m, d, dtype):
     ]
 
 
-def with_gradients(q, k, v, do, backend="fused"):
+def with_gradients(q, k, v, do, call=attention):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = attention(q, k, v, backend)
+    o = call(q, k, v, "fused")
     return o, *torch.autograd.grad(o, (q, k, v), do)
 
 
@@ -101,7 +101,8 @@ def test_fused_attention_agrees_with_float64_and_repeats_its_bits(shape, dtype):
         o = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
         expected = o, *torch.autograd.grad(o, (q, k, v), tensors[3][b, h].double())
         for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
-            error = (a[b, h].double() - e).norm() / (e.norm() + 1e-3 * e.numel() ** 0.5)
+            floor = 0.1 * e.numel() ** 0.5 if shape[3] == 1 else 0  # nothing moves the weight of a lone key
+            error = (a[b, h].double() - e).norm() / (e.norm() + floor)
             assert error < FUSED_TOLERANCE[dtype], f"{name}: {error:.1e}"
     assert all(torch.equal(a, b) for a, b in zip(with_gradients(*tensors), actual, strict=True))
 
@@ -114,7 +115,7 @@ def test_fused_attention_in_a_cuda_graph_compiled_and_with_nan(m):
     with torch.cuda.graph(graph):
         captured = with_gradients(q, k, v, do)
     graph.replay()
-    compiled = torch.compile(with_gradients, fullgraph=False)(q, k, v, do)
+    compiled = with_gradients(q, k, v, do, torch.compile(attention, fullgraph=True))
     for actual in (captured, compiled):
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     q = q.clone()
