@@ -48,12 +48,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Te
 
     q (B, heads, N, d), k and v (B, heads, M, d) -> (B, heads, N, d). `backend`: "fused" (this project's Triton kernels,
     for CUDA; heads wider than they take, such as the autoencoder's one, go to "sdpa"), "sdpa" (PyTorch's fused
-    kernels), "reference" (plain products, softmax in float32), "auto" (the fastest that the device has), or None for
-    the one chosen with `set_backend`. Raises InputError for "fused" where it cannot run, and for an unknown name.
+    kernels), "reference" (plain products, softmax in float32), "auto" (the same as "sdpa", as long as no measurement
+    shows "fused" to be faster), or None for the one chosen with `set_backend`. Raises InputError for "fused" where it
+    cannot run, and for an unknown name.
     """
     name = backend or _backend
-    if name == "auto":
-        name = "fused" if fused_is_faster(q, k) else "sdpa"
     if name == "reference":
         return (attention_map(q, k) @ v.float()).to(q.dtype)
     if name == "fused" and (reason := why_not_fused(q.device)):
@@ -62,20 +61,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Te
         from models.fused_attention import fused_attention  # here, because importing Triton takes a while
 
         return fused_attention(q, k, v)
-    if name in ("fused", "sdpa"):
+    if name in ("auto", "fused", "sdpa"):
         return F.scaled_dot_product_attention(q, k, v)
     raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
-
-
-def fused_is_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether "auto" takes the fused kernels.
-
-    Expected, not measured yet: they win where PyTorch's waste work, on contexts of a text's length and on head widths
-    that PyTorch pads (40 to 64, 80 to 96, 160 to 192). `benchmarks/attention.py` tells.
-    """
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > WIDEST:
-        return False
-    return (k.shape[-2] <= 128 or q.shape[-1] not in (32, 64, 128)) and why_not_fused(q.device) is None
 
 
 def why_not_fused(device: torch.device) -> str | None:

@@ -291,7 +291,6 @@ def test_full_precision_unless_tf32_is_allowed():
 
 def test_where_it_cannot_run_it_says_what_would_do(monkeypatch):
     q = torch.zeros(1, 1, 2, 8)
-    assert not attention_module.fused_is_faster(q, q)  # auto stays with PyTorch's on the CPU, interpreter or not
     check = attention_module._why_not_fused
     try:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
