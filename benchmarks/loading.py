@@ -13,8 +13,9 @@ touch     then the largest of every weight: what is mapped is read here at the l
 peak      the most memory that the process had during both, mapped pages of the file included, less what it had
           before (torch and this project imported: "before"); beside it as a share of the size of the files
 
-"warm" files are in the page cache; "cold" ones were dropped from it (posix_fadvise), so that the disk is part of it.
-Warm times are the best of --repeats runs, peaks the largest of all runs.
+"warm" files are in the page cache; "cold" ones were dropped from it (posix_fadvise), so that the disk is part of it,
+though a virtual machine's host may still hold them. Warm times are the best of --repeats runs, reads of two, cold
+loads are single runs, peaks the largest of all runs.
 """
 
 from __future__ import annotations
@@ -137,9 +138,11 @@ def alone(*arguments: object) -> dict[str, float]:
 def rows(path: Path, repeats: int) -> Iterator[str]:
     """The table's rows for one checkpoint."""
     size = sum(file.stat().st_size for file in weight_files(path))
-    evict(path)
-    cold_read = read_through(path)
-    warm_read = min(read_through(path) for _ in range(2))
+    cold_read, warm_read = [], []
+    for _ in range(2):
+        evict(path)
+        cold_read.append(read_through(path))
+        warm_read.append(read_through(path))
     for dtype, both in CHECKPOINTS[path.name]:
         for way in ("models.load", "plain")[: 1 + both]:
             evict(path)
@@ -152,9 +155,9 @@ def rows(path: Path, repeats: int) -> Iterator[str]:
                 f"{path.name}, {size / 1e9:.2f} GB",
                 dtype,
                 way,
-                f"{warm_read:.1f}",
+                f"{min(warm_read):.1f}",
                 f"{best['load']:.1f} + {best['touch']:.1f}",
-                f"{cold_read:.1f}",
+                f"{min(cold_read):.1f}",
                 f"{cold['load']:.1f} + {cold['touch']:.1f}",
                 f"{max(r['before'] for r in runs) / 1e9:.2f}",
                 f"{peak / 1e9:.2f}",
