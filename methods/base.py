@@ -175,6 +175,7 @@ def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[s
     try:
         for name, parameter in parameters.items():
             parameter.data = fitted(values[name], parameter.data)
+        del values  # those used as they are would stay on the card while the parameters' own come back
         yield parameters
     finally:
         for name, parameter in parameters.items():
@@ -191,7 +192,9 @@ def fitted(value: Tensor, like: Tensor) -> Tensor:
 @contextmanager
 def trainable(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
     """`replaced` by copies of the named parameters' own values, which ask for gradients."""
-    with replaced(module, {name: module.get_parameter(name).data.clone() for name in names}) as parameters:
+    copies = {name: module.get_parameter(name).data.to("cpu", copy=True) for name in names}
+    with replaced(module, copies) as parameters:
+        del copies
         try:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)

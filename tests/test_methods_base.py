@@ -120,15 +120,16 @@ def test_an_accelerator_holds_one_set_of_weights():
     """The meta device stands in for the card."""
     memory = Calculated()
     with memory, torch.device("meta"):
-        layer = nn.Linear(1000, 1000, bias=False).requires_grad_(False)
+        layers = nn.Sequential(*(nn.Linear(500, 500, bias=False) for _ in range(10))).requires_grad_(False)
+        names = [name for name, _ in layers.named_parameters()]
         memory.reset()
-        with trainable(layer, ["weight"]) as parameters:
-            assert memory.now() == 4_000_000 and parameters["weight"].requires_grad
-        values = {"weight": torch.zeros(1000, 1000, device="cpu")}
+        with trainable(layers, names) as parameters:
+            assert memory.now() == 10_000_000 and all(p.requires_grad for p in parameters.values())
+        assert memory.now() == 10_000_000 and memory.peak() == 11_000_000
         memory.reset()
-        with replaced(layer, values):
-            assert memory.now() == 4_000_000
-        assert memory.now() == 4_000_000 and memory.peak() <= 8_000_000
+        with replaced(layers, {name: torch.zeros(500, 500, device="cpu") for name in names}):
+            assert memory.now() == 10_000_000
+        assert memory.now() == 10_000_000 and memory.peak() == 11_000_000
 
 
 def test_what_a_failed_backward_pass_left_is_cleared():
