@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
@@ -9,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from errors import InputError
 from models.attention import attention
 from models.blocks import Downsample, ResBlock, Upsample, group_norm, norm_silu_conv, zero_init
 
@@ -121,6 +123,8 @@ class Autoencoder(nn.Module):
         patch: int = 1,
     ):
         super().__init__()
+        if not isinstance(scale_factor, int | float) or not 0 < scale_factor < math.inf:
+            raise InputError(f"vae.scale_factor is {scale_factor!r}: it must be a number above 0")
         self.patch, self.scale_factor, self.z_channels = patch, scale_factor, z_channels
         self.downsampling = patch * 2 ** (len(ch_mult) - 1)
         self.slices = 1

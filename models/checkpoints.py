@@ -20,7 +20,7 @@ from files import whole_file
 from models import hub
 from models.latent_diffusion import LatentDiffusion, build
 from models.layouts import FOLDERS, Pieces, from_folder, from_single_file
-from models.recognise import architecture, configured, foreign, merged, stacked_shape
+from models.recognise import SECTIONS, architecture, configured, foreign, merged, stacked_shape
 from models.weights import mappable, read_tensors, stated_prediction
 
 PARTS = ("autoencoder", "clip", "unet")
@@ -45,6 +45,10 @@ def load(
     On the CPU, weights stored in `dtype` stay mapped to their file: keep it as it is while the model is used. Raises
     InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise InputError(f"the weights are {path!r}: name a file, a folder or a hub id")
+    if arch is not None and not isinstance(arch, Mapping):
+        raise InputError(f"arch is {arch!r}: it must name sizes, as in {{'unet': {{'num_heads': 8}}}}")
     source = Path(path)
     if not source.exists():
         if not hub.looks_like_id(str(path)):
@@ -66,11 +70,11 @@ def load_own(
     config = read_config(path)
     if arch:
         try:
-            config = merged(config, arch, configured=True)
+            config = merged(config, arch, sure=SECTIONS)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{path} is a model of this project, as model=openmoji64 is: {error}") from None
     files = {part: part_file(path, part) for part in PARTS}
-    model = build_from(config, path / "config.json", read_tensors(files["clip"]).get("text.vocabulary"), meta=True)
+    model = build_from(config, path / "config.json", read_tensors(files["clip"]).get("text.vocabulary"))
     for part, file in files.items():
         pour(part_of(model, part), lambda file=file: unstacked(read_tensors(file)), file, device, dtype)
     return model.to(device)
@@ -92,18 +96,21 @@ def load_stable_diffusion(
         if not files and (kind := foreign(whole or read_tensors(path))):
             raise InputError(kind)
         pieces, problems = read()
-        told = architecture(pieces)
+        told, sure = architecture(pieces), {"unet", "vae", "text"}
         if files:
-            told = configured(told, hub_configs(path))
+            configs = hub_configs(path)
+            told = configured(told, configs)
+            sure |= {"schedule", "prediction"} if configs["scheduler"] else set()
         elif (stated := stated_prediction(path)) is not None:
             told["prediction"] = stated
-        config = merged(told, arch, configured=bool(files) and (path / "scheduler").is_dir())
+            sure.add("prediction")
+        config = merged(told, arch, sure)
     except InputError as error:  # what reads a file names it, what looks at names and shapes does not
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
-    model = build_from(config, path, meta=True)
+    model = build_from(config, f"{path} with the arch that is given" if arch else path)
     if not files and (stored := (whole or read_tensors(path)).get("alphas_cumprod")) is not None:
-        own = model.schedule.alpha_bars
-        if stored.shape != own.shape or (stored - own).abs().max() > 1e-3:  # half precision is within 3e-4
+        own, rounding = model.schedule.alpha_bars, torch.finfo(stored.dtype).eps
+        if stored.shape != own.shape or not (stored.double() - own).abs().max() < 1e-4 + rounding:
             raise InputError(f"{path} was trained with another noise schedule (its alphas_cumprod): give arch.schedule")
     parts = {part: getattr(model, part) for part in pieces}
     check_fit(parts, pieces, problems, path)
@@ -116,7 +123,7 @@ def hub_files(path: Path, half: bool, ema: bool | None) -> dict[str, list[Path]]
     """The weight files of each folder of the hub's layout."""
     if (path / "text_encoder_2").is_dir():
         raise InputError(f"{path} seems to hold an SDXL, which is not supported: Stable Diffusion 1.x and 2.x are")
-    names = [file.relative_to(path).as_posix() for file in path.glob("*/*")]
+    names = [file.relative_to(path).as_posix() for file in path.glob("*/*") if file.is_file()]
     try:
         return {folder: [path / name for name in hub.part_files(names, folder, half, ema)] for folder in FOLDERS}
     except InputError as error:
@@ -130,12 +137,10 @@ def hub_configs(path: Path) -> dict[str, dict]:
     return {name: read_json(path / file) if (path / file).exists() else {} for name, file in files.items()}
 
 
-def build_from(
-    config: Mapping, source: str | Path, vocabulary: Tensor | None = None, meta: bool = False
-) -> LatentDiffusion:
-    """`build`, where the sizes are a user's: what they lack or cannot be is an InputError that names `source`."""
+def build_from(config: Mapping, source: str | Path, vocabulary: Tensor | None = None) -> LatentDiffusion:
+    """`build` without weights, of a user's sizes: what they lack or cannot be is an InputError that names `source`."""
     try:
-        return build(config, vocabulary=vocabulary, meta=meta)
+        return build(config, vocabulary=vocabulary, meta=True)
     except KeyError as error:
         raise InputError(f"{source} lacks {error}") from None
     except (TypeError, ValueError, AssertionError) as error:  # torch asserts what its layers are given
@@ -226,7 +231,9 @@ def check_fit(
         problems += [f"{prefix}{k} is missing" for k in own if k not in found]
         problems += [f"{prefix}{k} is unexpected" for k in found if k not in own]
         for k in own:
-            if k in found and (shape := stacked_shape(found[k])) != tuple(own[k].shape):
+            if k in found and own[k].is_floating_point() != all(t.is_floating_point() for t in found[k]):
+                problems.append(f"{prefix}{k} is {found[k][0].dtype} where {own[k].dtype} fits")
+            elif k in found and (shape := stacked_shape(found[k])) != tuple(own[k].shape):
                 problems.append(f"{prefix}{k} is {shape} where {tuple(own[k].shape)} fits")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -50,7 +50,8 @@ def part_files(names: Iterable[str], part: str, half: bool = False, ema: bool | 
 
     def rank(key: tuple[str, int, str]) -> tuple[bool, ...]:
         variant, count, kind = key
-        return (variant == "non_ema") != (ema is False), (variant in ("fp16", "bf16")) != half, kind == "bin", count > 0
+        short = variant in ("fp16", "bf16")
+        return (variant == "non_ema") != (ema is False), short != half, variant == "bf16", kind == "bin", count > 0
 
     return sets[min(sets, key=rank)]
 
@@ -68,7 +69,12 @@ def looks_like_id(text: str) -> bool:
     """Whether `text` has the form of a hub id, "org/name" or "org/name@revision", and not that of a weights file."""
     word = r"[A-Za-z0-9][\w.-]*"
     file = text.endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth"))
-    return not file and re.fullmatch(rf"{word}/{word}(@[\w./-]+)?", text, re.ASCII) is not None
+    return (
+        not file
+        and ".." not in text
+        and "--" not in text
+        and re.fullmatch(rf"{word}/{word}(@[\w./-]+)?", text, re.ASCII) is not None
+    )
 
 
 def fetch(repo_id: str, half: bool = False, ema: bool | None = None) -> Path:

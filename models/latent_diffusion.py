@@ -34,6 +34,8 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         if prediction not in ("epsilon", "v"):
             raise InputError(f"prediction is {prediction!r}: choose epsilon or v")
+        if not isinstance(image_size, int) or image_size < 1:
+            raise InputError(f"image_size is {image_size!r}: it must be a number of pixels")
         self.unet, self.autoencoder, self.text = unet, autoencoder, text
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip

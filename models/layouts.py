@@ -128,8 +128,8 @@ def from_single_file(tensors: Mapping[str, Tensor], ema: bool | None) -> tuple[d
     pieces = {}
     for part, found in parts.items():
         rules = SINGLE_FILE[part] + EITHER[part]
-        pieces[part], missing = renamed(found, lambda key, rules=rules: rewritten(key[lengths[key] :], rules))
-        problems += missing
+        pieces[part], wrong = renamed(found, lambda key, rules=rules: rewritten(key[lengths[key] :], rules))
+        problems += wrong
     return pieces, problems
 
 
@@ -140,8 +140,8 @@ def from_folder(tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, 
         found = {key: t for key, t in tensors[folder].items() if not NO_WEIGHTS.fullmatch(key)}
         place = PLACES[part](found)
         rules = FOLDER[part] + EITHER[part]
-        pieces[part], missing = renamed(found, lambda key, rules=rules, place=place: rewritten(place(key), rules))
-        problems += [f"{folder}: {problem}" for problem in missing]
+        pieces[part], wrong = renamed(found, lambda key, rules=rules, place=place: rewritten(place(key), rules))
+        problems += [f"{folder}: {problem}" for problem in wrong]
     return pieces, problems
 
 
@@ -152,8 +152,10 @@ def rewritten(name: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def renamed(tensors: Mapping[str, Tensor], name_of: Callable[[str], str]) -> tuple[Pieces, list[str]]:
-    """The tensors under our names, those that we stack together; and which members of a stack are missing."""
+    """The tensors under our names, those that we stack together; and which members of a stack are missing, or which
+    weights come twice."""
     pieces: Pieces = {}
+    problems = []
     stacks: dict[str, tuple[str, dict[str, tuple[str, Tensor]]]] = {}
     for key, tensor in tensors.items():
         name = name_of(key)
@@ -161,16 +163,20 @@ def renamed(tensors: Mapping[str, Tensor], name_of: Callable[[str], str]) -> tup
             tensor = tensor.flatten(1)  # the original autoencoder's attention multiplies by 1x1 convolutions
         for pattern, target, letters in STACKS:
             if match := re.fullmatch(pattern, name):
-                stacks.setdefault(match.expand(target), (letters, {}))[1][match[2]] = key, tensor
+                members = stacks.setdefault(match.expand(target), (letters, {}))[1]
+                twice = match[2] in members
+                members[match[2]] = key, tensor
                 break
         else:
+            twice = name in pieces
             pieces[name] = [tensor]
-    missing = []
+        if twice:
+            problems.append(f"{key} comes twice, under another name as well")
     for name, (letters, members) in stacks.items():
         pieces[name] = [members[letter][1] for letter in letters if letter in members]
         sibling = next(iter(members.values()))[0]
-        missing += [f"the {letter} beside {sibling} is missing" for letter in letters if letter not in members]
-    return pieces, missing
+        problems += [f"the {letter} beside {sibling} is missing" for letter in letters if letter not in members]
+    return pieces, problems
 
 
 def unet_blocks(keys: Iterable[str]) -> Callable[[str], str]:

@@ -8,7 +8,7 @@ widths, or from the user.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from models.text import VOCABULARY
 Shapes = dict[str, tuple[int, ...]]
 UNTOLD = {"num_heads", "num_head_channels", "heads", "quick_gelu", "hidden_layer", "pad_token", "scale_factor"}
 INPUTS = {5: "a depth-guided model", 7: "an upscaler", 8: "an InstructPix2Pix", 9: "an inpainting model"}
+SECTIONS = ("unet", "vae", "text", "vision", "schedule", "prediction", "image_size")  # of a config
 SCHEDULE = {"kind": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timesteps": 1000}
 
 
@@ -52,6 +53,8 @@ def architecture(pieces: Mapping[str, Pieces]) -> dict[str, Any]:
         if first
         else {"quick_gelu": False, "hidden_layer": "penultimate", "pad_token": 0}
     )
+    if text["width"] == 1024 and text["layers"] == 23:  # 2.x has 24: a converter left out the one that does not count
+        text["hidden_layer"] = "last"
     return arch | {"schedule": dict(SCHEDULE)} | ({"prediction": "epsilon", "image_size": 512} if first else {})
 
 
@@ -60,8 +63,8 @@ def stacked_shape(tensors: list[Tensor]) -> tuple[int, ...]:
 
 
 def end_token(text: Mapping[str, Any]) -> int:
-    """The end token is the last entry of the vocabulary."""
-    return text.get("vocab_size", VOCABULARY) - 1
+    """The end token is the last word of the vocabulary; rows that were added behind are not CLIP's."""
+    return min(text["vocab_size"], VOCABULARY) - 1
 
 
 def count(shapes: Shapes, pattern: str) -> int:
@@ -137,7 +140,7 @@ def configured(arch: dict[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
             time_embedding_type="positional",
         )
         # In this file "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
-        heads = configs["unet"].get("num_attention_heads") or configs["unet"].get("attention_head_dim", 8)
+        heads = configs["unet"].get("num_attention_heads") or configs["unet"].get("attention_head_dim") or 8
         unet = {key: value for key, value in unet.items() if key not in ("num_heads", "num_head_channels")}
         unet |= heads_of(heads, [mult * unet["model_channels"] for mult in unet["channel_mult"]])
     # The folder's text encoder ends with the layer that conditions: 2.x is stored without the one that it skips.
@@ -161,24 +164,25 @@ def configured(arch: dict[str, Any], configs: Mapping[str, Mapping[str, Any]]) -
 def heads_of(heads: int | list[int], widths: list[int]) -> dict[str, Any]:
     if isinstance(heads, int):
         return {"num_heads": heads}
+    if not isinstance(heads, list) or len(heads) != len(widths) or not all(isinstance(n, int) and n > 0 for n in heads):
+        raise InputError(f"unet: attention_head_dim={heads} is neither a number of heads nor one for each level")
     per_head = {width // n for width, n in zip(widths, heads, strict=True)}
     return {"num_head_channels": per_head.pop()} if len(per_head) == 1 else {"num_heads": heads}
 
 
 def scheduled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule and the prediction type of a scheduler_config.json."""
-    kinds = {"scaled_linear": "scaled_linear", "linear": "linear"}
     refuse(
         config,
         "scheduler",
         prediction_type=("epsilon", "v_prediction"),
-        beta_schedule=tuple(kinds),
+        beta_schedule=("scaled_linear", "linear"),
         trained_betas=None,
         rescale_betas_zero_snr=False,
     )
     return {
         "schedule": {
-            "kind": kinds[config.get("beta_schedule", "linear")],
+            "kind": config.get("beta_schedule", "linear"),
             "beta_start": config.get("beta_start", 0.0001),
             "beta_end": config.get("beta_end", 0.02),
             "timesteps": config.get("num_train_timesteps", 1000),
@@ -194,24 +198,30 @@ def refuse(config: Mapping[str, Any], folder: str, **supported: Any) -> None:
             raise InputError(f"{folder}: {name}={config[name]} is not supported")
 
 
-def merged(told: dict[str, Any], arch: Mapping[str, Any] | None, configured: bool = False) -> dict[str, Any]:
-    """`told` by the weights, with what the user's `arch` adds or corrects. Raises InputError where `arch` contradicts
-    the shapes, or the schedule and prediction that the model was `configured` with in its own folder, and where neither
-    says the heads or the prediction."""
+def merged(told: dict[str, Any], arch: Mapping[str, Any] | None, sure: Collection[str]) -> dict[str, Any]:
+    """`told` by the weights and the configs, with what the user's `arch` adds or corrects.
+
+    Raises InputError where `arch` contradicts one of the sections that are `sure`, names one that there is not, and
+    where neither says the heads or the prediction.
+    """
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in told.items()}
     for section, given in (arch or {}).items():
-        known = ("unet", "vae", "text", *(("schedule", "prediction") if configured else ()))
-        pairs = given.items() if isinstance(given, Mapping) else [(None, given)]
-        for name, value in pairs:
-            own = result.get(section, {}).get(name, value) if name else result.get(section, value)
-            value = list(value) if isinstance(value, tuple) else value
-            if section in known and name not in UNTOLD and own != value:
-                place = f"arch.{section}.{name}" if name else f"arch.{section}"
-                raise InputError(f"{place} is {value}, and the model has {own}{family(told)}")
-        if not isinstance(given, Mapping):
+        if section not in (*SECTIONS, "guidance_scale"):  # arch.json of a checkpoint may suggest that
+            raise InputError(f"arch.{section} is unknown: choose from {', '.join(SECTIONS)}")
+        nested = section not in ("prediction", "image_size", "guidance_scale")
+        if isinstance(given, Mapping) != nested:
+            raise InputError(f"arch.{section} is {given!r}: it must {'name sizes' if nested else 'be one value'}")
+        if not nested:
+            if section in sure and section != "image_size" and given != (own := result.get(section, given)):
+                raise InputError(f"arch.{section} is {given}, and the model has {own}: set model.arch.{section}={own}")
             result[section] = given
             continue
         own = result.get(section, {})
+        for name, value in given.items():
+            value = list(value) if isinstance(value, tuple) else value
+            if section in sure and name not in UNTOLD and own.get(name, value) != value:
+                hint = family(told) if name == "use_linear_projection" else ""
+                raise InputError(f"arch.{section}.{name} is {value}, and the model has {own[name]}{hint}")
         if {"num_heads", "num_head_channels"} & set(given):
             own = {key: v for key, v in own.items() if key not in ("num_heads", "num_head_channels")}
         result[section] = own | dict(given)
@@ -237,6 +247,7 @@ def family(arch: Mapping[str, Any]) -> str:
     return f": it seems to be a Stable Diffusion {'2' if linear else '1'}.x (model={choices})"
 
 
+WHOLE = ("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.")
 KINDS = [  # (a key's pattern, what holds it); the first that fits is named
     (r".*(lora|hada_w|lokr_)", "a LoRA, which adds to a model and is none"),
     (r"conditioner\.embedders\.", "an SDXL checkpoint, which is not supported: Stable Diffusion 1.x and 2.x are"),
@@ -253,6 +264,8 @@ KINDS = [  # (a key's pattern, what holds it); the first that fits is named
 
 def foreign(tensors: Mapping[str, Tensor]) -> str | None:
     """What tensors of these names seem to be, where they are no Stable Diffusion 1.x or 2.x; None where they may."""
+    if all(any(key.startswith(prefix) for key in tensors) for prefix in WHOLE):
+        return None
     for pattern, kind in KINDS:
         if any(re.match(pattern, key) for key in tensors):
             return f"it seems to be {kind}"

@@ -40,11 +40,14 @@ class TextEncoder(nn.Module):
         super().__init__()
         if hidden_layer not in ("last", "penultimate"):
             raise InputError(f"text.hidden_layer is {hidden_layer!r}: choose last or penultimate")
+        size = min(tower.vocab_size, VOCABULARY) if vocabulary is None else VOCABULARY  # rows beyond are no words
+        if not isinstance(pad_token, int) or not 0 <= pad_token < size:
+            raise InputError(f"text.pad_token is {pad_token!r}: it must be a whole number from 0 to {size - 1}")
         self.tower = tower
         self.hidden_layer, self.pad_token = hidden_layer, pad_token
         self.context_length = tower.context_length
         self.register_buffer("vocabulary", vocabulary)
-        self.begin, self.end = (tower.vocab_size - 2, tower.vocab_size - 1) if vocabulary is None else (BEGIN, END)
+        self.begin, self.end = size - 2, size - 1
         self._tokenizer = None
         self._known = None if vocabulary is None else set(vocabulary.tolist())
 

@@ -1,7 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x and 2.x are sizes.
 
 Module names follow the released checkpoints (`input_blocks`, `middle_block`, `output_blocks`), so that weights are
-carried over by the few rules in `models/checkpoints.py`.
+carried over by the few rules in `models/layouts.py`.
 """
 
 from __future__ import annotations
@@ -156,8 +156,10 @@ class UNet(nn.Module):
             return ResBlock(c_in, c_out, time_dim)
 
         def transformer(c: int, level: int) -> SpatialTransformer:
-            heads = at_level(num_heads, level) or c // num_head_channels
+            heads = at_level(num_heads, level) if num_head_channels is None else c // num_head_channels
             depth = at_level(transformer_depth, level)
+            if not heads >= 1 or c % heads:
+                raise InputError(f"the UNet's width {c} cannot be split into {heads} heads")
             return SpatialTransformer(c, heads, c // heads, context_dim, depth, use_linear_projection)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))

@@ -35,8 +35,11 @@ def read_tensors(files: Path | Iterable[Path]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in [files] if isinstance(files, Path) else files:
-        with open(file, "rb") as stream:
-            start = stream.read(64)
+        try:
+            with open(file, "rb") as stream:
+                start = stream.read(64)
+        except OSError as error:  # a link to nowhere, no permission
+            raise InputError(f"{file} cannot be read: {error.strerror}") from None
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
             tensors |= read_pickle(file, zipped=start[:2] == b"PK")
         elif start[8:9] == b"{":
@@ -95,18 +98,34 @@ def read_pickle(file: Path, zipped: bool) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(f"{file} {needs(file, zipped)}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError, SafetensorError):
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        OSError,
+        SafetensorError,
+    ):
         raise InputError(f"{file} is damaged, cut short or no PyTorch file: download it again") from None
     if isinstance(content, Mapping):
         content = content.get("state_dict", content)
     if not isinstance(content, Mapping):
         raise InputError(f"{file} holds a {type(content).__name__} and no tensors by name")
-    return {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if content and not tensors:
+        raise InputError(f"{file} holds no tensors by name, but {', '.join(map(str, list(content)[:3]))}")
+    return tensors
 
 
 def needs(file: Path, zipped: bool) -> str:
     """Why a pickle is refused, with the names that it would have imported."""
-    names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if zipped else []
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if zipped else []
+    except pickle.UnpicklingError:  # a protocol of which torch reads no more than it must
+        names = []
     wanted = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
     return (
         f"is a pickle that needs more than tensors{wanted}, and unpickling that could run code of whoever wrote it: "

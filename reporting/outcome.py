@@ -92,15 +92,17 @@ def run(main: Callable[[], None]) -> None:
         end(f"error: {line}", 1)
 
 
-TEXTS = re.compile(r"(\+{0,2}(?:image|prompt|source_prompt|method\.inversion_prompt)=)(.*)", re.DOTALL)
+TEXTS = re.compile(r"(\+{0,2}(?:image|prompt|source_prompt|method\.inversion_prompt|model\.weights)=)(.*)", re.DOTALL)
 QUOTED = r"""\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")\s*"""  # one quoted string of Hydra's grammar
 
 
 def literal(argument: str) -> str:
     """A setting that is free text, quoted for Hydra, whose grammar gives commas, apostrophes and brackets a meaning:
     prompt=a dog's hat -> prompt='a dog\\'s hat'. What is quoted already ('a, b','c' sweeps over two), null and
-    nothing are left as they are, and so is any other setting."""
+    nothing are left as they are, and so are any other setting, and several weights, which are a sweep."""
     text = TEXTS.fullmatch(argument)
+    if text and "model.weights" in text[1] and "," in text[2]:
+        return argument
     if not text or text[2] in ("", "null") or re.fullmatch(f"{QUOTED}(,{QUOTED})*", text[2], re.DOTALL):
         return argument
     return text[1] + QuotedString(text[2], Quote.single).with_quotes()

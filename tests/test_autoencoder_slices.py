@@ -101,3 +101,15 @@ def test_memory_is_that_of_the_maps_between_convolutions():
             del out
     assert peak[1] == pytest.approx(2, abs=0.1) and peak[8] < 1.6
     assert kept[1] == pytest.approx(2, abs=0.1) and kept[8] < 0.1
+
+
+def test_the_setting_reaches_both_networks(autoencoder, monkeypatch):
+    """Equal results alone would not show that anything is sliced."""
+    import models.blocks
+
+    seen = []
+    plain = models.blocks.conv_in_strips
+    monkeypatch.setattr(models.blocks, "conv_in_strips", lambda *a, **k: seen.append(a[2]) or plain(*a, **k))
+    monkeypatch.setattr(autoencoder, "slices", 3)
+    autoencoder.decode(autoencoder.encode(seeded(1, 3, 16, 16)))
+    assert set(seen) == {3} and len(seen) >= 20

@@ -124,7 +124,7 @@ def test_a_file_may_state_its_prediction(write):
     tensors = load_file(FIXTURES / "sd2_tiny" / "model.safetensors")
     stated = write(tensors, **{"modelspec.prediction_type": "v"})
     assert models.load(stated, arch=arch).prediction == "v"
-    assert models.load(stated, arch=arch | {"prediction": "epsilon"}).prediction == "epsilon"
+    assert "the model has v" in refused(stated, arch=arch | {"prediction": "epsilon"})
 
 
 @pytest.mark.parametrize("prediction, ours", [("v_prediction", "v"), ("epsilon", "epsilon")])
@@ -153,6 +153,40 @@ def test_the_tokenizer_config_tells_the_padding(tmp_path):
         assert models.load(folder).text.pad_token == token
 
 
+@pytest.mark.parametrize(
+    "arch, words",
+    [
+        ({"unett": {"num_heads": 4}}, "arch.unett is unknown"),
+        ({"unet": 4}, "arch.unet is 4"),
+        ({"prediction": {"a": 1}}, "arch.prediction is"),
+        ({"image_size": "big"}, "image_size is 'big'"),
+        ({"text": {"pad_token": "x"}}, "pad_token is 'x'"),
+        ({"text": {"pad_token": 600}}, "from 0 to 599"),
+        ({"vae": {"scale_factor": 0}}, "scale_factor is 0"),
+        ({"unet": {"num_heads": 0}}, "into 0 heads"),
+        ({"unet": {"num_heads": 5}}, "into 5 heads"),
+        ({"unet": {"widht": 5}}, "with the arch that is given"),
+    ],
+)
+def test_senseless_arch_is_told(arch, words):
+    both = {k: ARCH[k] | v if k in ("unet", "text", "vae") and isinstance(v, dict) else v for k, v in arch.items()}
+    with pytest.raises(InputError) as error:
+        models.load(SINGLE, arch=ARCH | both)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    for path in (None, 123, ""):
+        with pytest.raises(InputError, match="the weights are"):
+            models.load(path)
+    with pytest.raises(InputError, match="arch is 'foo'"):
+        models.load(SINGLE, arch="foo")
+
+
+@pytest.mark.parametrize("heads", [[4], "8", ["a", "b"], [0, 4]])
+def test_senseless_heads_of_a_folder_are_told(tmp_path, heads):
+    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    (folder / "unet" / "config.json").write_text(json.dumps({"attention_head_dim": heads}))
+    assert "attention_head_dim" in refused(folder, arch=None)
+
+
 def test_arch_may_not_contradict_the_weights():
     assert "model has 32" in refused(SINGLE, arch=ARCH | {"unet": ARCH["unet"] | {"context_dim": 64}})
     message = refused(SINGLE, arch=ARCH | {"unet": ARCH["unet"] | {"use_linear_projection": True}})
@@ -168,8 +202,10 @@ def test_arch_may_not_contradict_a_folder_of_ours(tmp_path):
 def test_another_noise_schedule_is_noticed(state, write):
     alpha_bars = state["alphas_cumprod"].clone()
     models.load(write(state | {"alphas_cumprod": alpha_bars.half()}), arch=ARCH)
-    alpha_bars[-1] = 0  # zero terminal SNR
-    assert "another noise schedule" in refused(write(state | {"alphas_cumprod": alpha_bars}))
+    models.load(write(state | {"alphas_cumprod": alpha_bars.bfloat16()}), arch=ARCH)
+    for wrong in (0.0, float("nan")):  # zero terminal SNR, and nonsense
+        alpha_bars[-1] = wrong
+        assert "another noise schedule" in refused(write(state | {"alphas_cumprod": alpha_bars}))
 
 
 # Files that are no Stable Diffusion
@@ -211,6 +247,23 @@ def test_foreign_tensors_are_named(write, keys, words):
     assert words in refused(write({key: torch.zeros(2) for key in keys}))
 
 
+def test_weights_under_two_names_are_refused(state, write):
+    prefix = "cond_stage_model.transformer."
+    bare = {k.replace("text_model.", ""): t.clone() for k, t in state.items() if k.startswith(prefix)}
+    assert "comes twice" in refused(write(state | bare))
+    rest = {k: t for k, t in state.items() if not k.startswith(prefix)}
+    same(models.load(write(rest | bare), arch=ARCH), models.load(SINGLE, arch=ARCH))  # either name alone will do
+
+
+def test_a_whole_model_with_a_stray_key_is_not_taken_for_a_lora(state, write):
+    assert "lora_up is unexpected" in refused(write(state | {"x.lora_up": torch.ones(2)}))
+
+
+def test_quantised_weights_are_refused(state, write):
+    key = "model.diffusion_model.out.2.weight"
+    assert "torch.int8 where torch.float32 fits" in refused(write(state | {key: state[key].to(torch.int8)}))
+
+
 def test_models_with_other_inputs_are_named(state, write):
     for channels, kind in ((9, "inpainting"), (5, "depth"), (11, "another kind")):
         first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, channels, 3, 3)}
@@ -240,8 +293,8 @@ def test_foreign_files_are_named(tmp_path, content, words):
 def test_a_pickle_of_something_else_is_named(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "model.ckpt")
     assert "holds a list" in refused(tmp_path / "model.ckpt")
-    torch.save({"epoch": 3}, tmp_path / "model.ckpt")
-    assert "no tensors" in refused(tmp_path / "model.ckpt")
+    torch.save({"epoch": 3, "model": {}}, tmp_path / "model.ckpt")
+    assert "no tensors by name, but epoch, model" in refused(tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.999])
@@ -262,17 +315,22 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "sprung"), "w")
 
-    for zipped in (True, False):
+    for zipped, protocol in ((True, 2), (True, 4), (False, 2)):
         torch.save({"state_dict": {"a": torch.zeros(2)}, "callbacks": Trap()}, tmp_path / "model.ckpt",
-                   _use_new_zipfile_serialization=zipped)  # fmt: skip
+                   _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)  # fmt: skip
         message = refused(tmp_path / "model.ckpt")
         assert "run code" in message and ".safetensors" in message
-        assert ("io.open" in message or "_io.open" in message) or not zipped
+        assert "io.open" in message or (zipped, protocol) != (True, 2)
     assert not (tmp_path / "sprung").exists()
 
 
 def test_folders_that_lack_something_are_named(tmp_path):
     folder = shutil.copytree(FOLDER, tmp_path / "model")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").symlink_to("/nowhere/blob")
+    assert "unet/ has no complete weights" in refused(folder, arch=None)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.copy(FOLDER / "unet" / "diffusion_pytorch_model.safetensors", folder / "unet")
     (folder / "unet" / "config.json").write_text("{")
     assert "is not JSON" in refused(folder, arch=None)
     (folder / "unet" / "config.json").write_text('{"attention_head_dim": 4, "addition_embed_type": "text_time"}')
@@ -305,6 +363,18 @@ def test_loading_draws_no_random_weights():
     model = models.load(FOLDER)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+
+
+def test_a_mapping_is_dropped_once_much_of_it_was_touched(monkeypatch):
+    """Else the pages of the file count as memory beside what was made of them."""
+    maps = []
+    monkeypatch.setattr("models.checkpoints.read_tensors", lambda files: maps.append(files) or read_tensors(files))
+    models.load(FOLDER, dtype=torch.float32)  # stored in half precision, so all of it is converted
+    few = len(maps)
+    monkeypatch.setattr("models.checkpoints.CHUNK", 500_000)
+    models.load(FOLDER, dtype=torch.float32)
+    size = sum(file.stat().st_size for file in FOLDER.glob("*/*.safetensors"))
+    assert len(maps) - 2 * few >= size // 600_000  # each of the three networks rounds down
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -343,6 +413,27 @@ def test_a_miniature_vocabulary_reads_real_prompts(name, pad):
     assert ids[0, 0] == 598 and ids[0, -1] == pad and ids.max() == 599
     tokens = ids[0].tolist()[1 : ids[0].tolist().index(599)]
     assert text._tokenizer.decode(tokens).strip() == "a photo of a cat"
+
+
+def test_rows_beyond_the_vocabulary_are_no_words(tmp_path):
+    """As textual inversion leaves them: begin, end and padding stay CLIP's."""
+    text = models.text.build_text(width=32, heads=2, layers=1, vocab_size=49410, pad_token=49407)
+    assert text.tokenize(["a cat"])[0, :6].tolist() == [49406, 320, 2368, 49407, 49407, 49407]
+
+
+@pytest.mark.parametrize("layers, hidden", [(24, "penultimate"), (23, "last")])
+def test_a_text_tower_without_the_layer_that_does_not_count(layers, hidden):
+    """Converters from the folder layout write 2.x with 23 layers, of which the last one conditions."""
+    arch = {
+        "unet": {"context_dim": 1024, "use_linear_projection": True, "num_head_channels": 64},
+        "vae": {},
+        "text": {"width": 1024, "heads": 16, "layers": layers, "vocab_size": 49410},
+        "schedule": {},
+    }
+    model = models.build(arch, meta=True)
+    parts = ("unet", "autoencoder", "text")
+    told = architecture({part: {k: [t] for k, t in getattr(model, part).state_dict().items()} for part in parts})
+    assert (told["text"]["layers"], told["text"]["hidden_layer"]) == (layers, hidden)
 
 
 def test_recognition_of_the_sizes_as_published():

@@ -30,6 +30,7 @@ RELEASED = [f"{UNET}{variant}.{kind}" for variant in ("", ".fp16", ".non_ema") f
         ([f"{UNET}.bin"], {}, [f"{UNET}.bin"]),
         ([f"{UNET}.bin"], {"ema": False, "half": True}, [f"{UNET}.bin"]),
         ([f"{UNET}.bin", f"{UNET}.fp16.safetensors"], {}, [f"{UNET}.bin"]),  # precision before format
+        ([f"{UNET}.bf16.safetensors", f"{UNET}.fp16.bin"], {"half": True}, [f"{UNET}.fp16.bin"]),  # of the two, its own
         ([f"{UNET}.fp16.safetensors", f"{UNET}.fp16.bin"], {}, [f"{UNET}.fp16.safetensors"]),  # nothing else
         ([f"{UNET}.non_ema.bin"], {}, [f"{UNET}.non_ema.bin"]),
         ([*SHARDS, *HALF_SHARDS, f"{UNET}.safetensors.index.json"], {}, SHARDS),
