@@ -449,6 +449,8 @@ def test_a_sweep_over_prompts_is_written_in_quotes():
     for argument in ("prompt='a, b','c'", 'prompt="a, b"', "prompt=", "source_prompt=null", "seed=0,1"):
         assert literal(argument) == argument
     assert literal("method.inversion_prompt=a, b") == "method.inversion_prompt='a, b'"
+    assert literal("model.weights=v1-5 (1).safetensors") == "model.weights='v1-5 (1).safetensors'"
+    assert literal("model.weights=a.ckpt,b.ckpt") == "model.weights=a.ckpt,b.ckpt"  # a sweep over two
     assert literal("image=my [old], photo's.png") == r"image='my [old], photo\'s.png'"
 
 
