@@ -148,7 +148,7 @@ class Imagic:
         def terms() -> dict[str, Tensor]:
             shaken = e + self.embedding_noise * spread * noise_like(e, noise) if self.embedding_noise else e
             shaken = shaken.to(x.dtype)
-            # The sum over embeddings lets each one move as it would alone.
+            # The sum over embeddings lets each one move as it would alone (under adam and sgd).
             losses = {"denoising": denoising_losses(model, x, shaken, noise).sum()}
             if self.clip_weight:
                 agreement = (model.text.pool(shaken, ids) * seen).sum(dim=-1).float()

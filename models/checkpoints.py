@@ -108,7 +108,8 @@ def load_stable_diffusion(
     except InputError as error:  # what reads a file names it, what looks at names and shapes does not
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
     model = build_from(config, f"{path} with the arch that is given" if arch else path)
-    if not files and (stored := (whole or read_tensors(path)).get("alphas_cumprod")) is not None:
+    stored = None if files else (whole or read_tensors(path)).get("alphas_cumprod")
+    if stored is not None and stored.is_floating_point():
         own, rounding = model.schedule.alpha_bars, torch.finfo(stored.dtype).eps
         if stored.shape != own.shape or not (stored.double() - own).abs().max() < 1e-4 + rounding:
             raise InputError(f"{path} was trained with another noise schedule (its alphas_cumprod): give arch.schedule")

@@ -144,7 +144,7 @@ def test_more_mistakes_in_one_line(user, tmp_path):
         "fit=squash": "crop, pad, stretch, keep",
         "size=31": "size=31",
         "size=abc": "size=abc",
-        "attention=fast": "auto, sdpa, reference",
+        "attention=fast": "auto, fused, sdpa, reference",
         "seed=-1": "seed=-1",
         "dtype=int8": "float32, bfloat16 or float16",
         "device=tpu0": "device=tpu0",
