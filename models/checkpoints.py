@@ -76,7 +76,13 @@ def load_own(
     files = {part: part_file(path, part) for part in PARTS}
     model = build_from(config, path / "config.json", read_tensors(files["clip"]).get("text.vocabulary"))
     for part, file in files.items():
-        pour(part_of(model, part), lambda file=file: unstacked(read_tensors(file)), file, device, dtype)
+        parts = {part: part_of(model, part)}
+
+        def read(part=part, file=file) -> dict[str, Pieces]:
+            return {part: unstacked(read_tensors(file))}
+
+        check_fit(parts, read(), [], file)
+        pour(parts, read, device, dtype)
     return model.to(device)
 
 
@@ -87,13 +93,16 @@ def load_stable_diffusion(
     files = hub_files(path, dtype == torch.float16, ema) if path.is_dir() else {}
     whole = None if files or mappable(path) else read_tensors(path)
 
+    def tensors() -> dict[str, Tensor]:
+        return whole or read_tensors(path)
+
     def read() -> tuple[dict[str, Pieces], list[str]]:
         if files:
             return from_folder({folder: read_tensors(names) for folder, names in files.items()})
-        return from_single_file(whole or read_tensors(path), ema)
+        return from_single_file(tensors(), ema)
 
     try:
-        if not files and (kind := foreign(whole or read_tensors(path))):
+        if not files and (kind := foreign(tensors())):
             raise InputError(kind)
         pieces, problems = read()
         told, sure = architecture(pieces), {"unet", "vae", "text"}
@@ -108,15 +117,14 @@ def load_stable_diffusion(
     except InputError as error:  # what reads a file names it, what looks at names and shapes does not
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
     model = build_from(config, f"{path} with the arch that is given" if arch else path)
-    stored = None if files else (whole or read_tensors(path)).get("alphas_cumprod")
+    stored = None if files else tensors().get("alphas_cumprod")
     if stored is not None and stored.is_floating_point():
         own, rounding = model.schedule.alpha_bars, torch.finfo(stored.dtype).eps
         if stored.shape != own.shape or not (stored.double() - own).abs().max() < 1e-4 + rounding:
             raise InputError(f"{path} was trained with another noise schedule (its alphas_cumprod): give arch.schedule")
     parts = {part: getattr(model, part) for part in pieces}
     check_fit(parts, pieces, problems, path)
-    for part, module in parts.items():
-        pour(module, lambda part=part: read()[0][part], path, device, dtype)
+    pour(parts, lambda: read()[0], device, dtype)
     return model.to(device)
 
 
@@ -252,28 +260,27 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
 
 
 def pour(
-    module: nn.Module,
-    read: Callable[[], Pieces],
-    source: Path,
+    parts: Mapping[str, nn.Module],
+    read: Callable[[], Mapping[str, Pieces]],
     device: str | torch.device | None,
     dtype: torch.dtype,
 ) -> None:
-    """Give a module on the meta device its weights, in `dtype` and on `device`: as they lie in the mapped file where
-    nothing is to be changed, so that none is copied and no memory is taken twice.
+    """Give modules on the meta device their weights, which `check_fit`, in `dtype` and on `device`: as they lie in the
+    mapped file where nothing is to be changed, so that none is copied and no memory is taken twice.
 
-    `read` maps the file anew. It is called again after every `CHUNK` bytes, because the pages that a mapping has
-    touched count as memory until it is dropped. Raises InputError where the weights do not fit.
+    `read` maps the files anew. It is called again after every `CHUNK` bytes, because the pages that a mapping has
+    touched count as memory until it is dropped.
     """
-    pieces = read()
-    check_fit({"": module}, {"": pieces}, [], source)
-    state, touched = {}, 0
-    for name in list(pieces):
-        tensors = pieces[name]
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        if state[name] is not tensors[0]:
-            touched += sum(t.nbytes for t in tensors)
-        if touched > CHUNK:
-            del tensors, tensor
-            pieces, touched = read(), 0
-    module.load_state_dict(state, assign=True)
+    pieces, touched = read(), 0
+    for part, module in parts.items():
+        state = {}
+        for name in list(pieces[part]):
+            tensors = pieces[part][name]
+            tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            if state[name] is not tensors[0]:
+                touched += sum(t.nbytes for t in tensors)
+            if touched > CHUNK:
+                del tensors, tensor
+                pieces, touched = read(), 0
+        module.load_state_dict(state, assign=True)

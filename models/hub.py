@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import InputError
+from models.layouts import FOLDERS
 
-PARTS = ("unet", "vae", "text_encoder")
 CONFIGS = ("model_index.json", "tokenizer/*_config.json", "tokenizer/special_tokens_map.json", "scheduler/*.json")
 
 # diffusion_pytorch_model.fp16-00001-of-00002.safetensors; older releases have the variant after the shard's number
@@ -60,9 +60,9 @@ def needed(names: Iterable[str], half: bool = False, ema: bool | None = None) ->
     """Those of a repository's files that a model is made of: `part_files` of each network and the configs, no more.
     Raises InputError as `part_files` does."""
     names = list(names)
-    patterns = [*CONFIGS, *(f"{part}/*.json" for part in PARTS)]
+    patterns = [*CONFIGS, *(f"{part}/*.json" for part in FOLDERS)]
     configs = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    return [*configs, *(file for part in PARTS for file in part_files(names, part, half, ema))]
+    return [*configs, *(file for part in FOLDERS for file in part_files(names, part, half, ema))]
 
 
 def looks_like_id(text: str) -> bool:

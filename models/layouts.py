@@ -109,7 +109,7 @@ def from_single_file(tensors: Mapping[str, Tensor], ema: bool | None) -> tuple[d
     if ema and not averaged:
         raise InputError("ema=true, and the file holds no averaged weights (model_ema.*): leave ema out")
     parts: dict[str, dict[str, Tensor]] = {"unet": {}, "autoencoder": {}, "text": {}}
-    problems = []
+    lengths, problems = {}, []
     for key, tensor in tensors.items():
         if NO_WEIGHTS.fullmatch(key):
             continue
@@ -124,7 +124,7 @@ def from_single_file(tensors: Mapping[str, Tensor], ema: bool | None) -> tuple[d
                 continue
             tensor = tensors[own]
         parts[PART_OF[prefix]][key] = tensor
-    lengths = {key: len(prefix) for prefix in PART_OF for key in tensors if key.startswith(prefix)}
+        lengths[key] = len(prefix)
     pieces = {}
     for part, found in parts.items():
         rules = SINGLE_FILE[part] + EITHER[part]
