@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -94,6 +95,28 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
     return (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
+Hook = Callable[[Tensor, Tensor, Tensor, bool], "Tensor | None"]
+_hook: Hook | None = None
+
+
+@contextmanager
+def hooked(hook: Hook):
+    """Inside, every attention layer of the UNet asks `hook(q, k, v, cross)` for its result first; `cross` says whether
+    it attends to the text. None leaves it to `attention`. A hook that wants the weights has them by `attention_map`."""
+    global _hook
+    before, _hook = _hook, hook
+    try:
+        yield
+    finally:
+        _hook = before
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> Tensor:
+    """What the layers call: the hook's result where there is one, else `attention`'s."""
+    out = None if _hook is None else _hook(q, k, v, cross)
+    return attention(q, k, v) if out is None else out
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of a sequence to itself, (B, N, dim) -> (B, N, dim)."""
 
@@ -105,7 +128,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.to_out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(attend(q, k, v, cross=False), "b h n d -> b n (h d)"))
 
 
 class CrossAttention(nn.Module):
@@ -129,4 +152,4 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        return self.to_out(rearrange(attention(q, *kv), "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(attend(q, *kv, cross=True), "b h n d -> b n (h d)"))
