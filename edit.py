@@ -36,6 +36,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     device, dtype = choose_device(cfg.device), choose_dtype(cfg.dtype)
     method = instantiate(cfg.method)
     source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
+    metrics = instantiate(cfg.metrics)
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     ema, slices = cfg.model.get("ema"), cfg.model.get("vae_slices", 1)
@@ -62,7 +63,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
         for task in tasks:
             task = replace(task, image=task.image.to(device))
             place = folder if len(tasks) == 1 else folder / task.name
-            reporter = RunReporter(place, model, task, method_name, cache, logger, cfg.attention)
+            reporter = RunReporter(place, model, task, method_name, cache, logger, cfg.attention, metrics)
             result = method.edit(model, task, reporter, cfg.seed)
             print("\n".join(reporter.finish(result)))
 

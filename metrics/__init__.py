@@ -1,42 +1,110 @@
-"""What is measured on an edit: how well it shows the text, and how much of the input it keeps.
+"""What is measured on an edit: how well it shows the text, how much of the input it keeps, and where the true result
+is known, how close it came.
 
-Images are (B, 3, H, W) in [-1, 1]. The CLIP numbers are taken with the CLIP that the
-checkpoint carries, so they compare edits made with one model only. Imagic's figure 8 sets the same CLIP score
-against another measure of likeness, 1 - LPIPS.
+`X_to_input` and `X_to_truth` compare with those pictures, `..._kept` only where the mask says that the picture should
+stay as it is. (PIE-Bench averages PSNR and SSIM over the whole picture, the edited part black in both: its PSNR is
+higher by -10 log10 of the share that is kept.) The CLIP numbers are taken with the CLIP that the checkpoint carries,
+so they compare edits made with one model only.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.tasks import EditTask
+from errors import InputError
+from metrics.clip import clip_directional, clip_margin, clip_score, clip_similarity
+from metrics.fetched import fetched
+from metrics.pixels import black_but, mse, psnr, ssim
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit-range images; 100 at most, which stands for equal."""
-    error = (a.float() - b.float()).clamp(-2, 2).square().mean().item()
-    return min(100.0, -10 * torch.tensor(error / 4).log10().item()) if error else 100.0
+@dataclass
+class Metrics:
+    """`fetch`: also what needs weights that a library fetches once, LPIPS, the structure distance, and where the model
+    carries no CLIP, a public one."""
+
+    fetch: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fetch, bool):
+            raise InputError(f"metrics.fetch={self.fetch} is unknown: true or false")
+
+    @torch.no_grad()
+    def measure(self, model, image: Tensor, task: EditTask) -> tuple[dict[str, float], dict[str, str]]:
+        """Every number that applies to an edited image (1, 3, H, W) of a task, and by name those that do not, each with
+        the reason."""
+        image = image.clamp(-1, 1)
+        source, truth = task.image.to(image), None if task.truth is None else task.truth.to(image)
+        edited = None if task.mask is None else task.mask.to(image.device) > 0.5
+        kept = None if edited is None else ~edited
+        clip, no_clip = (model.clip, "") if model.clip is not None else self.fetched("clip", image.device)
+        lpips, no_lpips = self.fetched("lpips", image.device)
+        structure, no_structure = self.fetched("structure_distance", image.device)
+        no_truth = "the task has no true result" if truth is None else ""
+        no_source = "" if task.source_prompt else "the task has no source prompt"
+        no_mask = "the task has no mask" if edited is None else ""
+        nothing_kept = no_mask or ("" if kept.any() else "the mask covers the whole picture")
+        likenesses = {  # name: (function, why it cannot be had, whether it can be restricted to a part)
+            "psnr": (psnr, "", True),
+            "ssim": (ssim, "", True),
+            "clip_similarity": (partial(clip_similarity, clip), no_clip, True),
+            "lpips": (lpips, no_lpips, True),
+            "structure_distance": (structure, no_structure, False),
+            "latent_distance": (partial(latent_distance, model), "", False),
+        }
+        numbers: dict[str, float] = {}
+        left_out: dict[str, str] = {}
+
+        def number(name: str, why_not: str, compute: Callable, *arguments) -> None:
+            value = math.nan if why_not else float(compute(*arguments))
+            if math.isnan(value):
+                left_out[name] = why_not or "nothing changed, so it would be 0/0"
+            else:
+                numbers[name] = value
+
+        for to, reference, missing in (("input", source, ""), ("truth", truth, no_truth)):
+            for name, (compare, why_not, restrictable) in likenesses.items():
+                number(f"{name}_to_{to}", missing or why_not, compare, image, reference)
+                if restrictable:
+                    number(f"{name}_to_{to}_kept", missing or nothing_kept or why_not, compare, image, reference, kept)
+        number("clip_score", no_clip, clip_score, clip, image, [task.prompt])
+        number("clip_score_edited", no_mask or no_clip, clip_score, clip, black_but(image, edited), [task.prompt])
+        prompts = (task.source_prompt, task.prompt)
+        number("clip_margin", no_source or no_clip, clip_margin, clip, image, *prompts)
+        number("clip_directional", no_source or no_clip, clip_directional, clip, source, image, *prompts)
+        number("success", no_truth or no_source or no_clip, succeeds, clip, image, source, truth, *prompts)
+        return numbers, left_out
+
+    @torch.no_grad()
+    def read(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
+        """What CLIP makes of any picture, the input or the true result among them: clip_score, and clip_margin where
+        there is a source prompt. A truth of margin <= 0 is one that no edit can satisfy CLIP with."""
+        clip = model.clip or self.fetched("clip", image.device)[0]
+        if clip is None:
+            return {}
+        numbers = {"clip_score": clip_score(clip, image, [task.prompt]).item()}
+        if task.source_prompt:
+            numbers["clip_margin"] = clip_margin(clip, image, task.source_prompt, task.prompt).item()
+        return numbers
+
+    def fetched(self, name: str, device: torch.device) -> tuple[Callable | None, str]:
+        """What is fetched under `name` and "", or None and why not."""
+        return fetched(name, device) if self.fetch else (None, "it needs weights to be fetched: metrics.fetch=true")
 
 
-@torch.no_grad()
-def clip_score(clip, images: Tensor, prompts: list[str]) -> Tensor:
-    """Cosine between the CLIP features of each image and of its prompt, (B,) in [-1, 1] (Hessel et al., 2021,
-    without their factor of 2.5)."""
-    return (clip.image_features(images) * clip.text_features(prompts)).sum(-1).float()
+def succeeds(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: str, prompt: str) -> bool:
+    """Whether an edit is closer to the true result than the input is, pixel by pixel, and CLIP finds the target prompt
+    in it rather than the source prompt."""
+    closer = mse(image, truth) < mse(source, truth)
+    return closer and clip_margin(clip, image, source_prompt, prompt).item() > 0
 
 
-@torch.no_grad()
-def clip_similarity(clip, a: Tensor, b: Tensor) -> Tensor:
-    """Cosine between the CLIP image features of a and b, (B,) in [-1, 1]."""
-    return (clip.image_features(a) * clip.image_features(b)).sum(-1).float()
-
-
-def measure(model, image: Tensor, task: EditTask) -> dict[str, float]:
-    """Every number that applies to an edited image (1, 3, H, W) of a task; CLIP's where the model has it."""
-    image = image.clamp(-1, 1)
-    numbers = {"psnr_to_input": psnr(image, task.image)}
-    if task.truth is not None:
-        numbers["psnr_to_truth"] = psnr(image, task.truth)
-    if model.clip is not None:
-        numbers["clip_score"] = clip_score(model.clip, image, [task.prompt]).item()
-        numbers["clip_similarity"] = clip_similarity(model.clip, image, task.image).item()
-    return numbers
+def latent_distance(model, a: Tensor, b: Tensor) -> float:
+    """1 - the cosine between the latents of two images, in [0, 2]."""
+    a, b = (model.encode_image(x).flatten().double() for x in (a, b))
+    return 1 - F.cosine_similarity(a, b, dim=0).item()

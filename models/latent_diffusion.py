@@ -40,6 +40,7 @@ class LatentDiffusion(nn.Module):
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
         self.config: dict = {}  # the sizes it was built from, which `save` writes down
+        self.evaluations = 0  # latents that noise was predicted for so far: what an edit costs
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +91,7 @@ class LatentDiffusion(nn.Module):
 
     def predict_noise(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
         """Epsilon (B, c, h, w) for the noisy latents x at timestep t (scalar or (B,)), whatever the UNet outputs."""
+        self.evaluations += len(x)
         out = self.unet(x, t, context)
         return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
 

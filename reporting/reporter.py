@@ -18,7 +18,7 @@ from data.images import to_pil
 from data.tasks import EditTask
 from files import whole_file, whole_folder
 from methods.base import EditResult, Reporter
-from metrics import measure, psnr
+from metrics import Metrics, psnr
 from reporting.cache import TuningCache, code_fingerprint, digest
 from reporting.logger import WandbLogger
 from reporting.sheet import Cell, contact_sheet, describe, scores, show
@@ -36,11 +36,12 @@ class RunReporter(Reporter):
         cache: TuningCache,
         logger: WandbLogger,
         attention: str = "auto",  # its backends round differently
+        metrics: Metrics = Metrics(),
     ):
         self.folder, self.model, self.task, self.method = folder, model, task, method
-        self.cache, self.logger = cache, logger
+        self.cache, self.logger, self.metrics = cache, logger, metrics
         self.prefix = "" if task.name == "edit" else f"{task.name}/"  # W&B keeps the tasks of a benchmark apart
-        self.began = time.perf_counter()
+        self.began, self.evaluations_before = time.perf_counter(), model.evaluations
         self.curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
         self.seconds: dict[str, float] = {}
         self.peak_memory: dict[str, int] = {}  # bytes
@@ -97,24 +98,33 @@ class RunReporter(Reporter):
 
     def finish(self, result: EditResult) -> list[str]:
         """Measure the edits, write and log everything; the lines that a person wants to read in the end."""
+        cost = {
+            "seconds": time.perf_counter() - self.began,
+            "evaluations": self.model.evaluations - self.evaluations_before,
+            "peak_memory_gb": max(self.peak_memory.values(), default=_peak_memory(self.model.device)) / 1e9,
+        }
         with self.stage("metrics"):
-            records = []
+            records, left_out = [], {}
             for i, edit in enumerate(result.edits):
-                measured = measure(self.model, edit.image[None].to(self.task.image), self.task)
+                measured, missing = self.metrics.measure(self.model, edit.image[None].to(self.task.image), self.task)
+                left_out |= missing
                 name = "_".join([f"{i:02d}", *(f"{k}-{show(v)}" for k, v in edit.settings.items())])
                 file = f"edits/{_plain(name)}.png"
                 records.append({"file": file, "settings": edit.settings, "metrics": edit.metrics | measured})
-            own = measure(self.model, self.task.image, self.task)  # what the input itself would score
+            references = {"input": self.task.image} | ({} if self.task.truth is None else {"truth": self.task.truth})
+            read = {name: self.metrics.read(self.model, picture, self.task) for name, picture in references.items()}
         numbers = {
             "method": self.method,
             "prompt": self.task.prompt,
             "source_prompt": self.task.source_prompt,
-            "input": {name: own[name] for name in ("clip_score",) if name in own},
+            **read,  # what CLIP makes of the input itself, and of the true result
             "reconstruction": {"psnr": psnr(result.reconstruction.cpu(), self.task.image[0].cpu())},
             "run": result.metrics,
             "edits": records,
+            "left_out": left_out,
         }
         resources = {
+            "cost": cost,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
             "device": _device_name(self.model.device),
@@ -125,6 +135,8 @@ class RunReporter(Reporter):
         sheet = self._sheet(source, reconstruction, pictures, records, numbers)
         with whole_folder(self.folder) as folder:
             source.save(folder / "input.png")
+            if self.task.truth is not None:
+                to_pil(self.task.truth).save(folder / "truth.png")
             reconstruction.save(folder / "reconstruction.png")
             (folder / "edits").mkdir()
             for picture, record in zip(pictures, records, strict=True):
@@ -140,7 +152,8 @@ class RunReporter(Reporter):
         shown = {"sheet": sheet, "input": source, "reconstruction": reconstruction, "edits": captioned}
         plotted = {f"plots/{name}": self.folder / "plots" / f"{name}.png" for name in plots}
         self.logger.pictures({self.prefix + name: picture for name, picture in (shown | plotted).items()})
-        self.logger.summary({self.prefix + name: value for name, value in _flat(numbers | resources).items()})
+        logged = {name: value for name, value in numbers.items() if name != "left_out"}
+        self.logger.summary({self.prefix + name: value for name, value in _flat(logged | resources).items()})
         return self._headline(numbers)
 
     def _sheet(self, source, reconstruction, pictures, records, numbers):
@@ -166,7 +179,7 @@ class RunReporter(Reporter):
         folder.mkdir()
         if any(self.curves.values()):
             plot_curves(self.curves, folder / "loss.png")
-        likeness = "clip_similarity" if self.model.clip is not None else "psnr_to_input"
+        likeness = "clip_similarity_to_input" if self.model.clip is not None else "psnr_to_input"
         plot_tradeoff(records, "eta", ("clip_score", likeness), folder / "eta.png")
         return sorted(file.stem for file in folder.iterdir())
 
@@ -183,7 +196,7 @@ class RunReporter(Reporter):
         ]
         if "clip_score" in edits[0]["metrics"]:
             best = max(edits, key=lambda edit: edit["metrics"]["clip_score"])
-            score, likeness = best["metrics"]["clip_score"], best["metrics"]["clip_similarity"]
+            score, likeness = best["metrics"]["clip_score"], best["metrics"]["clip_similarity_to_input"]
             lines.append(
                 f"best CLIP score {score:.3f} (the input has {numbers['input']['clip_score']:.3f}), "
                 f"similarity to the input {likeness:.3f}: {best['file']}"

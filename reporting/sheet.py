@@ -34,7 +34,7 @@ def describe(settings: dict) -> str:
 def scores(metrics: dict[str, float]) -> str:
     """The two numbers of an edit that belong under its picture."""
     if "clip_score" in metrics:
-        return f"CLIP {metrics['clip_score']:.3f}, similarity {metrics['clip_similarity']:.3f}"
+        return f"CLIP {metrics['clip_score']:.3f}, similarity {metrics['clip_similarity_to_input']:.3f}"
     return f"PSNR to input {metrics['psnr_to_input']:.1f} dB"
 
 
