@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
+from samplers import Denoiser
 
 
 def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -105,6 +106,12 @@ def check_choice(method: Any, choices: Iterable[str], *settings: str) -> None:
             raise InputError(f"method.{setting} is {value}: choose one of {', '.join(choices)}")
 
 
+def check_invertible(method: Any) -> None:
+    """Raise InputError unless the sampler is DDIM without noise, whose path alone can be walked both ways."""
+    if method.sampler.kind != "ddim" or method.sampler.eta != 0:
+        raise InputError("this method walks its path both ways, which takes sampler.kind=ddim and sampler.eta=0")
+
+
 def generator(seed: int, *stage: str | int) -> torch.Generator:
     """A generator for each (seed, stage), so that no stage's noise depends on whether another one ran. It
     lives on the CPU, so that every device sees the same noise."""
@@ -116,6 +123,18 @@ def cosine(a: Tensor, b: Tensor) -> float:
     """The cosine of the angle between two tensors, taken as vectors."""
     a, b = a.detach().cpu().double().flatten(), b.detach().cpu().double().flatten()
     return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+
+
+def source_latent(model, image: Tensor) -> Tensor:
+    """An image (1, 3, H, W) -> its latent (1, c, h, w), in float64: walks are kept in it and only the network works in
+    the model's precision (`in_dtype`), so that a replay is exact whatever that is. Apple's GPUs have no float64."""
+    z = model.encode_image(image)
+    return z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+
+
+def in_dtype(dtype: torch.dtype, denoise: Denoiser) -> Denoiser:
+    """The denoiser, with its network working in `dtype` whatever the latents are kept in."""
+    return lambda x, t: denoise(x.to(dtype), t).to(x.dtype)
 
 
 def to_image(model, latent: Tensor) -> Tensor:

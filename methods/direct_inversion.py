@@ -31,7 +31,9 @@ from methods.base import (
     cosine,
     frozen,
     generator,
+    in_dtype,
     minimise,
+    source_latent,
     to_image,
 )
 from samplers import Denoiser, Sampler, ddim, guided, noise_like
@@ -116,10 +118,7 @@ class DirectInversion:
                 "set it to 0"
             )
         with frozen(model), torch.no_grad():
-            # Only the network works in the model's precision. The walk is kept in float64, so that the replay
-            # is exact whatever that precision is (Apple's GPUs have no float64).
-            z_0 = model.encode_image(task.image)
-            z_0 = z_0.to(torch.float32 if z_0.device.type == "mps" else torch.float64)
+            z_0 = source_latent(model, task.image)
             trajectory = self.sampler.trajectory(model.schedule)
             with reporter.stage("inversion"):
                 empty = in_dtype(model.dtype, guided(model, model.encode_text([self.inversion_prompt])))
@@ -237,11 +236,6 @@ class DirectInversion:
         with any_kernels() if resampled else nullcontext():
             minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
         return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}
-
-
-def in_dtype(dtype: torch.dtype, denoise: Denoiser) -> Denoiser:
-    """The denoiser, with its network working in `dtype` whatever the latents are kept in."""
-    return lambda x, t: denoise(x.to(dtype), t).to(x.dtype)
 
 
 def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:
