@@ -105,11 +105,16 @@ def bucket(width: int, height: int, size: int, multiple: int) -> tuple[int, int]
     return wide * multiple, high * multiple
 
 
+def check_size(size: int, multiple: int) -> None:
+    """Raise InputError unless `size` is a whole number of pixels and a multiple of `multiple`."""
+    if not isinstance(size, int) or size < 1 or size % multiple:
+        raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
+
+
 def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int = 1) -> Image.Image:
     """`image` as a model takes it, whose sides must be multiples of `multiple`: size x size by `fit_square`, or with
     "keep" all of it in about its own shape and size^2 pixels, its sides in the nearest `bucket`."""
-    if not isinstance(size, int) or size < 1 or size % multiple:
-        raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
+    check_size(size, multiple)
     if fit == "keep":
         return image.resize(bucket(*image.size, size, multiple), Image.Resampling.LANCZOS)
     return fit_square(image, size, fit)

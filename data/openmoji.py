@@ -465,7 +465,7 @@ def edits(
         rng = np.random.default_rng([seed, SPLITS[split], i, 7])
         pair = None
         while pair is None:
-            pair = _EDITS[category](library, rng, split)
+            pair = EDITS[category](library, rng, split)
         source, target = pair
         yield EditPair(library.image(source), caption(source), library.image(target), caption(target), category)
 
@@ -476,13 +476,14 @@ def _plain_scene(library: Library, rng: np.random.Generator, split: str, picture
     return replace(scene, line=False, size="", position="", tilt="", mirrored=False)
 
 
-def _targets(library: Library, split: str, picture: Picture, **same: str) -> list[Picture]:
+def alternatives(library: Library, split: str, picture: Picture, **same: str) -> list[Picture]:
     """Pictures of other concepts that agree with this one in the named fields."""
     bases = library.concepts["train"] + (library.concepts["heldout"] if split == "heldout" else [])
     return [p for base in bases if base != picture.base for p in library.variants(base, **same)]
 
 
-def _swap(library: Library, rng: np.random.Generator, split: str, picture: Picture, choices: list[Picture]):
+def swapped(library: Library, rng: np.random.Generator, split: str, picture: Picture, choices: list[Picture]):
+    """A scene with the picture, and the same with one of the choices; None where none looks different."""
     scene = _plain_scene(library, rng, split, picture)
     drawn = library.drawings[picture.index]
     choices = [p for p in choices if not np.array_equal(library.drawings[p.index], drawn)]  # some men are "person" too
@@ -497,19 +498,20 @@ def _swap(library: Library, rng: np.random.Generator, split: str, picture: Pictu
 def _edit_object(library, rng, split):
     picture = library.draw_picture(rng, split, "thing")
     # Unicode puts like beside like: neighbours by code point make an edit that someone would ask for.
-    others = sorted(_targets(library, split, picture, kind="thing"), key=lambda p: abs(_point(p) - _point(picture)))
-    return _swap(library, rng, split, picture, others[:12])
+    others = sorted(alternatives(library, split, picture, kind="thing"), key=lambda p: abs(_point(p) - _point(picture)))
+    return swapped(library, rng, split, picture, others[:12])
 
 
 def _edit_attribute(library, rng, split):
     picture = library.draw_picture(rng, split, "person" if rng.random() < 0.8 else "hand")
     same = library.variants(picture.base, name=picture.name)
-    return _swap(library, rng, split, picture, [p for p in same if p.skin and p.skin != picture.skin])
+    return swapped(library, rng, split, picture, [p for p in same if p.skin and p.skin != picture.skin])
 
 
 def _edit_colour(library, rng, split):
     picture = library.draw_picture(rng, split, "shape")
-    return _swap(library, rng, split, picture, _targets(library, split, picture, kind="shape", family=picture.family))
+    others = alternatives(library, split, picture, kind="shape", family=picture.family)
+    return swapped(library, rng, split, picture, others)
 
 
 def _edit_background(library, rng, split):
@@ -530,25 +532,25 @@ def _edit_pose(library, rng, split):
         return (source, replace(source, mirrored=True)) if picture.faces_left else None
     picture = library.draw_picture(rng, split, "person")
     same = dict(gender=picture.gender, skin=picture.skin, facing=picture.facing)
-    others = _targets(library, split, picture, kind="person", family="pose", **same)
-    return _swap(library, rng, split, picture, others) if picture.family == "pose" else None
+    others = alternatives(library, split, picture, kind="person", family="pose", **same)
+    return swapped(library, rng, split, picture, others) if picture.family == "pose" else None
 
 
 def _edit_expression(library, rng, split):
     picture = library.draw_picture(rng, split, "face" if rng.random() < 0.8 else "thing")
     if picture.family not in ("face", "cat face"):
         return None
-    return _swap(library, rng, split, picture, _targets(library, split, picture, family=picture.family))
+    return swapped(library, rng, split, picture, alternatives(library, split, picture, family=picture.family))
 
 
 def _edit_identity(library, rng, split):
     picture = library.draw_picture(rng, split, "person")
     if picture.family == "role" and rng.random() < 0.5:
-        others = _targets(library, split, picture, family="role", gender=picture.gender, skin=picture.skin)
+        others = alternatives(library, split, picture, family="role", gender=picture.gender, skin=picture.skin)
     else:
         others = library.variants(picture.base, skin=picture.skin, facing=picture.facing)
         others = [p for p in others if {p.gender, picture.gender} == {"woman", "man"}]
-    return _swap(library, rng, split, picture, others)
+    return swapped(library, rng, split, picture, others)
 
 
 def _edit_size(library, rng, split):
@@ -568,7 +570,7 @@ def _point(picture: Picture) -> int:
     return int(picture.code.split("-")[0], 16)
 
 
-_EDITS = {
+EDITS = {
     "object": _edit_object, "attribute": _edit_attribute, "colour": _edit_colour, "background": _edit_background,
     "style": _edit_style, "pose": _edit_pose, "expression": _edit_expression, "identity": _edit_identity,
     "size": _edit_size, "position": _edit_position,

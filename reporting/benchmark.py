@@ -1,0 +1,253 @@
+"""Many tasks with one method: each in a folder of its own, and over all of them `results.csv`, `summary.json` and
+`table.md`.
+
+All that is known of a run is read back from its folders. So an interrupted run goes on, several processes can share
+the tasks of one folder, and the last of them to finish reports on all.
+"""
+
+import csv
+import hashlib
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.tasks import Entry, Tasks
+from errors import InputError
+from files import whole_file
+from reporting.cache import code_fingerprint
+from reporting.outcome import explain
+from reporting.sheet import describe
+
+RESULT = "result.json"  # in a task's folder, written last: a list with an object for each edit, or one with its error
+SAME_ERRORS = 3  # in a row end the run: what fails like this is not the single task
+NOT_COMPARED = ("logger", "cache", "device", "image", "prompt", "source_prompt", "example")  # of the settings
+CHOICE = ("categories", "limit", "shard")  # of a task's settings: which are edited, not how
+HEADLINE = (  # of all numbers, those of the table that is printed
+    "success", "psnr_to_truth", "psnr_to_input", "psnr_to_input_kept", "clip_score", "clip_similarity_to_input",
+    "structure_distance_to_input", "lpips_to_input_kept", "seconds",
+)  # fmt: skip
+
+
+def edit_all(
+    source: Tasks, folder: Path, settings: dict, seed: int, edit: Callable[[Entry, Path, int], object]
+) -> dict:
+    """Edit this process's share of the tasks that are not done yet, by `edit(entry, place, seed)`, which writes what
+    `RunReporter` does into `place`, and report on the whole folder. Returns the summary.
+
+    A task that fails is recorded, and tried again by the next run. Raises InputError where the folder holds results of
+    other settings, where several tasks in a row fail with the same error, and where all failed.
+    """
+    claim(folder, settings)
+    waiting = [entry for entry in source.share if not is_done(folder / entry.name)]
+    done, failed, same, last = len(source.share) - len(waiting), 0, 0, ""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(
+        total=len(source.share), initial=done, desc="tasks", mininterval=interval, dynamic_ncols=True, file=sys.stderr
+    )
+    try:
+        for entry in waiting:
+            error = attempt(entry, folder / entry.name, task_seed(seed, entry.name), edit)
+            bar.update()
+            if error:
+                failed += 1
+                same, last = same + 1 if error == last else 1, error
+                bar.set_postfix(failed=failed)
+                bar.write(f"{entry.name} failed: {error}", file=sys.stderr)
+            else:
+                same = 0
+            if same == SAME_ERRORS:
+                raise InputError(f"{same} tasks in a row failed alike, so the rest is left: {error}")
+    finally:
+        bar.close()
+        summary = report(folder, source.entries)
+        print(told(folder, summary))
+    if not summary["waiting"] and summary["failed"] == summary["tasks"]:
+        raise InputError(f"all {summary['tasks']} tasks failed: see {folder / 'results.csv'}")
+    return summary
+
+
+def attempt(entry: Entry, place: Path, seed: int, edit: Callable[[Entry, Path, int], object]) -> str:
+    """Edit one task and write its result; the error in one line, "" without. error.txt has all of it."""
+    (place / RESULT).unlink(missing_ok=True)
+    (place / "error.txt").unlink(missing_ok=True)
+    line = ""
+    try:
+        edit(entry, place, seed)
+        rows = rows_of(entry, place, seed)
+    except Exception as error:
+        line = explain(error) or " ".join(f"{type(error).__name__}: {error}".split())
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        rows = [{"task": entry.name, "category": entry.category, "error": line}]
+    with whole_file(place / RESULT) as path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    return line
+
+
+def rows_of(entry: Entry, place: Path, seed: int) -> list[dict]:
+    """What `RunReporter` wrote into `place`, an object for each edit."""
+    report, timings = (json.loads((place / f"{name}.json").read_text()) for name in ("metrics", "timings"))
+    whole = {"reconstruction_psnr": report["reconstruction"]["psnr"], **timings["cost"]}
+    return [
+        {
+            "task": entry.name,
+            "category": entry.category,
+            "sample": edit["settings"].get("sample", 0),
+            "seed": seed,
+            "settings": {name: value for name, value in edit["settings"].items() if name != "sample"},
+            "metrics": {**edit["metrics"], **whole},
+            "file": f"{entry.name}/{edit['file']}",
+            "prompt": entry.prompt,
+            "source_prompt": entry.source_prompt,
+        }
+        for edit in report["edits"]
+    ]
+
+
+def task_seed(seed: int, name: str) -> int:
+    """The seed of a task, which depends on nothing but the run's and its name; `seed=` edits that picture alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+
+
+def claim(folder: Path, settings: dict) -> None:
+    """Write down what the folder's results are made with, or compare: InputError where it is something else, a warning
+    where only the code is."""
+    path = folder / "settings.json"
+    ours = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+    ours["task"] = {name: value for name, value in settings.get("task", {}).items() if name not in CHOICE}
+    ours = flat(json.loads(json.dumps(ours | {"code": code_fingerprint()})))
+    if path.exists() and any(folder.glob(f"*/{RESULT}")):
+        theirs = json.loads(path.read_text())
+        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        if names == ["code"]:
+            warnings.warn(f"the code has changed since {folder} was begun: its results are of both", stacklevel=2)
+        elif names:
+            changes = [f"{n} was {theirs.get(n)}, is {ours.get(n)}" for n in names if n != "code"]
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise InputError(
+                f"{folder} holds results of other settings ({'; '.join(changes[:3])}{more}): choose another "
+                "hydra.run.dir, or remove it"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(ours, indent=1) + "\n")
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    items = {}
+    for name, value in tree.items():
+        items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return items
+
+
+def is_done(place: Path) -> bool:
+    return (place / RESULT).exists() and not any("error" in row for row in read_rows(place))
+
+
+def read_rows(place: Path) -> list[dict]:
+    """The rows of a task's folder; none where it is not finished."""
+    try:
+        return json.loads((place / RESULT).read_text())
+    except FileNotFoundError:
+        return []
+
+
+# ------------------------------------------------------------------------------------------------- over all
+
+
+def report(folder: Path, entries: Sequence[Entry]) -> dict:
+    """Write the files over all tasks, and return the summary. Where another process finished a task meanwhile they are
+    written again, so that whoever writes last has read everything."""
+    while True:
+        rows = [row for entry in entries for row in read_rows(folder / entry.name)]
+        summary = summarise(rows, len(entries))
+        table = "\n\n".join(table_of(group) for group in summary["edits"]) + "\n"
+        with whole_file(folder / "results.csv") as path:
+            write_csv(path, rows)
+        for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("table.md", table)):
+            with whole_file(folder / name) as path:
+                path.write_text(text, encoding="utf-8")
+        if rows == [row for entry in entries for row in read_rows(folder / entry.name)]:
+            return summary
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """A line for each row; settings and metrics in columns of their own names."""
+    lines = [{**row, **row.get("settings", {}), **row.get("metrics", {})} for row in rows]
+    settings, metrics = (
+        list(dict.fromkeys(name for row in rows for name in row.get(part, {}))) for part in ("settings", "metrics")
+    )
+    columns = ["task", "category", "sample", *settings, *metrics, "file", "prompt", "source_prompt", "seed", "error"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def summarise(rows: Sequence[dict], tasks: int) -> dict:
+    """How many tasks are done, have failed and are waiting, and for each of the settings that the edits of one task
+    differ in, the means of all numbers, over all and by category. A mean is over the edits that have the number."""
+    finished = [row for row in rows if "error" not in row]
+    done, failed = ({row["task"] for row in some} for some in (finished, [row for row in rows if "error" in row]))
+    kinds = []
+    for row in finished:
+        if row["settings"] not in kinds:
+            kinds.append(row["settings"])
+    edits = []
+    for settings in kinds:
+        group = [row for row in finished if row["settings"] == settings]
+        categories = dict.fromkeys(row["category"] for row in group)
+        by_category = {c: means([row for row in group if row["category"] == c]) for c in categories}
+        edits.append({"settings": settings, "overall": means(group), "by_category": by_category})
+    waiting = tasks - len(done) - len(failed)
+    return {"tasks": tasks, "done": len(done), "failed": len(failed), "waiting": waiting, "edits": edits}
+
+
+def means(rows: Sequence[dict]) -> dict[str, float]:
+    """The number of edits, and the mean of each metric."""
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    values = {name: [row["metrics"][name] for row in rows if name in row["metrics"]] for name in names}
+    return {"edits": len(rows)} | {name: sum(v) / len(v) for name, v in values.items()}
+
+
+def table_of(group: dict) -> str:
+    """The headline numbers by category as a Markdown table, aligned to be read as text too."""
+    rows = {name or "-": numbers for name, numbers in group["by_category"].items()} | {"all": group["overall"]}
+    columns = ["edits", *(name for name in HEADLINE if name in group["overall"])]
+    cells = [["category", *columns]]
+    for name, numbers in rows.items():
+        cells.append([name, *(show(column, numbers.get(column)) for column in columns)])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
+    rule = ["-" * width for width in widths]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    lines = [f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]]]
+    return "\n".join([f"{describe(group['settings'])}\n"] * bool(group["settings"]) + lines)
+
+
+def show(name: str, value: float | None) -> str:
+    """A number as a table has it: shares in per cent, decibels and seconds with one place, cosines with three."""
+    if value is None:
+        return ""
+    if name == "success":
+        return f"{value:.0%}"
+    places = 0 if name == "edits" else 1 if name.startswith(("psnr", "seconds")) else 3
+    return f"{value:.{places}f}"
+
+
+def told(folder: Path, summary: dict) -> str:
+    """What a person wants to read in the end."""
+    lines = []
+    if not summary["waiting"]:
+        lines = [table_of(group) + "\n" for group in summary["edits"]]
+    done = f"{summary['done']} of {summary['tasks']} tasks done, {summary['failed']} failed"
+    lines.append(f"{done}: {folder / 'results.csv'}")
+    if summary["waiting"] or summary["failed"]:
+        lines.append(f"the same command goes on from here with hydra.run.dir={folder}")
+    return "\n".join(lines)
