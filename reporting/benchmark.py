@@ -1,5 +1,5 @@
-"""Many tasks with one method: each in a folder of its own, and over all of them `results.csv`, `summary.json` and
-`table.md`.
+"""Many tasks with one method: each in a folder of its own, and over all of them `results.csv`, `summary.json`,
+`table.md`, the page `index.html` and W&B tables.
 
 All that is known of a run is read back from its folders. So an interrupted run goes on, several processes can share
 the tasks of one folder, and the last of them to finish reports on all.
@@ -20,21 +20,25 @@ from data.tasks import Entry, Tasks
 from errors import InputError
 from files import whole_file
 from reporting.cache import code_fingerprint
+from reporting.logger import WandbLogger
 from reporting.outcome import explain
+from reporting.page import write_page
 from reporting.sheet import describe
+from reporting.tables import HEADLINE, aligned, means, never_measured, show
 
 RESULT = "result.json"  # in a task's folder, written last: a list with an object for each edit, or one with its error
 SAME_ERRORS = 3  # in a row end the run: what fails like this is not the single task
 NOT_COMPARED = ("logger", "cache", "device", "image", "prompt", "source_prompt", "example")  # of the settings
 CHOICE = ("categories", "limit", "shard")  # of a task's settings: which are edited, not how
-HEADLINE = (  # of all numbers, those of the table that is printed
-    "success", "psnr_to_truth", "psnr_to_input", "psnr_to_input_kept", "clip_score", "clip_similarity_to_input",
-    "structure_distance_to_input", "lpips_to_input_kept", "seconds",
-)  # fmt: skip
 
 
 def edit_all(
-    source: Tasks, folder: Path, settings: dict, seed: int, edit: Callable[[Entry, Path, int], object]
+    source: Tasks,
+    folder: Path,
+    settings: dict,
+    seed: int,
+    edit: Callable[[Entry, Path, int], object],
+    logger: WandbLogger | None = None,
 ) -> dict:
     """Edit this process's share of the tasks that are not done yet, by `edit(entry, place, seed)`, which writes what
     `RunReporter` does into `place`, and report on the whole folder. Returns the summary.
@@ -65,6 +69,8 @@ def edit_all(
     finally:
         bar.close()
         summary = report(folder, source.entries)
+        if logger is not None:
+            log(logger, folder, source.entries, summary)
         print(told(folder, summary))
     if not summary["waiting"] and summary["failed"] == summary["tasks"]:
         raise InputError(f"all {summary['tasks']} tasks failed: see {folder / 'results.csv'}")
@@ -99,8 +105,10 @@ def rows_of(entry: Entry, place: Path, seed: int) -> list[dict]:
             "category": entry.category,
             "sample": edit["settings"].get("sample", 0),
             "seed": seed,
+            "method": report["method"],
             "settings": {name: value for name, value in edit["settings"].items() if name != "sample"},
             "metrics": {**edit["metrics"], **whole},
+            "left_out": report["left_out"],
             "file": f"{entry.name}/{edit['file']}",
             "prompt": entry.prompt,
             "source_prompt": entry.source_prompt,
@@ -174,8 +182,38 @@ def report(folder: Path, entries: Sequence[Entry]) -> dict:
         for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("table.md", table)):
             with whole_file(folder / name) as path:
                 path.write_text(text, encoding="utf-8")
+        write_page(folder / "index.html", folder.name, [row | {"label": who(row, rows), "place": ""} for row in rows])
         if rows == [row for entry in entries for row in read_rows(folder / entry.name)]:
             return summary
+
+
+def who(row: dict, rows: Sequence[dict]) -> str:
+    """What made an edit: the method, and its settings where several are among `rows`."""
+    method = next((row["method"] for row in rows if "method" in row), "")
+    several = len({json.dumps(row["settings"]) for row in rows if "settings" in row}) > 1
+    return f"{method}, {describe(row['settings'])}" if several and row.get("settings") else method
+
+
+def log(logger: WandbLogger, folder: Path, entries: Sequence[Entry], summary: dict) -> None:
+    """The table by category, every edit with its pictures, and the means over all as the run's own numbers."""
+    rows = [row for entry in entries for row in read_rows(folder / entry.name)]
+    tables = [
+        {"category": category, **group["settings"], **numbers}
+        for group in summary["edits"]
+        for category, numbers in {**group["by_category"], "all": group["overall"]}.items()
+    ]
+    logger.table("by_category", tables)
+    lines = []
+    for row in rows:
+        pictures = {name: folder / row["task"] / f"{name}.png" for name in ("input", "truth")}
+        pictures["edit"] = folder / row.get("file", "")
+        known = {name: path for name, path in pictures.items() if path.is_file()}
+        about = {name: row[name] for name in ("task", "category", "prompt", "source_prompt", "error") if name in row}
+        lines.append(about | known | row.get("settings", {}) | row.get("metrics", {}))
+    logger.table("results", lines)
+    for group in summary["edits"]:
+        prefix = describe(group["settings"]) + "/" if len(summary["edits"]) > 1 else ""
+        logger.summary({prefix + name: value for name, value in group["overall"].items()})
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
@@ -184,7 +222,8 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
     settings, metrics = (
         list(dict.fromkeys(name for row in rows for name in row.get(part, {}))) for part in ("settings", "metrics")
     )
-    columns = ["task", "category", "sample", *settings, *metrics, "file", "prompt", "source_prompt", "seed", "error"]
+    made = ["task", "category", "method", "sample", *settings, *metrics]
+    columns = [*made, "file", "prompt", "source_prompt", "seed", "error"]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -207,14 +246,8 @@ def summarise(rows: Sequence[dict], tasks: int) -> dict:
         by_category = {c: means([row for row in group if row["category"] == c]) for c in categories}
         edits.append({"settings": settings, "overall": means(group), "by_category": by_category})
     waiting = tasks - len(done) - len(failed)
-    return {"tasks": tasks, "done": len(done), "failed": len(failed), "waiting": waiting, "edits": edits}
-
-
-def means(rows: Sequence[dict]) -> dict[str, float]:
-    """The number of edits, and the mean of each metric."""
-    names = dict.fromkeys(name for row in rows for name in row["metrics"])
-    values = {name: [row["metrics"][name] for row in rows if name in row["metrics"]] for name in names}
-    return {"edits": len(rows)} | {name: sum(v) / len(v) for name, v in values.items()}
+    counts = {"tasks": tasks, "done": len(done), "failed": len(failed), "waiting": waiting}
+    return counts | {"edits": edits, "left_out": never_measured(rows)}
 
 
 def table_of(group: dict) -> str:
@@ -224,21 +257,7 @@ def table_of(group: dict) -> str:
     cells = [["category", *columns]]
     for name, numbers in rows.items():
         cells.append([name, *(show(column, numbers.get(column)) for column in columns)])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
-    rule = ["-" * width for width in widths]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    lines = [f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]]]
-    return "\n".join([f"{describe(group['settings'])}\n"] * bool(group["settings"]) + lines)
-
-
-def show(name: str, value: float | None) -> str:
-    """A number as a table has it: shares in per cent, decibels and seconds with one place, cosines with three."""
-    if value is None:
-        return ""
-    if name == "success":
-        return f"{value:.0%}"
-    places = 0 if name == "edits" else 1 if name.startswith(("psnr", "seconds")) else 3
-    return f"{value:.{places}f}"
+    return "\n".join([f"{describe(group['settings'])}\n"] * bool(group["settings"]) + [aligned(cells)])
 
 
 def told(folder: Path, summary: dict) -> str:

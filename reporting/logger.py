@@ -80,6 +80,17 @@ class WandbLogger:
 
         self.active.log({name: wrap(value) for name, value in pictures.items()})
 
+    def table(self, name: str, rows: Sequence[dict]) -> None:
+        """A table with a column for each key; paths are pictures."""
+        if self.active is None or not rows:
+            return
+        import wandb
+
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(key) for key in columns] for row in rows]
+        shown = [[wandb.Image(os.fspath(c)) if isinstance(c, Path) else c for c in line] for line in cells]
+        self.active.log({name: wandb.Table(columns=columns, data=shown, allow_mixed_types=True)})
+
     def summary(self, numbers: dict[str, float | str]) -> None:
         """Final numbers of the run."""
         if self.active is not None:

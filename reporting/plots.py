@@ -1,8 +1,10 @@
 """Curves of a run: the loss of each tuning stage, and what eta trades, agreement with the text against likeness to
-the input (as Imagic's figure 8 does, whose likeness is 1 - LPIPS; here it is CLIP's, or PSNR without a CLIP)."""
+the input (as Imagic's figure 8 does, whose likeness is 1 - LPIPS; here it is CLIP's, or PSNR without a CLIP). And the
+methods of a sweep as points."""
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache
 
@@ -61,7 +64,30 @@ def plot_tradeoff(records: list[dict], setting: str, scores: tuple[str, str], pa
     return True
 
 
+def plot_points(points: Sequence[tuple[str, float, float]], axes: Sequence[str], path: Path) -> None:
+    """A point for each (label, x, y). Labels that begin alike, up to a comma, are one method's settings: they share a
+    colour and a line."""
+    figure, panel = plt.subplots(figsize=(7.5, 5))
+    families = defaultdict(list)
+    for label, x, y in points:
+        families[label.split(",")[0]].append((x, y, label))
+    for name, members in families.items():
+        xs, ys, labels = zip(*sorted(members), strict=True)
+        panel.plot(xs, ys, "o-", label=name, linewidth=0.8)
+        for x, y, label in zip(xs, ys, labels, strict=True):
+            text = label.partition(",")[2].strip() or label
+            panel.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    if len(families) > 1:
+        panel.legend(fontsize=8)
+    panel.set(xlabel=axes[0].replace("_", " "), ylabel=axes[1].replace("_", " "))
+    if axes[1] == "success":
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+    panel.margins(0.12)
+    panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")  # whatever the name: a file may have a temporary one first
     plt.close(figure)

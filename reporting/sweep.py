@@ -1,5 +1,6 @@
 """What a sweep ends with: `summary.csv`, one row for each job and edit, and `summary.png`, the edits laid out
-over the swept settings. All is read from the jobs' own folders, so any launcher may have run them."""
+over the swept settings; over a benchmark, what reporting/comparison.py makes of it. All is read from the jobs' own
+folders, so any launcher may have run them."""
 
 import csv
 import json
@@ -26,6 +27,7 @@ class Row:
     source: Path | None = None  # the input
     prompt: str = ""
     error: str = ""
+    record: dict | None = None  # in a benchmark, the edit's row as benchmark.rows_of made it
 
 
 class Summary(Callback):
@@ -36,14 +38,21 @@ class Summary(Callback):
         try:
             rows = read_jobs(folder)
             write_summary(folder, rows)
+            compared = []
+            if any(row.record for row in rows):
+                from reporting.comparison import compare
+
+                compared = compare(folder, rows)
         except Exception as error:  # Hydra would make a mere warning of it
             line = explain(error)
             if line is None:
                 raise
             sys.exit(f"error: {line}")
-        jobs, failed = {row.job for row in rows}, {row.job for row in rows if row.error}
+        jobs, failed = {row.job for row in rows}, {row.job for row in rows if row.error and not row.record}
         print(f"{len(jobs)} jobs, {len(failed)} failed; table: {folder / 'summary.csv'}")
-        if any(row.picture for row in rows):
+        if compared:
+            print("\n".join(compared))
+        elif any(row.picture for row in rows):
             print(f"all edits: {folder / 'summary.png'}")
         if failed:
             sys.exit(1)
@@ -59,25 +68,33 @@ def read_jobs(folder: Path) -> list[Row]:
     for job in sorted((path.parent.parent for path in found), key=lambda job: (len(job.name), job.name)):
         typed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or []
         overrides = dict(unquoted(item).lstrip("+~").split("=", 1) for item in typed if "=" in item)
-        failure = job / "error.txt"
-        written = sorted([*job.glob("metrics.json"), *job.glob("*/metrics.json")])
-        if failure.exists() or not written:
+        tasks = [record for path in sorted(job.glob("*/result.json")) for record in json.loads(path.read_text())]
+        rows += [of_task(job, overrides, record) for record in tasks]
+        failure, one = job / "error.txt", job / "metrics.json"
+        if failure.exists() or not (tasks or one.exists()):
             told = failure.read_text().strip() if failure.exists() else "the job did not finish"
             rows.append(Row(job.name, overrides, error=" ".join(told.split())))
-            continue
-        for path in written:
-            report = json.loads(path.read_text())
-            task = {"task": path.parent.name} if path.parent != job else {}
+        elif not tasks:
+            report = json.loads(one.read_text())
             for edit in report["edits"]:
                 numbers = edit["metrics"] | {"reconstruction_psnr": report["reconstruction"]["psnr"]}
-                settings, place = task | edit["settings"], path.parent
-                picture, source = place / edit["file"], place / "input.png"
-                rows.append(Row(job.name, overrides, settings, numbers, picture, source, report["prompt"]))
+                picture, source = job / edit["file"], job / "input.png"
+                rows.append(Row(job.name, overrides, edit["settings"], numbers, picture, source, report["prompt"]))
     return rows
 
 
+def of_task(job: Path, overrides: dict[str, str], record: dict) -> Row:
+    """The row for an edit of a benchmark, or for a task that failed."""
+    settings = {"task": record["task"]}
+    if "error" in record:
+        return Row(job.name, overrides, settings, error=record["error"], record=record)
+    settings |= {"sample": record["sample"], **record["settings"]}
+    picture, source = job / record["file"], job / record["task"] / "input.png"
+    return Row(job.name, overrides, settings, record["metrics"], picture, source, record["prompt"], record=record)
+
+
 def write_summary(folder: Path, rows: list[Row]) -> None:
-    """`summary.csv`, and `summary.png` where there is an edit to show."""
+    """`summary.csv`, and `summary.png` where there are edits of one picture to show."""
     from files import whole_file
 
     axes = swept(rows)
@@ -94,7 +111,7 @@ def write_summary(folder: Path, rows: list[Row]) -> None:
             cells += [row.numbers.get(name, "") for name in numbers]
             file_name = row.picture.relative_to(folder) if row.picture else ""
             writer.writerow([row.job, *cells, file_name, row.error])
-    if any(row.picture for row in rows):
+    if any(row.picture for row in rows) and not any(row.record for row in rows):
         picture = lay_out(rows, axes)
         with whole_file(folder / "summary.png") as path:
             picture.save(path, format="PNG")

@@ -1,0 +1,39 @@
+"""Numbers over many edits: their means, how each is written, and tables that read well as text and as Markdown."""
+
+from collections.abc import Sequence
+
+HEADLINE = (  # of all numbers, those of the tables that are printed
+    "success", "psnr_to_truth", "psnr_to_input", "psnr_to_input_kept", "clip_score", "clip_similarity_to_input",
+    "structure_distance_to_input", "lpips_to_input_kept", "seconds",
+)  # fmt: skip
+
+
+def means(rows: Sequence[dict]) -> dict[str, float]:
+    """The number of edits, and the mean of each metric over the edits that have it. Failures do not count."""
+    measured = [row["metrics"] for row in rows if "error" not in row]
+    values = {name: [m[name] for m in measured if name in m] for name in dict.fromkeys(n for m in measured for n in m)}
+    return {"edits": len(measured)} | {name: sum(v) / len(v) for name, v in values.items()}
+
+
+def never_measured(rows: Sequence[dict]) -> dict[str, str]:
+    """The metrics that no edit has, each with the reason."""
+    reasons = {name: why for row in rows for name, why in row.get("left_out", {}).items()}
+    return {name: why for name, why in reasons.items() if not any(name in row.get("metrics", {}) for row in rows)}
+
+
+def show(name: str, value: float | None) -> str:
+    """A number as a table has it: shares in per cent, decibels and seconds with one place, cosines with three."""
+    if value is None:
+        return ""
+    if name.startswith("success"):
+        return f"{value:.0%}"
+    places = 0 if name in ("edits", "failed") else 1 if name.startswith(("psnr", "seconds")) else 3
+    return f"{value:.{places}f}"
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, whose first row is the header, with columns of even width."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * width for width in widths]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
