@@ -211,19 +211,24 @@ def test_bundled_files_are_found_from_anywhere(tmp_path, monkeypatch):
     assert find("pyproject.toml").read_text() == "mine"
 
 
+def load(source, *size):
+    (entry,) = source.share
+    return source.load(entry, *size)
+
+
 def test_one_image_task(tmp_path):
     quadrants().save(tmp_path / "x.png")
-    (task,) = OneImage(str(tmp_path / "x.png"), "  a cat ", fit="pad").tasks(size=16)
+    task = load(OneImage(str(tmp_path / "x.png"), "  a cat ", fit="pad"), 16)
     assert (task.prompt, task.source_prompt, task.image.shape) == ("a cat", "", (1, 3, 16, 16))
 
     example = {"image": str(tmp_path / "x.png"), "prompt": "a dog", "source_prompt": "a cat"}
-    (task,) = OneImage(None, None, example=example).tasks(16)
+    task = load(OneImage(None, None, example=example), 16)
     assert (task.prompt, task.source_prompt) == ("a dog", "a cat")
     with pytest.raises(InputError, match="prompt is empty"):  # the example's prompt is for its picture
         OneImage(str(tmp_path / "x.png"), None, example=example)
     with pytest.raises(InputError, match="prompt is empty"):
         OneImage(None, " ", example=example)
-    (task,) = OneImage(None, None, fit="keep", example=example).tasks(64, multiple=64)
+    task = load(OneImage(None, None, fit="keep", example=example), 64, 64)
     assert task.image.shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match="fit=squash"):
         OneImage(None, None, fit="squash", example=example)
