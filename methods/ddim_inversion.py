@@ -1,6 +1,6 @@
 """DDIM inversion with guidance (Song, Meng & Ermon, 2020, arXiv 2010.02502, section 4.3), the plainest baseline.
 
-The deterministic path (eq. 12 with sigma 0, which is a step of the ODE of eq. 13) is walked up from the image under
+The deterministic path (eq. 12 with sigma 0, or as a step of an ODE, eq. 13) is walked up from the image under
 the source prompt, and down again under the target prompt with classifier-free guidance. Nothing holds the result to
 the image but the latent at the top.
 """

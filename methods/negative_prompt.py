@@ -1,8 +1,8 @@
 """Negative-prompt inversion (Miyake et al., 2023, arXiv 2305.16807), edited by Prompt-to-Prompt.
 
-The null text that null-text inversion would find is nearly the source prompt (section 3.2): with it in the place of
-the empty prompt, guidance vanishes in the source branch, eps = eps_source + w (eps_source - eps_source), which then
-walks the inversion's path back whatever w is. So nothing is optimised.
+The null text that null-text inversion would find is nearly the source prompt. With that in the place of the empty one,
+guidance vanishes in the source branch, eps = eps_source + w (eps_source - eps_source), which then walks the inversion's
+path back whatever w is. So nothing is optimised.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Null-text inversion (Mokady et al., 2022, arXiv 2211.09794), edited by Prompt-to-Prompt.
 
 DDIM inversion without guidance gives a pivot, the path z*_T ... z*_0. Then, from the top down, the embedding of the
-empty prompt is optimised at each step such that sampling with guidance stays on that path (eq. 3, algorithm 1).
+empty prompt is optimised at each step such that sampling with guidance stays on that path (algorithm 1).
 """
 
 from __future__ import annotations

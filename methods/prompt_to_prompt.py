@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt (Hertz et al., 2022, arXiv 2208.01626) on inverted images (its section 5.4).
+"""Prompt-to-Prompt (Hertz et al., 2022, arXiv 2208.01626) on inverted images ("Real image editing").
 
 DDIM inverts the image under the source prompt. Then two branches are sampled side by side from the inverted latent,
 one under the source and one under the target prompt, and the attention of the second is edited by that of the first
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ class PromptToPrompt:
     words: str = "replace"  # replace | refine
     cross_replace: float = 0.8  # of the steps
     self_replace: float = 0.5  # of the steps
-    reweight: Mapping[str, float] = field(default_factory=dict)  # of the target prompt's words
+    reweight: Mapping[str, float] | None = None  # of the target prompt's words
     fixed_point_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -64,7 +64,8 @@ class PromptToPrompt:
         check(self, "fixed_point_steps", whole=True)
         check_choice(self, ("replace", "refine"), "words")
         check_invertible(self)
-        if not isinstance(self.reweight, Mapping) or not all(map(is_number, self.reweight.values())):
+        named = isinstance(self.reweight, Mapping) and all(map(is_number, self.reweight.values()))
+        if self.reweight is not None and not named:
             raise InputError(f"method.reweight is {self.reweight}: it must name words and factors, such as {{blue: 2}}")
 
     def edit(
@@ -77,7 +78,7 @@ class PromptToPrompt:
         trajectory = self.sampler.trajectory(model.schedule)
         steps = len(trajectory)
         words = word_map(model.text, task.source_prompt, task.prompt, self.words)
-        factors = word_factors(model.text, task.prompt, self.reweight)
+        factors = word_factors(model.text, task.prompt, self.reweight or {})
         with frozen(model), torch.no_grad():
             z_0 = source_latent(model, task.image)
             source, target, null = (model.encode_text([text]) for text in (task.source_prompt, task.prompt, ""))
@@ -147,9 +148,9 @@ def word_map(text, source: str, target: str, words: str) -> tuple[Tensor, Tensor
     """Which source tokens' maps a target token takes, (L, L), and whether it keeps its own, (L,), both float32.
 
     Tokens that both prompts have are aligned (the paper's A, here by the longest common runs), and padding with
-    padding. New tokens keep their own maps, "adding a new phrase" (eq. 6); but with words="replace", those that stand
-    where the source has others take theirs, "word swap" (eq. 5), word by word where both sides have as many. The maps
-    of n tokens are spread evenly over the m that take their place where n and m differ.
+    padding. New tokens keep their own maps, "adding a new phrase"; but with words="replace", those that stand where the
+    source has others take theirs, "word swap": word by word where both sides have as many, and evenly spread where
+    n tokens give place to m.
     """
     a, b = tokens(text, [source, target])
     word_of = word_numbers(text, source), word_numbers(text, target)
@@ -171,7 +172,7 @@ def word_map(text, source: str, target: str, words: str) -> tuple[Tensor, Tensor
 
 
 def word_factors(text, prompt: str, reweight: Mapping[str, float]) -> Tensor:
-    """The factor c of each token's map, "attention re-weighting" (eq. 7): (L,). Raises InputError for a word, or
+    """The factor c of each token's map, "attention re-weighting": (L,). Raises InputError for a word, or
     words, that the prompt does not have."""
     (ids,) = tokens(text, [prompt])
     factors = torch.ones(len(ids))
