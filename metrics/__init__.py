@@ -77,7 +77,9 @@ class Metrics:
         prompts = (task.source_prompt, task.prompt)
         number("clip_margin", no_source or no_clip, clip_margin, clip, image, *prompts)
         number("clip_directional", no_source or no_clip, clip_directional, clip, source, image, *prompts)
-        number("success", no_truth or no_source or no_clip, succeeds, clip, image, source, truth, *prompts)
+        no_success = no_truth or no_source or no_clip
+        number("success", no_success, succeeds, clip, image, source, truth, *prompts)
+        number("attainable", no_success, attainable, clip, truth, *prompts)
         return numbers, left_out
 
     @torch.no_grad()
@@ -98,10 +100,17 @@ class Metrics:
 
 
 def succeeds(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: str, prompt: str) -> bool:
-    """Whether an edit is closer to the true result than the input is, pixel by pixel, and CLIP finds the target prompt
-    in it rather than the source prompt."""
+    """Whether an edit is closer to the true result than the input is, both pixel by pixel and as CLIP sees it, and CLIP
+    finds the target prompt in it rather than the source prompt. (In pixels alone an input that is merely blurred is
+    closer too, more often than not.)"""
     closer = mse(image, truth) < mse(source, truth)
-    return closer and clip_margin(clip, image, source_prompt, prompt).item() > 0
+    closer = closer and bool(clip_similarity(clip, image, truth) > clip_similarity(clip, source, truth))
+    return closer and bool(clip_margin(clip, image, source_prompt, prompt) > 0)
+
+
+def attainable(clip, truth: Tensor, source_prompt: str, prompt: str) -> bool:
+    """Whether CLIP finds the target prompt in the true result itself: where it does not, no edit can succeed."""
+    return bool(clip_margin(clip, truth, source_prompt, prompt) > 0)
 
 
 def latent_distance(model, a: Tensor, b: Tensor) -> float:

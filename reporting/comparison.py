@@ -34,20 +34,17 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
         numbers[label] = {"failed": sum("error" in edit for edit in group), **means(group)}
         for category in categories if len(categories) > 1 else []:
             mean = means([edit for edit in group if edit["category"] == category])
-            numbers[label] |= {f"success {category}": mean["success"]} if "success" in mean else {}
+            numbers[label] |= {f"success_{category}": mean["success"]} if "success" in mean else {}
     measured = unique(name for mean in numbers.values() for name in mean)
     with whole_file(folder / "comparison.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["edited by", *measured])
+        writer = csv.DictWriter(file, ["edited_by", *measured])
         writer.writeheader()
-        writer.writerows({"edited by": label} | mean for label, mean in numbers.items())
-    shown = ["edits", "failed", *(name for name in HEADLINE if name in measured)]
-    shown += [name for name in measured if name.startswith("success ")]
-    table = aligned(
-        [["edited by", *(name.replace("_", " ") for name in shown)]]
-        + [[label, *(show(name, mean.get(name)) for name in shown)] for label, mean in numbers.items()]
-    )
+        writer.writerows({"edited_by": label} | mean for label, mean in numbers.items())
+    by_category = [name for name in measured if name.startswith("success_")]
+    tables = [table(numbers, ["edits", "failed", *(name for name in HEADLINE if name in measured)])]
+    tables += [table(numbers, by_category)] if by_category else []
     with whole_file(folder / "comparison.md") as path:
-        path.write_text(table + "\n", encoding="utf-8")
+        path.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     axes = [next((name for name in names if name in measured), "") for names in (PRESERVATION, SUCCESS)]
     points = [(label, *(mean[a] for a in axes)) for label, mean in numbers.items() if all(a in mean for a in axes)]
     written = ["comparison.csv", "index.html"]
@@ -58,7 +55,13 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
     with whole_file(folder / "summary.png") as path:
         one_of_each(folder, edits, labels, categories).save(path, format="PNG")
     write_page(folder / "index.html", "comparison", edits)
-    return [table, *(f"{folder / name}" for name in [*written, "summary.png"])]
+    return ["", "\n\n".join(tables), "", *(str(folder / name) for name in [*written, "summary.png"])]
+
+
+def table(numbers: dict[str, dict[str, float]], columns: Sequence[str]) -> str:
+    """Some of the numbers, a row for each label."""
+    cells = [[label, *(show(name, mean.get(name)) for name in columns)] for label, mean in numbers.items()]
+    return aligned([["edited by", *columns], *cells])
 
 
 def label_of(row: Row, axes: Sequence[str]) -> str:

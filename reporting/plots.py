@@ -81,7 +81,7 @@ def plot_points(points: Sequence[tuple[str, float, float]], axes: Sequence[str],
         panel.legend(fontsize=8)
     panel.set(xlabel=axes[0].replace("_", " "), ylabel=axes[1].replace("_", " "))
     if axes[1] == "success":
-        panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.margins(0.12)
     panel.grid(alpha=0.3)
     _save(figure, path)

@@ -132,7 +132,8 @@ def swept(rows: list[Row]) -> list[str]:
         by_job.setdefault(row.job, []).append(row)
     settings = unique(name for row in rows for name in row.settings)
     for name in settings:
-        if any(len({row.settings.get(name) for row in job}) > 1 for job in by_job.values()):
+        values = ({row.settings[name] for row in job if name in row.settings} for job in by_job.values())
+        if any(len(several) > 1 for several in values):
             axes.append(f"edit.{name}")
     return axes
 

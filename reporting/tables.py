@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 HEADLINE = (  # of all numbers, those of the tables that are printed
-    "success", "psnr_to_truth", "psnr_to_input", "psnr_to_input_kept", "clip_score", "clip_similarity_to_input",
-    "structure_distance_to_input", "lpips_to_input_kept", "seconds",
+    "success", "attainable", "psnr_to_truth", "psnr_to_input", "psnr_to_input_kept", "clip_score",
+    "clip_similarity_to_input", "structure_distance_to_input", "lpips_to_input_kept", "seconds",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def show(name: str, value: float | None) -> str:
     """A number as a table has it: shares in per cent, decibels and seconds with one place, cosines with three."""
     if value is None:
         return ""
-    if name.startswith("success"):
+    if name.startswith(("success", "attainable")):
         return f"{value:.0%}"
     places = 0 if name in ("edits", "failed") else 1 if name.startswith(("psnr", "seconds")) else 3
     return f"{value:.{places}f}"

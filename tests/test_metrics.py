@@ -103,8 +103,14 @@ def test_clip_numbers_in_closed_form():
         (colour(-0.9, -0.8), False),  # more of the target, but further away
     ],
 )
-def test_success_needs_both(edit, expected):
+def test_success_needs_all(edit, expected):
     assert succeeds(Compass(), edit, colour(1, 0), colour(0, 1), "1 0", "0 1") is expected
+
+
+def test_what_is_closer_in_pixels_alone_is_no_success():
+    """As a blurred input is. CLIP finds the target prompt in this one, but no more of the true result."""
+    assert not succeeds(Compass(), colour(0.8, -0.1), colour(1, 0), colour(0, 1), "1 0", "1 -0.1")
+    assert succeeds(Compass(), colour(0.8, -0.1), colour(1, 0), colour(0, -1), "1 0", "1 -0.1")
 
 
 # All of them together.
@@ -122,7 +128,7 @@ def test_every_number_is_there_or_named_with_a_reason(tiny_model):
     every = numbers.keys() | left_out.keys()
     core = {f"{name}_to_{to}" for name in ("psnr", "ssim", "clip_similarity") for to in ("input", "truth")}
     core |= {f"{name}_kept" for name in core} | {"latent_distance_to_input", "latent_distance_to_truth"}
-    core |= {"clip_score", "clip_score_edited", "clip_margin", "clip_directional", "success"}
+    core |= {"clip_score", "clip_score_edited", "clip_margin", "clip_directional", "success", "attainable"}
     assert set(numbers) == core and all(math.isfinite(value) for value in numbers.values())
     assert {why for why in left_out.values()} == {"it needs weights to be fetched: metrics.fetch=true"}
     reasons = {"mask": "no mask", "truth": "no true result", "source_prompt": "no source prompt"}

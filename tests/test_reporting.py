@@ -386,17 +386,6 @@ def test_any_sweep_can_be_laid_out(tmp_path):
     assert lay_out(rows[:3], swept(rows[:3])).width > 0
 
 
-def test_the_tasks_of_a_benchmark_are_told_apart(tmp_path):
-    write_job(tmp_path, 0, ["seed=0"])
-    for task in ("cat", "dog"):
-        write_job(tmp_path / "0", task, [], [({"eta": 0.5}, "red")])
-    rows = read_jobs(tmp_path)
-    assert [row.settings["task"] for row in rows] == ["cat", "dog"] and swept(rows) == ["edit.task"]
-    write_summary(tmp_path, rows)
-    with open(tmp_path / "summary.csv", encoding="utf-8") as file:
-        assert [(tmp_path / row["file"]).exists() for row in csv.DictReader(file)] == [True, True]
-
-
 def test_summary_ends_with_1_if_a_job_failed_and_skips_older_jobs(tmp_path, capsys):
     from omegaconf import OmegaConf
 

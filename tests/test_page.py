@@ -1,0 +1,221 @@
+"""The page of a benchmark, as a browser sees it, and what a sweep over a benchmark ends with."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from reporting.logger import WandbLogger
+from reporting.page import write_page
+from reporting.sweep import read_jobs, swept
+from reporting.tables import aligned, means, never_measured, show
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NASTY = 'a "red" <script>alert(1)</script> & <!--rows--> heart'
+
+
+def record(task, category, success, psnr, sample=0, method="imagic", **settings):
+    return {
+        "task": task,
+        "category": category,
+        "method": method,
+        "sample": sample,
+        "settings": settings,
+        "metrics": {"success": success, "psnr_to_input_kept": psnr, "psnr_to_truth": psnr / 2, "seconds": 2.0},
+        "left_out": {"lpips_to_input": "it needs weights"},
+        "file": f"{task}/edits/{sample:02d} a#1.png",
+        "prompt": NASTY,
+        "source_prompt": "a heart",
+    }
+
+
+def write_task(run, *records):
+    """The folder of a task, as the runner leaves it."""
+    place = run / records[0]["task"]
+    (place / "edits").mkdir(parents=True)
+    for name in ["input.png", "truth.png", *(r["file"].split("/", 1)[1] for r in records if "file" in r)]:
+        Image.new("RGB", (64, 64), "red").save(place / name)
+    (place / "result.json").write_text(json.dumps(records))
+    return list(records)
+
+
+class Page(HTMLParser):
+    """The pictures, the addresses and the texts of each row of tasks."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.tags, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Four tasks of two kinds by two methods, one of them failed once."""
+    rows = []
+    for place, method in (("0/", "imagic"), ("1/", "sdedit")):
+        for i, success in enumerate((1, 0, 1, 0)):
+            row = record(f"t{i}", "ab"[i % 2], success if method == "imagic" else 1 - success, 20.0 + i, method=method)
+            write_task(tmp_path / place, row)
+            rows.append(row | {"label": method, "place": place})
+    rows[-1] = {"task": "t3", "category": "b", "error": "<b>too large</b>", "label": "sdedit", "place": "1/"}
+    write_page(tmp_path / "index.html", "tasks & edits", rows)
+    return tmp_path / "index.html"
+
+
+def test_every_task_stands_with_its_input_edits_and_truth(page):
+    seen = Page(page.read_text())
+    files = [unquote(link) for link in seen.links]
+    assert all((page.parent / file).is_file() for file in files)  # relative, and nothing from elsewhere
+    for i in range(4):
+        both = {f"0/t{i}/edits/00 a#1.png"} | ({f"1/t{i}/edits/00 a#1.png"} if i < 3 else set())
+        assert {f"0/t{i}/input.png", f"0/t{i}/truth.png"} | both <= set(files)
+    assert seen.text.count(NASTY) == 4 and seen.tags.count("script") == 1  # shown as it is, never obeyed
+    assert "<b>too large</b>" in seen.text and "lpips_to_input: it needs weights" in seen.text
+    assert "://" not in page.read_text()
+
+
+def browser(page, address="", script=""):
+    """The page after its script, and then `script`, have run in Chromium."""
+    file = page.with_name("driven.html")
+    file.write_text(page.read_text().replace("</html>", f"<script>{script}</script></html>"))
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+    command = [CHROMIUM, *switches, "--dump-dom", file.as_uri() + address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    body = done.stdout.split('<tbody id="tasks">')[1].split("</tbody>")[0]
+    rows = [row for row in re.findall(r"<tr.*?</tr>", body, re.S) if " hidden" not in row[: row.index(">")]]
+    shown = {}
+    for row in rows:
+        figures = re.findall(r"<figure.*?>", row)
+        shown[re.search(r"<b>(\w+)</b>", row)[1]] = [
+            re.search('label="(.*?)"', figure)[1] for figure in figures if " hidden" not in figure
+        ]
+    return shown, done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_sorts_and_filters_in_a_browser(page):
+    shown, text = browser(page)
+    assert shown == {f"t{i}": ["imagic", "sdedit"] for i in range(4)} and "4 of 4 tasks, 8 edits" in text
+    shown, text = browser(page, "#label=imagic&success=yes&sort=psnr_to_truth&order=-1")
+    assert list(shown.items()) == [("t2", ["imagic"]), ("t0", ["imagic"])] and "psnr to truth 11" in text
+    script = """
+        const set = (name, value) => {
+          form.elements[name].value = value;
+          form.dispatchEvent(new Event("input", {bubbles: true}));
+        };
+        const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+        set("category", "b"); set("success", "failed"); set("words", "heart T3");
+        document.title = location.hash;
+        set("success", "*"); set("words", ""); set("sort", "seconds");  // one edit has no seconds
+        press("j"); press("j"); press("k"); press("j"); press("j");
+        document.activeElement.id = "here";
+        document.querySelector("details").open = true;
+        """
+    shown, text = browser(page, "", script)
+    assert shown == {"t1": ["imagic", "sdedit"], "t3": ["imagic", "sdedit"]}
+    title = re.search("<title>(.*?)</title>", text)[1]
+    assert all(part in title for part in ("category=b", "success=failed", "words=heart+T3"))
+    assert re.search(r'<tr[^>]* id="here".*?<b>(\w+)</b>', text, re.S)[1] == "t3"  # j stops at the last
+
+
+# Numbers over many edits.
+
+
+def test_means_are_over_the_edits_that_have_the_number():
+    rows = [
+        {"metrics": {"a": 1.0, "b": 4.0}},
+        {"metrics": {"a": 3.0}, "left_out": {"b": "no", "c": "why"}},
+        {"error": "x"},
+    ]
+    assert means(rows) == {"edits": 2, "a": 2.0, "b": 4.0} and means([]) == {"edits": 0}
+    assert never_measured(rows) == {"c": "why"}
+
+
+def test_tables_line_up():
+    lines = aligned([["name", "n"], ["a", "100"]]).split("\n")
+    assert lines == ["| name | n   |", "| ---- | --- |", "| a    | 100 |"]
+    shown = [
+        show(n, v) for n, v in (("success", 0.254), ("psnr_to_input", 20.06), ("clip_score", 0.1234), ("edits", 3))
+    ]
+    assert [*shown, show("lpips", None)] == ["25%", "20.1", "0.123", "3", ""]
+
+
+# A sweep over a benchmark.
+
+
+def write_job(folder, number, overrides, *tasks):
+    job = folder / str(number)
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
+    for records in tasks:
+        write_task(job, *records)
+
+
+def test_a_sweep_over_a_benchmark_compares_methods_and_settings(tmp_path, capsys):
+    from omegaconf import OmegaConf
+
+    from reporting.sweep import Summary
+
+    (tmp_path / "multirun.yaml").write_text("")
+    task = "task=openmoji_edits"
+    for number, (method, seed) in enumerate((m, s) for m in ("imagic", "sdedit") for s in (0, 1)):
+        edits = [
+            [
+                record("t0", "pose", seed, 20.0, eta=eta, method=method) | {"sample": i}
+                for i, eta in enumerate((0.4, 0.8))
+            ],
+            [record("t1", "style", 1, 30.0, eta=eta, method=method) for eta in (0.4, 0.8)],
+        ]
+        if method == "sdedit":
+            edits = [[record("t0", "pose", 0, 25.0, method=method, strength=0.6)]]
+            edits += [[{"task": "t1", "category": "style", "error": "no"}]] * (seed == 0)
+        write_job(tmp_path, number, [f"method={method}", f"seed={seed}", task], *edits)
+    rows = read_jobs(tmp_path)
+    assert set(swept(rows)) == {"method", "seed", "edit.task", "edit.sample", "edit.eta"}
+    Summary().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    told = capsys.readouterr().out
+    assert "4 jobs, 0 failed" in told and "| imagic, eta 0.4 | 4 " in told.replace("     ", " ")
+    with open(tmp_path / "comparison.csv", encoding="utf-8") as file:
+        table = {row["edited_by"]: row for row in csv.DictReader(file)}
+    assert list(table) == ["imagic, eta 0.4", "imagic, eta 0.8", "sdedit"]  # the seeds of each taken together
+    first, last = table["imagic, eta 0.4"], table["sdedit"]
+    assert (first["edits"], first["failed"], first["success"], first["psnr_to_input_kept"]) == (
+        "4",
+        "0",
+        "0.75",
+        "25.0",
+    )
+    assert (first["success_pose"], first["success_style"]) == ("0.5", "1.0")
+    assert (last["edits"], last["failed"], last["success"], last["success_style"]) == ("2", "1", "0.0", "")
+    assert all(Image.open(tmp_path / name).width > 300 for name in ("comparison.png", "summary.png"))
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<figure") == 4 + 4 + 3 and 'src="3/t0/edits/00%20a%231.png"' in page
+    assert "comparison" in (tmp_path / "index.html").read_text()
+    with open(tmp_path / "summary.csv", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 11
+
+
+def test_tables_of_wandb_hold_the_pictures(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    logger, logged = WandbLogger("offline"), {}
+    logger.active = type("Run", (), {"log": staticmethod(logged.update)})
+    logger.table("results", [{"task": "t0", "edit": tmp_path / "a.png", "success": 1.0}, {"task": "t1", "error": "no"}])
+    table = logged["results"]
+    assert table.columns == ["task", "edit", "success", "error"] and table.data[1] == ["t1", None, None, "no"]
+    assert isinstance(table.data[0][1], wandb.Image)
+    WandbLogger("disabled").table("results", [{"a": Path("nowhere.png")}])
