@@ -257,6 +257,9 @@ def test_the_quick_list_is_the_first_of_the_whole_one():
             hydra.compose("edit", [f"task={name}"]).task for name in ("openmoji_edits_quick", "openmoji_edits")
         )
         assert len(hydra.utils.instantiate(quick).entries) == 40 and len(hydra.utils.instantiate(whole).entries) == 300
+        third = hydra.compose("edit", ["task=openmoji_edits", "task.shard=2/3", "task.categories=[pose,style]"]).task
+        share = [entry.name for entry in hydra.utils.instantiate(third).share]
+        assert len(share) == 20 and share[:2] == ["style_01", "pose_02"]
         for name in ("pie_bench", "tedbench", "folder"):
             with pytest.raises(Exception) as error:
                 hydra.utils.instantiate(hydra.compose("edit", [f"task={name}"]).task)
