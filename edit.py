@@ -18,22 +18,33 @@ from reporting import outcome
 @hydra.main(version_base="1.3", config_path="conf", config_name="edit")
 def main(cfg: DictConfig) -> None:
     with outcome.job():
-        edit(cfg, Path(HydraConfig.get().runtime.output_dir), HydraConfig.get().runtime.choices.method)
+        hydra_config = HydraConfig.get()
+        if "WORLD_SIZE" in os.environ and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
+            raise InputError("the processes of torchrun must share a folder: name it, for example hydra.run.dir=runs/a")
+        edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
 
 
 def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     """One run. What the user can get wrong is constructed, and so checked, before the work begins."""
-    from dataclasses import replace
-
     import torch
     from hydra.utils import instantiate
 
     import models.attention
-    from data.images import find
-    from models.placement import choose_device, choose_dtype
+    from data.images import check_size, find
+    from data.tasks import Entry
+    from models.placement import choose_channels_last, choose_device, choose_dtype, keep_memory
+    from reporting import benchmark
+    from reporting.logger import WandbLogger
     from reporting.reporter import RunReporter
 
-    device, dtype = choose_device(cfg.device), choose_dtype(cfg.dtype)
+    device = choose_device(cfg.device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: the cards in turn
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    dtype = choose_dtype(cfg.dtype, device)
+    channels_last = choose_channels_last(cfg.channels_last, device, dtype)
+    if not isinstance(cfg.compile, bool):
+        raise InputError(f"compile={cfg.compile} is unknown: true or false")
     method = instantiate(cfg.method)
     source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
     metrics = instantiate(cfg.metrics)
@@ -44,28 +55,42 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
         raise InputError(f"model.ema is {ema}: choose null, true or false")
     if not isinstance(slices, int) or slices < 1:
         raise InputError(f"model.vae_slices is {slices}: it must be a whole number, 1 or more")
-    torch.manual_seed(cfg.seed)  # methods draw from generators of their own; this is for those that do not
     # On CUDA the same seed gives the same bytes: an operation that cannot give them raises. (With warn_only=True the
     # backward pass of fused attention would quietly use its faster kernel, which cannot.)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, which costs a pass over each tensor
     models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     weights = find(cfg.model.weights)
     if arch is None and not (weights / "config.json").exists() and weights.exists():
         warnings.warn(f"{weights} comes with the settings for another model: name its kind, model=sd15", stacklevel=1)
+    keep_memory()
     model = models.load(weights, arch=arch, device=device, dtype=dtype, ema=ema)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        model.unet.compile()
     model.autoencoder.slices = slices
+    kernels = [cfg.attention, channels_last, cfg.compile]
     multiple = model.autoencoder.downsampling * model.unet.downsampling
-    tasks = list(source.tasks(model.image_size if cfg.size is None else cfg.size, multiple))
+    size = model.image_size if cfg.size is None else cfg.size
+    check_size(size, multiple)
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    fingerprint = None if source.single and not cache.enabled else model.fingerprint
 
-    with logger.run(folder, OmegaConf.to_container(cfg, resolve=True)):
-        for task in tasks:
-            task = replace(task, image=task.image.to(device))
-            place = folder if len(tasks) == 1 else folder / task.name
-            reporter = RunReporter(place, model, task, method_name, cache, logger, cfg.attention, metrics)
-            result = method.edit(model, task, reporter, cfg.seed)
-            print("\n".join(reporter.finish(result)))
+    def edit_one(entry: Entry, place: Path, seed: int) -> list[str]:
+        task = source.load(entry, size, multiple).to(device)
+        torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
+        log = logger if source.single else WandbLogger("disabled")  # a benchmark's tasks are logged together
+        reporter = RunReporter(place, model, task, method_name, cache, log, kernels, metrics, fingerprint)
+        return reporter.finish(method.edit(model, task, reporter, seed))
+
+    with logger.run(folder, settings):
+        if source.single:
+            print("\n".join(edit_one(source.entries[0], folder, cfg.seed)))
+        else:
+            benchmark.edit_all(source, folder, settings | {"weights": fingerprint}, cfg.seed, edit_one, logger)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> bool:
     """Train or evaluate; False if a SIGTERM cut it short."""
     import torch
 
-    from models.placement import choose_device
+    from models.placement import choose_device, keep_memory
     from training.logger import TrainingLogger
     from training.loop import Settings, train
     from training.setup import assemble, evaluate
@@ -39,6 +39,7 @@ def run(cfg: DictConfig) -> bool:
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
+    keep_memory()
     settings = Settings(**OmegaConf.to_container(cfg.part.training, resolve=True), seed=cfg.seed)
     with process_group(cfg.device) as (rank, device):
         torch.set_float32_matmul_precision("high")

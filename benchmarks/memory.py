@@ -149,15 +149,15 @@ Memory = Calculated | OnCuda | OfProcess
 
 
 @contextmanager
-def calculating(memory: Calculated, foreach: bool) -> Iterator[None]:
+def calculating(memory: Calculated) -> Iterator[None]:
     """Inside, `memory` counts, and the meta device takes the paths that others take: fused attention, which keeps no
-    map of all pairs, and on CUDA Adam over all parameters in one call (`foreach`)."""
+    map of all pairs, and Adam in place (one parameter at a time, for want of a fused step without contents)."""
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:  # a mask changes no size
         return aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
     def adam(params, lr):
-        return torch.optim.Adam(params, lr=lr, foreach=foreach)
+        return torch.optim.Adam(params, lr=lr, foreach=False)
 
     fused_attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused)
     with memory, fused_attention, mock.patch.dict(base.OPTIMIZERS, adam=adam):
@@ -196,12 +196,12 @@ def nbytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in module.state_dict().values())
 
 
-def run(memory: Memory, config: dict, size: int, method, dtype: torch.dtype, foreach: bool = True) -> dict[str, int]:
+def run(memory: Memory, config: dict, size: int, method, dtype: torch.dtype) -> dict[str, int]:
     """Bytes by name for one edit of a picture of size x size: what is held at certain moments of the tuning, the peak
     of each stage, and the highest of them."""
     calculated = isinstance(memory, Calculated)
     gc.collect()  # what an earlier run left
-    with calculating(memory, foreach) if calculated else nullcontext(), torch.no_grad():
+    with calculating(memory) if calculated else nullcontext(), torch.no_grad():
         model = build(config, seed=None if calculated else 0, meta=calculated).to(memory.device, dtype)
         task = EditTask(torch.zeros(1, 3, size, size, device=memory.device), "a sitting dog")
         ledger = Ledger(memory)
@@ -270,7 +270,7 @@ def check() -> list[Table]:
     rows = []
     for settings in CHECKED:
         config, method = small(*settings)
-        calculated = run(Calculated(), config, 512, method, torch.float32, foreach=False)
+        calculated = run(Calculated(), config, 512, method, torch.float32)
         counts = [n["tuning"] - n["before tuning"] for n in (calculated, in_a_process("tuned", *settings))]
         row = dict(zip(("tuned", "optimizer", "checkpointing"), settings, strict=True))
         rows.append(row | dict(zip(("calculated", "measured"), counts, strict=True)))
@@ -317,7 +317,7 @@ def slices() -> list[Table]:
     rows = []
     for what, size, n in product(("encode", "decode", "fit the decoder"), (512, 768), (1, 4, 16)):
         memory = Calculated()
-        with calculating(memory, foreach=True):
+        with calculating(memory):
             row = {"what": what, "size": str(size), "slices": str(n)}
             row["calculated, bfloat16"] = coded(memory, what, n, size)["peak"]
         if torch.cuda.is_available() or (what != "fit the decoder" and size == 512):  # the others last too long

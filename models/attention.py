@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from errors import InputError
+from models.layers import Linear, emulated
 
 BACKENDS = ("auto", "fused", "sdpa", "reference")
 WIDEST = 160  # channels per head that the fused kernels take
@@ -63,6 +65,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Te
 
         return fused_attention(q, k, v)
     if name in ("auto", "fused", "sdpa"):
+        if emulated(q.device, q.dtype):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v)
     raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
 
@@ -102,11 +106,14 @@ _hook: Hook | None = None
 @contextmanager
 def hooked(hook: Hook):
     """Inside, every attention layer of the UNet asks `hook(q, k, v, cross)` for its result first; `cross` says whether
-    it attends to the text. None leaves it to `attention`. A hook that wants the weights has them by `attention_map`."""
+    it attends to the text. None leaves it to `attention`. A hook that wants the weights has them by `attention_map`.
+    A compiled network runs as it is written, rather than being compiled anew for each hook."""
     global _hook
     before, _hook = _hook, hook
+    compiling = "torch._dynamo" in sys.modules  # which else would be imported here, for seconds
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+            yield
     finally:
         _hook = before
 
@@ -123,8 +130,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, dim)
+        self.to_qkv = Linear(dim, 3 * heads * head_dim, bias=False)
+        self.to_out = Linear(heads * head_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -141,9 +148,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.index = 0  # position among the network's cross-attention layers, set by the network
-        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, dim)
+        self.to_q = Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = Linear(context_dim, 2 * heads * head_dim, bias=False)
+        self.to_out = Linear(heads * head_dim, dim)
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Text states (B, L, C) -> keys and values, each (B, heads, L, d)."""

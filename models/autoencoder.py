@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from errors import InputError
 from models.attention import attention
 from models.blocks import Downsample, ResBlock, Upsample, group_norm, norm_silu_conv, zero_init
+from models.layers import Conv2d, Linear
 
 
 class AttentionBlock(nn.Module):
@@ -21,8 +22,8 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
-        self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = zero_init(nn.Linear(channels, channels))
+        self.to_qkv = Linear(channels, 3 * channels)
+        self.to_out = zero_init(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
@@ -61,7 +62,7 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, in_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = ch
         for i, mult in enumerate(ch_mult):
@@ -72,7 +73,7 @@ class Encoder(nn.Module):
             self.down.append(Level(blocks, None if last else Downsample(width, asymmetric=True)))
         self.mid = Middle(width)
         self.norm_out = group_norm(width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, 2 * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor, slices: int = 1) -> Tensor:
         h = self.conv_in(x)
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
     def __init__(self, out_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
         width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(z_channels, width, 3, padding=1)
         self.mid = Middle(width)
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
             levels.append(Level(blocks, Upsample(width) if i > 0 else None))
         self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest
         self.norm_out = group_norm(width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor, slices: int = 1) -> Tensor:
         h = self.mid(self.conv_in(z), slices)
@@ -130,8 +131,8 @@ class Autoencoder(nn.Module):
         self.slices = 1
         pixels = 3 * patch**2
         self.encoder = Encoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.quant_conv = Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = Conv2d(z_channels, z_channels, 1)
         self.decoder = Decoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.layers import Conv2d, Linear
+
 
 def zero_init(module: nn.Module) -> nn.Module:
     """Set all parameters of a last layer to zero, so that its block starts out as the identity."""
@@ -30,7 +32,7 @@ def bounds(rows: int, slices: int) -> Iterator[tuple[int, int]]:
 
 
 def conv_in_strips(
-    conv: nn.Conv2d,
+    conv: Conv2d,
     x: Tensor,
     slices: int,
     before: Callable[[Tensor], Tensor] = nn.Identity(),  # what comes before the convolution, row by row
@@ -77,7 +79,7 @@ def affine_of(norm: nn.GroupNorm, x: Tensor, slices: int) -> tuple[Tensor, Tenso
     return scale[:, :, None, None], (norm.bias.float() - mean * scale)[:, :, None, None]
 
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, slices: int = 1) -> Tensor:
+def norm_silu_conv(norm: nn.GroupNorm, conv: Conv2d, x: Tensor, slices: int = 1) -> Tensor:
     """conv(silu(norm(x))), in `slices` horizontal strips if there is more than one. The strips share the statistics of
     the whole map, so that the result is the same up to rounding."""
     if slices == 1:
@@ -96,11 +98,11 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, eps: float = 1e-5):
         super().__init__()
         self.norm1 = group_norm(in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = group_norm(out_channels, eps)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = zero_init(Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None = None, slices: int = 1) -> Tensor:
         """`time` (B, time_dim) is the embedding after its SiLU, which all blocks share. `slices`: see
@@ -121,7 +123,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, slices: int = 1) -> Tensor:
         def double(x: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor, slices: int = 1) -> Tensor:
         if slices > 1:

@@ -92,6 +92,7 @@ class LatentDiffusion(nn.Module):
     def predict_noise(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
         """Epsilon (B, c, h, w) for the noisy latents x at timestep t (scalar or (B,)), whatever the UNet outputs."""
         self.evaluations += len(x)
+        t = torch.as_tensor(t, device=x.device)  # a compiled network would be compiled anew for each number
         out = self.unet(x, t, context)
         return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from errors import InputError
 from models.attention import CrossAttention, SelfAttention
 from models.blocks import Downsample, ResBlock, Upsample, group_norm, zero_init
+from models.layers import Conv2d, Linear
 
 
 @dataclass
@@ -41,8 +42,8 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()
-        self.proj_in = nn.Linear(dim, 2 * mult * dim)
-        self.proj_out = nn.Linear(mult * dim, dim)
+        self.proj_in = Linear(dim, 2 * mult * dim)
+        self.proj_out = Linear(mult * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)
@@ -78,11 +79,11 @@ class SpatialTransformer(nn.Module):
         inner = heads * head_dim
         self.linear = linear
         self.norm = group_norm(channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.proj_in = Linear(channels, inner) if linear else Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(inner, heads, head_dim, context_dim) for _ in range(depth)
         )
-        self.proj_out = zero_init(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
+        self.proj_out = zero_init(Linear(inner, channels) if linear else Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
         h, w = x.shape[-2:]
@@ -162,10 +163,10 @@ class UNet(nn.Module):
                 raise InputError(f"the UNet's width {c} cannot be split into {heads} heads")
             return SpatialTransformer(c, heads, c // heads, context_dim, depth, use_linear_projection)
 
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time_embed = nn.Sequential(Linear(model_channels, time_dim), nn.SiLU(), Linear(time_dim, time_dim))
 
         channels = model_channels
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(Conv2d(in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
@@ -195,7 +196,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+            group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(Conv2d(channels, out_channels, 3, padding=1))
         )
         for index, layer in enumerate(self._cross_attentions()):
             layer.index = index
@@ -218,7 +219,7 @@ class UNet(nn.Module):
 
         def run(stage: Stage, h: Tensor) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(stage, h, time, context, use_reentrant=False)
+                return checkpoint(stage, h, time, context, use_reentrant=False, preserve_rng_state=False)
             return stage(h, time, context)
 
         h, skips = x, []

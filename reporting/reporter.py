@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,8 +35,9 @@ class RunReporter(Reporter):
         method: str,
         cache: TuningCache,
         logger: WandbLogger,
-        attention: str = "auto",  # its backends round differently
+        kernels: Sequence[str | bool] = (),  # the settings that choose them: they round differently
         metrics: Metrics = Metrics(),
+        fingerprint: str | None = None,  # the model's, where it is known already: for a large one it takes seconds
     ):
         self.folder, self.model, self.task, self.method = folder, model, task, method
         self.cache, self.logger, self.metrics = cache, logger, metrics
@@ -50,18 +51,22 @@ class RunReporter(Reporter):
         self.identity = {}
         if cache.enabled:  # now, while the model is as it was loaded
             self.identity = {
-                "model": model.fingerprint,
+                "model": fingerprint or model.fingerprint,
                 "image": digest(task.image),
                 "dtype": str(model.dtype),
                 "device": model.device.type,
-                "attention": attention,
+                "kernels": list(kernels),
                 "code": code_fingerprint(),
                 "torch": torch.__version__,
             }
 
     def progress(self, iterable: Iterable, stage: str, total: int | None = None) -> Iterator:
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-        bar = tqdm(iterable, stage, total, mininterval=interval, dynamic_ncols=True, file=sys.stderr)
+        many = bool(self.prefix)  # the tasks have a bar of their own, which in a log file is enough
+        bar = tqdm(
+            iterable, stage, total, not many, sys.stderr, mininterval=interval, dynamic_ncols=True,
+            disable=many and not sys.stderr.isatty(),
+        )  # fmt: skip
         outer, self.bar = self.bar, bar
         try:
             yield from bar

@@ -147,6 +147,8 @@ def test_more_mistakes_in_one_line(user, tmp_path):
         "attention=fast": "auto, fused, sdpa, reference",
         "seed=-1": "seed=-1",
         "dtype=int8": "float32, bfloat16 or float16",
+        "channels_last=maybe": "auto, true or false",
+        "compile=fast": "true or false",
         "device=tpu0": "device=tpu0",
         "device=mps": "auto, cpu, cuda or cuda:N",
         "device=cuda:256": "CUDA devices",  # torch would read cuda:0

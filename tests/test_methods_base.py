@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import Calculated
+from benchmarks.memory import Calculated, calculating
 from errors import InputError
 from methods.base import OPTIMIZERS, Reporter, fitted, minimise, replaced, trainable
 
@@ -87,7 +87,7 @@ def test_adafactor_and_one_by_one_take_as_little_as_they_say():
 
     def peak(optimizer, lean):
         memory = Calculated()
-        with memory, torch.device("meta"):
+        with calculating(memory), torch.device("meta"):
             layers = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(16))).bfloat16()
             x = torch.empty(1, 256, dtype=torch.bfloat16)
             terms = lambda: {"l": layers(x).float().square().mean()}

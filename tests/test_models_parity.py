@@ -10,21 +10,42 @@ import numpy as np
 import pytest
 import torch
 
-from models import load
+from models import layers, load
 from models.attention import use_backend
 from samplers import ddim, guided
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.fixture(
-    scope="module", params=["sd1_tiny/model.safetensors", "sd1_tiny/diffusers", "sd2_tiny/model.safetensors"]
-)
-def case(request):
-    path = FIXTURES / request.param
+SOURCES = ["sd1_tiny/model.safetensors", "sd1_tiny/diffusers", "sd2_tiny/model.safetensors"]
+
+
+def read(source, **settings):
+    path = FIXTURES / source
     arch = json.loads((path.parent / "arch.json").read_text())
     expected = {k: torch.from_numpy(v) for k, v in np.load(path.parent / "expected.npz").items()}
-    return load(path, arch=arch if path.is_file() else None), expected, arch
+    return load(path, arch=arch if path.is_file() else None, **settings), expected, arch
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def loaded(request):
+    return read(request.param)
+
+
+def take_own_convolutions(monkeypatch):
+    monkeypatch.setattr(layers, "MANY", 1)
+    monkeypatch.setattr(layers, "SMALL", 16)
+
+
+@pytest.fixture(params=["contiguous", "channels last", "own convolutions"])
+def case(loaded, request, monkeypatch):
+    """Every layout, and the convolutions of models/layers.py, for which these networks would be too narrow."""
+    contiguous, ours = request.param == "contiguous", request.param == "own convolutions"
+    loaded[0].to(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    if ours:
+        take_own_convolutions(monkeypatch)
+    with torch.set_grad_enabled(not ours):
+        yield loaded
 
 
 def close(actual, expected):
@@ -50,6 +71,49 @@ def test_unet(case, backend):
     raw = expected["eps"] if "eps" in expected else expected["v"]
     with use_backend(backend):
         close(model.unet(expected["x"], expected["t"], expected["text_hidden"]), raw)
+
+
+def test_own_convolutions_are_all_there(monkeypatch):
+    """That is, the cases above take them: both kinds, and torch's for what is neither."""
+    taken = {"winograd": 0, "as_product": 0}
+    model, expected, _ = read(SOURCES[0])
+    model.to(memory_format=torch.channels_last)
+    take_own_convolutions(monkeypatch)
+    for name in taken:
+
+        def counted(*arguments, own=getattr(layers, name), name=name):
+            taken[name] += 1
+            return own(*arguments)
+
+        monkeypatch.setattr(layers, name, counted)
+    with torch.no_grad():
+        model.unet(expected["x"], expected["t"], expected["text_hidden"])
+    assert all(taken.values()), taken
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(dtype):
+    """Some dozens of layers, each rounding by eps / 2 of what it gives."""
+    model, expected, _ = read(SOURCES[0], dtype=dtype)
+    with torch.no_grad():
+        raw = model.unet(expected["x"].to(dtype), expected["t"], expected["text_hidden"].to(dtype)).float()
+    assert (raw - expected["eps"]).norm() < 4 * torch.finfo(dtype).eps * expected["eps"].norm()
+
+
+def test_compiled_it_is_the_same_and_one_graph(tiny_model):
+    """Traced whole, with its backward pass, by what `compile=true` traces with; and once for all timesteps."""
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(tiny_model.unet, backend=keep, fullgraph=True)
+    with torch.no_grad():
+        for t in (torch.tensor(3), torch.tensor(700)):
+            close(compiled(x, t, context), tiny_model.unet(x, t, context))
+    assert len(graphs) == 1
 
 
 def test_projected_text_is_the_same(case):

@@ -281,10 +281,10 @@ def test_a_full_disk_leaves_earlier_outputs(tmp_path, tiny_model, monkeypatch):
 
 
 def test_cached_tuning_depends_on_model_image_and_key(tmp_path, tiny_model):
-    def tuned(image, key, dtype="torch.float32", attention="auto"):
+    def tuned(image, key, dtype="torch.float32", kernels=("auto", True)):
         task = EditTask(image, "a")
         cache = TuningCache(dir=tmp_path)
-        reporter = RunReporter(tmp_path, tiny_model, task, "m", cache, WandbLogger("disabled"), attention)
+        reporter = RunReporter(tmp_path, tiny_model, task, "m", cache, WandbLogger("disabled"), kernels)
         reporter.identity["dtype"] = dtype
         reporter.cached(key, lambda: STATE)
         return bool(reporter.reused)
@@ -294,7 +294,7 @@ def test_cached_tuning_depends_on_model_image_and_key(tmp_path, tiny_model):
     assert not tuned(white, {"seed": 0})
     assert not tuned(black, {"seed": 1})
     assert not tuned(black, {"seed": 0}, "torch.bfloat16")
-    assert not tuned(black, {"seed": 0}, attention="reference")
+    assert not tuned(black, {"seed": 0}, kernels=("reference", True))
 
 
 def test_disabled_logger_never_imports_wandb():
