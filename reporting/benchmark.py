@@ -29,6 +29,7 @@ from reporting.tables import HEADLINE, aligned, means, never_measured, show
 RESULT = "result.json"  # in a task's folder, written last: a list with an object for each edit, or one with its error
 SAME_ERRORS = 3  # in a row end the run: what fails like this is not the single task
 NOT_COMPARED = ("logger", "cache", "device", "image", "prompt", "source_prompt", "example")  # of the settings
+ALIKE = {"code", "model.weights"}  # nor these: a change of the code is warned of, weights are compared by their hash
 CHOICE = ("categories", "limit", "shard")  # of a task's settings: which are edited, not how
 
 
@@ -89,7 +90,8 @@ def attempt(entry: Entry, place: Path, seed: int, edit: Callable[[Entry, Path, i
         line = explain(error) or " ".join(f"{type(error).__name__}: {error}".split())
         place.mkdir(parents=True, exist_ok=True)
         (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        rows = [{"task": entry.name, "category": entry.category, "error": line}]
+        asked = {"prompt": entry.prompt, "source_prompt": entry.source_prompt, "seed": seed}
+        rows = [{"task": entry.name, "category": entry.category, **asked, "error": line}]
     with whole_file(place / RESULT) as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
     return line
@@ -131,11 +133,11 @@ def claim(folder: Path, settings: dict) -> None:
     ours = flat(json.loads(json.dumps(ours | {"code": code_fingerprint()})))
     if path.exists() and any(folder.glob(f"*/{RESULT}")):
         theirs = json.loads(path.read_text())
-        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        if names == ["code"]:
+        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name) and name not in ALIKE]
+        if not names and theirs.get("code") != ours["code"]:
             warnings.warn(f"the code has changed since {folder} was begun: its results are of both", stacklevel=2)
         elif names:
-            changes = [f"{n} was {theirs.get(n)}, is {ours.get(n)}" for n in names if n != "code"]
+            changes = [f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names]
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise InputError(
                 f"{folder} holds results of other settings ({'; '.join(changes[:3])}{more}): choose another "
