@@ -38,7 +38,7 @@ class DDIMInversion:
     sampler that is not DDIM without noise."""
 
     sampler: Sampler
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     inversion_scale: float = 1.0
     fixed_point_steps: int = 0
 
@@ -67,7 +67,7 @@ class DDIMInversion:
                 z = ddim.sample(as_target, z_T, trajectory, progress=partial(bar, stage="editing"))
         edit = Edit(to_image(model, z), {"guidance_scale": float(self.guidance_scale)})
         edit.metrics["edit_source_cosine"] = cosine(z, z_0)
-        metrics = {"reconstruction_error": float((again - z_0).abs().max()), "inverted_std": float(z_T.std())}
+        metrics = {"reconstruction_error": float((again - z_0).square().mean().sqrt())}
         tensors = {"source_latent": z_0, "inverted_latent": z_T, "edited_latents": z}
         tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
         return EditResult([edit], to_image(model, again), metrics, tensors)

@@ -33,9 +33,9 @@ class DDPMInversion:
     that is out of range."""
 
     sampler: Sampler
-    skip: float = 0.36  # of the steps, from the noisy end
-    guidance_scale: float = 3.0
-    source_guidance_scale: float = 3.0
+    skip: float = 0.2  # of the steps, from the noisy end
+    guidance_scale: float = 2.0
+    source_guidance_scale: float = 2.0
     num_samples: int = 1
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class PromptToPrompt:
     one that is out of range, and for a sampler that is not DDIM without noise."""
 
     sampler: Sampler
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     words: str = "replace"  # replace | refine
     cross_replace: float = 0.8  # of the steps
     self_replace: float = 0.5  # of the steps
@@ -99,7 +99,7 @@ class PromptToPrompt:
         again, z = x.split(1)
         settings = {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}
         edit = Edit(to_image(model, z), settings, {"edit_source_cosine": cosine(z, z_0)})
-        metrics = {"reconstruction_error": float((again - z_0).abs().max())}
+        metrics = {"reconstruction_error": float((again - z_0).square().mean().sqrt())}
         tensors = {"source_latent": z_0, "inverted_latent": recording.latent, "edited_latents": z}
         tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
         return EditResult([edit], to_image(model, again), metrics, tensors)

@@ -17,7 +17,7 @@ class SDEdit:
     """The settings: see conf/method/sdedit.yaml. Raises InputError for one that is out of range."""
 
     sampler: Sampler
-    strength: float = 0.6  # t0, as a share of the trajectory
+    strength: float = 0.7  # t0, as a share of the trajectory
     guidance_scale: float = 3.0
     num_samples: int = 1
 
