@@ -16,16 +16,17 @@ from reporting import outcome
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="edit")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | list[float] | None:
     with outcome.job():
         hydra_config = HydraConfig.get()
         if "WORLD_SIZE" in os.environ and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
             raise InputError("the processes of torchrun must share a folder: name it, for example hydra.run.dir=runs/a")
-        edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
+        return edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
 
 
-def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
-    """One run. What the user can get wrong is constructed, and so checked, before the work begins."""
+def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float] | None:
+    """One run, and what it comes to for a sweeper that optimises (see reporting/objective.py). What the user can get
+    wrong is constructed, and so checked, before the work begins."""
     import torch
     from hydra.utils import instantiate
 
@@ -33,7 +34,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     from data.images import check_size, find
     from data.tasks import Entry
     from models.placement import choose_channels_last, choose_device, choose_dtype, keep_memory
-    from reporting import benchmark
+    from reporting import benchmark, objective
     from reporting.logger import WandbLogger
     from reporting.reporter import RunReporter
 
@@ -47,7 +48,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
         raise InputError(f"compile={cfg.compile} is unknown: true or false")
     method = instantiate(cfg.method)
     source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
-    metrics = instantiate(cfg.metrics)
+    metrics, wanted = instantiate(cfg.metrics), objective.names(cfg.objective)
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     ema, slices = cfg.model.get("ema"), cfg.model.get("vae_slices", 1)
@@ -78,6 +79,9 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     check_size(size, multiple)
     settings = OmegaConf.to_container(cfg, resolve=True)
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
+    if wanted:
+        first = source.load(source.entries[0], size, multiple).to(device)
+        objective.check(wanted, *metrics.measure(model, -first.image, first))
 
     def edit_one(entry: Entry, place: Path, seed: int) -> list[str]:
         task = source.load(entry, size, multiple).to(device)
@@ -89,8 +93,11 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> None:
     with logger.run(folder, settings):
         if source.single:
             print("\n".join(edit_one(source.entries[0], folder, cfg.seed)))
+            rows = benchmark.rows_of(source.entries[0], folder, cfg.seed)
         else:
             benchmark.edit_all(source, folder, settings | {"weights": fingerprint}, cfg.seed, edit_one, logger)
+            rows = [row for entry in source.share for row in benchmark.read_rows(folder / entry.name)]
+    return objective.value(wanted, rows)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from reporting.tables import HEADLINE, aligned, means, never_measured, show
 
 RESULT = "result.json"  # in a task's folder, written last: a list with an object for each edit, or one with its error
 SAME_ERRORS = 3  # in a row end the run: what fails like this is not the single task
-NOT_COMPARED = ("logger", "cache", "device", "image", "prompt", "source_prompt", "example")  # of the settings
+NOT_COMPARED = ("logger", "cache", "device", "objective", "image", "prompt", "source_prompt", "example")  # of settings
 ALIKE = {"code", "model.weights"}  # nor these: a change of the code is warned of, weights are compared by their hash
 CHOICE = ("categories", "limit", "shard")  # of a task's settings: which are edited, not how
 

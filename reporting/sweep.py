@@ -5,14 +5,19 @@ folders, so any launcher may have run them."""
 import csv
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from errors import InputError
+from reporting.objective import check_directions, names
 from reporting.outcome import explain, unquoted
+
+JOBS = "*/.hydra/overrides.yaml"  # which Hydra writes when a job begins
 
 
 @dataclass
@@ -33,17 +38,31 @@ class Row:
 class Summary(Callback):
     """Hydra's callback; see conf/edit.yaml. Ends the program with 1 if a job failed."""
 
+    def __init__(self) -> None:
+        self.before: dict[Path, float] = {}  # what an earlier sweep left in the same folder, and when it was written
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        self.before = {path: path.stat().st_mtime for path in Path(config.hydra.sweep.dir).glob(JOBS)}
+        given = OmegaConf.select(config, "hydra.sweeper.direction")
+        if given is None:  # a sweeper that optimises nothing
+            return
+        directions = given if isinstance(given, ListConfig) else [given]
+        try:
+            check_directions(names(config.objective), [getattr(each, "name", each) for each in directions])
+        except InputError as error:  # Hydra would make a mere warning of it
+            sys.exit(f"error: {error}")
+
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         folder = Path(config.hydra.sweep.dir)
         try:
-            rows = read_jobs(folder)
+            rows = read_jobs(folder, self.before)
             write_summary(folder, rows)
             compared = []
             if any(row.record for row in rows):
                 from reporting.comparison import compare
 
                 compared = compare(folder, rows)
-        except Exception as error:  # Hydra would make a mere warning of it
+        except Exception as error:
             line = explain(error)
             if line is None:
                 raise
@@ -58,12 +77,11 @@ class Summary(Callback):
             sys.exit(1)
 
 
-def read_jobs(folder: Path) -> list[Row]:
-    """The rows of every job below `folder`, in the order of their numbers. Jobs that an earlier sweep left in the
-    same folder are older than this one's multirun.yaml."""
-    sweep = folder / "multirun.yaml"
-    since = sweep.stat().st_mtime if sweep.exists() else 0.0
-    found = [path for path in folder.glob("*/.hydra/overrides.yaml") if path.stat().st_mtime >= since]
+def read_jobs(folder: Path, before: Mapping[Path, float] | None = None) -> list[Row]:
+    """The rows of every job below `folder`, in the order of their numbers, but for those that are as old as `before`
+    says. (Whether one is older than the sweep cannot be asked: the clocks of a cluster's machines differ.)"""
+    old = before or {}
+    found = [path for path in folder.glob(JOBS) if path.stat().st_mtime != old.get(path)]
     rows = []
     for job in sorted((path.parent.parent for path in found), key=lambda job: (len(job.name), job.name)):
         typed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or []

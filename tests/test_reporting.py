@@ -391,14 +391,15 @@ def test_summary_ends_with_1_if_a_job_failed_and_skips_older_jobs(tmp_path, caps
 
     write_job(tmp_path, 9, ["seed=9"], [({}, "red")])  # of an earlier sweep in the same folder
     os.utime(tmp_path / "9" / ".hydra" / "overrides.yaml", (1, 1))
-    (tmp_path / "multirun.yaml").write_text("")
-    write_job(tmp_path, 0, ["seed=0"], [({}, "red")])
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    Summary().on_multirun_end(config)
+    summary = Summary()
+    summary.on_multirun_start(config)
+    write_job(tmp_path, 0, ["seed=0"], [({}, "red")])
+    summary.on_multirun_end(config)
     assert "1 jobs, 0 failed" in capsys.readouterr().out
     write_job(tmp_path, 1, ["seed=1"], error="no")
     with pytest.raises(SystemExit) as end:
-        Summary().on_multirun_end(config)
+        summary.on_multirun_end(config)
     assert end.value.code == 1 and "2 jobs, 1 failed" in capsys.readouterr().out
 
 
