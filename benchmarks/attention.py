@@ -17,8 +17,6 @@ that q, k, v, o and their gradients, each moved once, would take at the rate of 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
 import sys
 import time
@@ -34,10 +32,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from files import whole_file
+from benchmarks.writing import keep, machine
 from models.attention import attention, why_not_fused
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BATCH, TOKENS = 2, 77
 LEVELS = {  # pixels on a side, heads, width of a head
     "1.5 at 512": [(64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)],
@@ -256,13 +253,6 @@ def tables(rows: list[dict]) -> str:
     return "\n".join(text) + "\n"
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0]} ({torch.get_num_threads()} threads)"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time attention at Stable Diffusion's shapes.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -304,12 +294,8 @@ def main() -> None:
     text = "# Attention\n\n" + "".join(f"- {k}: {v}\n" for k, v in about.items()) + "\n" + tables(rows)
     print(text)
     if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        stem = re.sub(r"\W+", "-", f"attention-{machine(device).split(' (')[0]}").strip("-").lower()
-        stem += "-deterministic" if options.deterministic else ""
-        for ending, content in {"md": text, "json": json.dumps({**about, "rows": rows}, indent=1) + "\n"}.items():
-            with whole_file(RESULTS / f"{stem}.{ending}") as partial:
-                partial.write_text(content)
+        stem = f"attention-{machine(device).split(' (')[0]}" + ("-deterministic" if options.deterministic else "")
+        keep(stem, text, {**about, "rows": rows})
     if any("wrong" in r for r in rows):
         sys.exit("some results were wrong: see above")
 

@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -37,8 +36,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.writing import keep, machine, table
 from data.tasks import EditTask
-from files import whole_file
 from methods import base
 from methods.base import Reporter
 from methods.direct_inversion import DirectInversion
@@ -47,7 +46,6 @@ from models.autoencoder import Autoencoder
 from models.latent_diffusion import build
 from samplers import Sampler
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SD1 = {
     "unet": {"num_heads": 8},
     "vae": {},
@@ -343,16 +341,9 @@ def progress(name: str, rows: list[dict]) -> None:
 def markdown(title: str, rows: list[dict]) -> str:
     """Bytes become GB of 10^9."""
     head = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [head, ["---"] * len(head), *([row.get(column, "") for column in head] for row in rows)]
+    lines = [[row.get(column, "") for column in head] for row in rows]
     cells = [[cell if isinstance(cell, str) else f"{cell / 1e9:.2f}" for cell in line] for line in lines]
-    return f"## {title}, GB\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":")[1].strip()
+    return f"## {title}, GB\n\n{table(head, cells)}"
 
 
 if __name__ == "__main__":
@@ -365,11 +356,8 @@ if __name__ == "__main__":
     parser.add_argument("parts", nargs="*", default=["tables", "check", "slices"], help="tables, check, slices")
     for part in parser.parse_args().parts:
         found = {"tables": tables, "check": check, "slices": slices}[part]()
-        place = "no device" if part == "tables" and not torch.cuda.is_available() else machine()
+        cuda = torch.cuda.is_available()
+        place = "no device" if part == "tables" and not cuda else machine(torch.device("cuda" if cuda else "cpu"))
         text = f"# Memory: {part}, {place}, torch {torch.__version__}\n\n" + "\n".join(markdown(*t) for t in found)
         print(text)
-        RESULTS.mkdir(exist_ok=True)
-        name = re.sub(r"\W+", "-", f"memory-{part}-{place}").lower()
-        for ending, content in {"md": text, "json": json.dumps(dict(found), indent=1) + "\n"}.items():
-            with whole_file(RESULTS / f"{name}.{ending}") as partial:
-                Path(partial).write_text(content)
+        keep(f"memory-{part}-{place.split(' (')[0]}", text, dict(found))

@@ -134,3 +134,17 @@ def test_the_unet_agrees_with_every_backend(on_gpu):
         with use_backend(backend):
             outputs.append(model.unet(x, 500, context))
     torch.testing.assert_close(*outputs, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layout_and_compilation_change_rounding_only(on_gpu, dtype, compiled):
+    plain, other = on_gpu(dtype), on_gpu(dtype).to(memory_format=torch.channels_last)
+    if compiled:
+        other.unet.compile()
+    x = torch.randn(2, *plain.latent_shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    context = plain.encode_text(["a cat", "a red heart"])
+    with torch.no_grad():
+        for t in (900, 5):
+            expected, found = (model.predict_noise(x, t, context).float() for model in (plain, other))
+            assert (found - expected).norm() < (5e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
