@@ -55,6 +55,7 @@ class DirectInversion:
     blend_fraction: float = 1.0  # of the steps
     guidance_scale: float = 3.0
     inversion_prompt: str = ""
+    inversion_steps: int | None = None  # None: the sampler's
     fixed_point_steps: int = 0
     # the start latent
     mix: str = "cosine"  # cosine | linear | gaussian
@@ -76,6 +77,13 @@ class DirectInversion:
         check(self, "num_samples", low=1, whole=True)
         check_choice(self, ("noise", "latent", "path"), "blend")
         check_choice(self, ("cosine", "linear", "gaussian"), "mix")
+        if self.inversion_steps is not None:
+            check(self, "inversion_steps", low=1, whole=True)
+        if self.blend == "path" and self.inversion_steps not in (None, self.sampler.steps):
+            raise InputError(
+                f"method.inversion_steps is {self.inversion_steps}: method.blend=path needs the latents of the very "
+                "steps that are sampled; choose noise or latent"
+            )
         if self.mix != "cosine" and self.structural_similarity != 1:
             raise InputError(
                 f"method.structural_similarity is {self.structural_similarity}, which only method.mix=cosine "
@@ -107,7 +115,7 @@ class DirectInversion:
         self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
     ) -> EditResult:
         """`num_samples` edits. The reconstruction replays the recording from the inverted latent, as the edit with
-        strength 0 does where it starts there (see `sample`).
+        strength 0 does where it starts there (see `sample`); it is exact if the inversion took the sampler's steps.
 
         Raises InputError if the result is not finite, or if `semantic_coherence` asks for a CLIP that the
         model does not have.
@@ -120,11 +128,18 @@ class DirectInversion:
         with frozen(model), torch.no_grad():
             z_0 = source_latent(model, task.image)
             trajectory = self.sampler.trajectory(model.schedule)
+            upward = model.schedule.trajectory(self.inversion_steps or len(trajectory), self.sampler.spacing)
+            if upward.timesteps[0] != trajectory.timesteps[0]:
+                raise InputError(
+                    f"method.inversion_steps is {self.inversion_steps}, which with sampler.spacing="
+                    f"{self.sampler.spacing} ends at another noise level than sampler.steps={len(trajectory)} begins "
+                    "at: set sampler.spacing=trailing"
+                )
             with reporter.stage("inversion"):
                 empty = in_dtype(model.dtype, guided(model, model.encode_text([self.inversion_prompt])))
-                bar = partial(reporter.progress, stage="inversion", total=len(trajectory))
-                recording = ddim.record(empty, z_0, trajectory, self.fixed_point_steps, bar)
-                reconstruction = ddim.sample(recording.replay, recording.latent, trajectory)
+                bar = partial(reporter.progress, stage="inversion", total=len(upward))
+                recording = ddim.record(empty, z_0, upward, self.fixed_point_steps, bar)
+                reconstruction = ddim.sample(partial(recorded, recording), recording.latent, trajectory)
             with reporter.stage("editing"):
                 null = model.encode_text([""]) if self.guidance_scale != 1 else None
                 context = model.encode_text([task.prompt])
@@ -165,8 +180,8 @@ class DirectInversion:
 
         lambda is 0 after the first `blend_fraction` of the steps. Strength 0 means the recording's noise
         alone in all of them, whatever the blend and the fraction. That is the reconstruction, exactly, if
-        the start is the inverted latent (mix=cosine, structural_similarity=1, diversity=0) and sampling adds
-        no noise (the sampler's eta is 0).
+        the start is the inverted latent (mix=cosine, structural_similarity=1, diversity=0), sampling adds
+        no noise (the sampler's eta is 0), and the inversion took the same steps.
         """
         steps = len(trajectory)
         lam = [1 - self.edit_strength if i < round(self.blend_fraction * steps) else 0.0 for i in range(steps)]
@@ -175,10 +190,10 @@ class DirectInversion:
         def denoise(x: Tensor, t: int) -> Tensor:
             i = step_at[int(t)]
             if self.edit_strength == 0:
-                return recording.eps[i]
+                return recorded(recording, x, t)
             eps = target(x, t)
             if self.blend == "noise":
-                return eps + lam[i] * (recording.eps[i] - eps)
+                return eps + lam[i] * (recorded(recording, x, t) - eps)
             return eps + lam[i] * (recording.latent - eps) if self.blend == "latent" else eps
 
         def after(i: int, x: Tensor) -> Tensor:
@@ -236,6 +251,11 @@ class DirectInversion:
         with any_kernels() if resampled else nullcontext():
             minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
         return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}
+
+
+def recorded(recording: ddim.Inversion, x: Tensor, t: int) -> Tensor:
+    """The noise recorded at the timestep t, or where the inversion took other steps, at the nearest one."""
+    return recording.eps[int((recording.timesteps - int(t)).abs().argmin())]
 
 
 def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:

@@ -42,7 +42,10 @@ def explain(error: BaseException) -> str | None:
     first = causes[0]
     if isinstance(first, MissingConfigException) and first.options:
         group, _, name = str(first.missing_cfg_file).rpartition("/")
-        return f"{group}={name} is unknown: choose from {', '.join(sorted(first.options))}"
+        more = '; pip install -e ".[sweep]" brings more' if group.startswith("hydra/") else ""
+        return f"{group}={name} is unknown: choose from {', '.join(sorted(first.options))}{more}"
+    if str(first) == "No trials are completed yet.":  # Optuna's, after the last job; each has told its own error
+        return "every job failed, so there is no best one"
     if isinstance(first, InstantiationException):
         unknown = [str(cause) for cause in causes if "unexpected keyword argument" in str(cause)]
         return " ".join(unknown[-1].split()) if unknown else None
@@ -80,6 +83,8 @@ def run(main: Callable[[], None]) -> None:
         os.environ.update({"HYDRA_FULL_ERROR": "1", "PALIMPSEST_SHORT": "1"})
     for flag in {"--multirun", "-m"} & set(sys.argv):  # Hydra's parser wants it before the overrides
         sys.argv.insert(1, sys.argv.pop(sys.argv.index(flag)))
+        # Where a launcher starts its jobs this program is no longer the script whose folder Python searches.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
     sys.argv[1:] = [literal(argument) for argument in sys.argv[1:]]
     try:
         main()

@@ -84,6 +84,36 @@ def test_blending_follows_its_equation(tiny_model, task, blend):
     torch.testing.assert_close(result.tensors["edited_latents"], z, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("blend", ["noise", "latent"])
+def test_the_inversion_may_take_other_steps(tiny_model, task, blend):
+    """6 up and 4 down, walked here step by step: the noise recorded nearest to each timestep stands in for its own."""
+    sampler = Sampler(steps=4, spacing="trailing")
+    settings = {"edit_strength": 0.3, "blend": blend, "guidance_scale": 2.0}
+    result = DirectInversion(sampler, inversion_steps=6, **settings).edit(tiny_model, task)
+    up, down = (tiny_model.schedule.trajectory(steps, "trailing") for steps in (6, 4))
+    null, target = tiny_model.encode_text([""]), tiny_model.encode_text([task.prompt])
+    recording = ddim.record(guided(tiny_model, null), tiny_model.encode_image(task.image), up)
+    denoise, z = guided(tiny_model, target, null, 2.0), recording.latent
+    for i, t in enumerate(down.timesteps.tolist()):
+        nearest = min(range(6), key=lambda j: abs(int(up.timesteps[j]) - t))
+        held = recording.eps[nearest] if blend == "noise" else recording.latent
+        eps = 0.3 * denoise(z, t) + 0.7 * held
+        z = ddim.step(z, eps, down.alpha_bars[i], down.alpha_bars[i + 1])
+    torch.testing.assert_close(result.tensors["edited_latents"], z, atol=1e-4, rtol=0)
+    assert result.metrics["replay_error"] > 1e-3
+    same = DirectInversion(sampler, inversion_steps=4, **settings).edit(tiny_model, task)
+    assert torch.equal(images(same), images(DirectInversion(sampler, **settings).edit(tiny_model, task)))
+
+
+def test_other_steps_must_begin_at_the_same_noise(tiny_model, task):
+    with pytest.raises(InputError, match=r"sampler\.spacing=trailing"):
+        method(inversion_steps=6).edit(tiny_model, task)
+    with pytest.raises(InputError, match=r"method\.inversion_steps is 6: method\.blend=path"):
+        method(inversion_steps=6, blend="path")
+    with pytest.raises(InputError, match=r"method\.inversion_steps is 0"):
+        method(inversion_steps=0)
+
+
 def test_more_strength_leads_further_from_the_source(tiny_model, task):
     similarity = []
     for strength in (0.0, 0.25, 0.5, 1.0):

@@ -46,7 +46,7 @@ PHOTO = ["image=photo.jpg", "prompt=a red heart"]
 
 
 def run_here(user, folder, *settings):
-    """The same in this process, which spares loading everything; errors are raised."""
+    """The same in this process, which spares loading everything; what `edit` returns, and errors are raised."""
     import hydra
 
     import edit as command
@@ -57,7 +57,7 @@ def run_here(user, folder, *settings):
     try:
         with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
             cfg = hydra.compose("edit", ["model.weights=tiny", f"cache.dir={user / 'cache/tuning'}", *settings])
-            command.edit(cfg, folder, "imagic")
+            return command.edit(cfg, folder, "imagic")
     finally:
         os.chdir(before)
         torch.set_num_threads(threads)
