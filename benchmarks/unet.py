@@ -8,8 +8,8 @@ implementation of the same network.
 The plain implementation has the same weights and gives the same result (checked here, to the dtype's rounding). It has
 PyTorch's own layers in PyTorch's own memory layout, separate products for queries, keys and values, and projects the
 text at every step. Its attention is `scaled_dot_product_attention`, its guidance one batch of two, as in the usual
-libraries, so neither counts for us. (On a CPU without instructions for half precision it lies channels last in that,
-for else a step takes minutes.)
+libraries, so neither counts for us. On a CPU without instructions for half precision it lies channels last in that, for
+else a step takes minutes.
 
 forward     with classifier-free guidance, no gradients: a step of sampling
 embedding   forward and backward to the text, weights frozen: a step of Imagic's stage A

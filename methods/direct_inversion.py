@@ -36,7 +36,7 @@ from methods.base import (
     source_latent,
     to_image,
 )
-from samplers import Denoiser, Sampler, ddim, guided, noise_like
+from samplers import Denoiser, NoiseSchedule, Sampler, Trajectory, ddim, guided, noise_like
 
 if TYPE_CHECKING:
     from data.tasks import EditTask
@@ -122,19 +122,14 @@ class DirectInversion:
         """
         if self.semantic_coherence and model.clip is None:
             raise InputError(
-                "method.semantic_coherence needs a model with a CLIP image tower, and this one has none: "
-                "set it to 0"
+                "method.semantic_coherence needs a model with a CLIP image tower, and this one has none: set it to 0"
             )
         with frozen(model), torch.no_grad():
             z_0 = source_latent(model, task.image)
             trajectory = self.sampler.trajectory(model.schedule)
-            upward = model.schedule.trajectory(self.inversion_steps or len(trajectory), self.sampler.spacing)
-            if upward.timesteps[0] != trajectory.timesteps[0]:
-                raise InputError(
-                    f"method.inversion_steps is {self.inversion_steps}, which with sampler.spacing="
-                    f"{self.sampler.spacing} ends at another noise level than sampler.steps={len(trajectory)} begins "
-                    "at: set sampler.spacing=trailing"
-                )
+            upward = trajectory
+            if self.inversion_steps not in (None, len(trajectory)):
+                upward = other_grid(model.schedule, trajectory, self.inversion_steps)
             with reporter.stage("inversion"):
                 empty = in_dtype(model.dtype, guided(model, model.encode_text([self.inversion_prompt])))
                 bar = partial(reporter.progress, stage="inversion", total=len(upward))
@@ -168,9 +163,7 @@ class DirectInversion:
         tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
         return EditResult(edits, to_image(model, reconstruction), metrics, tensors)
 
-    def sample(
-        self, target: Denoiser, start: Tensor, recording: ddim.Inversion, trajectory, noise, reporter
-    ) -> Tensor:
+    def sample(self, target: Denoiser, start: Tensor, recording: ddim.Inversion, trajectory, noise, reporter) -> Tensor:
         """Guided sampling from `start` that is held to the recording, with lambda = 1 - edit_strength. By
         `blend`:
 
@@ -251,6 +244,16 @@ class DirectInversion:
         with any_kernels() if resampled else nullcontext():
             minimise(terms, [z], steps, lr, "adam", stage, "method.coherence_lr", reporter)
         return z.detach().to(z_edit), {"clip_cosine_before": before, "clip_cosine_after": float(agreement())}
+
+
+def other_grid(schedule: NoiseSchedule, trajectory: Trajectory, steps: int) -> Trajectory:
+    """`steps` timesteps, evenly spaced, from the first of `trajectory` down, that end where it ends: another walk
+    between the same two noise levels. Raises InputError for more than there are timesteps."""
+    levels = int(trajectory.timesteps[0]) + 1
+    if steps > levels:
+        raise InputError(f"method.inversion_steps is {steps}: below the sampler's first timestep there are {levels}")
+    timesteps = torch.tensor([round((steps - i) * levels / steps) - 1 for i in range(steps)])
+    return Trajectory(timesteps, torch.cat([schedule.alpha_bars[timesteps], trajectory.alpha_bars[-1:]]))
 
 
 def recorded(recording: ddim.Inversion, x: Tensor, t: int) -> Tensor:

@@ -53,9 +53,7 @@ class TuningCache:
             raise InputError(f"cache.max_gb={max_gb} is out of range: a number above 0, or cache.enabled=false")
         self.enabled, self.dir, self.max_bytes = enabled, Path(dir).expanduser(), int(max_gb * 1e9)
 
-    def get(
-        self, determined_by: dict, build: Callable[[], dict[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], bool]:
+    def get(self, determined_by: dict, build: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
         """What `build` gives, on the CPU, and whether it was found here. `determined_by` holds, in JSON's
         types, everything that it depends on."""
         if not self.enabled:

@@ -87,8 +87,7 @@ def grid(
     for text in title[1:]:
         heading += [(part, small, line, FAINT) for part in wrap(text, small, width - 2 * MARGIN)]
     captions = [
-        [[part for t in cell.lines for part in wrap(t, small, cell_width)] if cell else [] for cell in r]
-        for r in shown
+        [[part for t in cell.lines for part in wrap(t, small, cell_width)] if cell else [] for cell in r] for r in shown
     ]
     heads = [wrap(name, small, cell_width) for name in column_names or []]
     head_lines = max((len(h) for h in heads), default=0)

@@ -19,9 +19,7 @@ class NoisePredictor(Protocol):
     def predict_noise(self, x: Tensor, t: int | Tensor, context: Any) -> Tensor: ...
 
 
-def guided(
-    model: NoisePredictor, context: Tensor, null_context: Tensor | None = None, scale: float = 1.0
-) -> Denoiser:
+def guided(model: NoisePredictor, context: Tensor, null_context: Tensor | None = None, scale: float = 1.0) -> Denoiser:
     """A denoiser: eps_null + scale * (eps_text - eps_null), by one call on the batch [null; text].
 
     context, null_context: (1, L, C), shared by all images, or (B, L, C), one for each. scale 1 runs the text

@@ -15,7 +15,7 @@ from errors import InputError
 from methods import direct_inversion
 from methods.base import Reporter, cosine, generator
 from methods.direct_inversion import DirectInversion, with_cosine
-from samplers import Sampler, ddim, guided
+from samplers import NoiseSchedule, Sampler, ddim, guided
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def test_blending_follows_its_equation(tiny_model, task, blend):
 @pytest.mark.parametrize("blend", ["noise", "latent"])
 def test_the_inversion_may_take_other_steps(tiny_model, task, blend):
     """6 up and 4 down, walked here step by step: the noise recorded nearest to each timestep stands in for its own."""
-    sampler = Sampler(steps=4, spacing="trailing")
     settings = {"edit_strength": 0.3, "blend": blend, "guidance_scale": 2.0}
-    result = DirectInversion(sampler, inversion_steps=6, **settings).edit(tiny_model, task)
-    up, down = (tiny_model.schedule.trajectory(steps, "trailing") for steps in (6, 4))
+    result = method(inversion_steps=6, **settings).edit(tiny_model, task)
+    down = tiny_model.schedule.trajectory(4)
+    up = direct_inversion.other_grid(tiny_model.schedule, down, 6)
     null, target = tiny_model.encode_text([""]), tiny_model.encode_text([task.prompt])
     recording = ddim.record(guided(tiny_model, null), tiny_model.encode_image(task.image), up)
     denoise, z = guided(tiny_model, target, null, 2.0), recording.latent
@@ -101,13 +101,26 @@ def test_the_inversion_may_take_other_steps(tiny_model, task, blend):
         z = ddim.step(z, eps, down.alpha_bars[i], down.alpha_bars[i + 1])
     torch.testing.assert_close(result.tensors["edited_latents"], z, atol=1e-4, rtol=0)
     assert result.metrics["replay_error"] > 1e-3
-    same = DirectInversion(sampler, inversion_steps=4, **settings).edit(tiny_model, task)
-    assert torch.equal(images(same), images(DirectInversion(sampler, **settings).edit(tiny_model, task)))
+    same = method(inversion_steps=4, **settings).edit(tiny_model, task)
+    assert torch.equal(images(same), images(method(**settings).edit(tiny_model, task)))
 
 
-def test_other_steps_must_begin_at_the_same_noise(tiny_model, task):
-    with pytest.raises(InputError, match=r"sampler\.spacing=trailing"):
-        method(inversion_steps=6).edit(tiny_model, task)
+@given(st.integers(1, 40), st.integers(1, 200), st.sampled_from(("leading", "trailing", "linspace")))
+@settings(max_examples=40, deadline=None)
+def test_another_grid_joins_the_same_two_noise_levels(steps, others, spacing):
+    schedule = NoiseSchedule()
+    trajectory = schedule.trajectory(steps, spacing)
+    if others > int(trajectory.timesteps[0]) + 1:
+        with pytest.raises(InputError, match=r"method\.inversion_steps is"):
+            direct_inversion.other_grid(schedule, trajectory, others)
+        return
+    grid = direct_inversion.other_grid(schedule, trajectory, others)
+    assert len(grid) == others and (grid.timesteps.diff() < 0).all() and grid.timesteps[-1] >= 0
+    assert grid.timesteps[0] == trajectory.timesteps[0] and grid.alpha_bars[-1] == trajectory.alpha_bars[-1]
+    assert torch.equal(grid.alpha_bars[:-1], schedule.alpha_bars[grid.timesteps])
+
+
+def test_inversion_steps_out_of_range_are_refused():
     with pytest.raises(InputError, match=r"method\.inversion_steps is 6: method\.blend=path"):
         method(inversion_steps=6, blend="path")
     with pytest.raises(InputError, match=r"method\.inversion_steps is 0"):

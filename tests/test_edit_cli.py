@@ -117,7 +117,7 @@ def test_direct_inversion_with_wandb_offline(user):
 
 
 WRONG = {
-    "method=imagick": "choose from direct_inversion",
+    "method=imagick": "choose from ddim_inversion",
     "method.etta=0.5": "there is no setting method.etta",
     "image=missing.png": "missing.png",
 }
@@ -202,7 +202,7 @@ def test_help_is_quick_and_imports_nothing_heavy(user):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=EDIT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("prompt=", "--multirun", "method: direct_inversion", "imagic", "seed=0"):
+    for word in ("prompt=", "--multirun", "method: ddim_inversion", "imagic", "seed=0"):
         assert word in done.stdout
 
 

@@ -69,7 +69,6 @@ def test_a_compiled_network_asks_the_hook_too_and_is_not_compiled_for_it():
     with attention.hooked(lambda q, k, v, cross: seen.append(cross)):
         assert torch.equal(model.unet(x, 3, context), plain)
     assert seen and not counters["stats"]
-    assert torch.equal(model.unet(x, 3, context), plain) and counters["stats"]
 
 
 # Which words take whose maps.
@@ -230,7 +229,7 @@ def test_pnp_inversions_source_branch_is_the_input(task, dtype):
     result = made(PnPInversion, guidance_scale=7.5).edit(model, task)
     assert result.metrics["reconstruction_error"] == 0
     expected = model.decode_latents(model.encode_image(task.image))[0].float().clamp(-1, 1)
-    assert torch.equal(result.reconstruction, expected)
+    close(result.reconstruction, expected, 1e-5 if dtype == torch.float32 else 1e-2)
     assert made(guidance_scale=7.5).edit(model, task).metrics["reconstruction_error"] > 0.01
 
 
@@ -241,7 +240,7 @@ def test_pnp_inversion_adds_the_distance_to_the_source_branch_alone(tiny_model, 
     apart, plain = (
         made(kind, cross_replace=0, self_replace=0).edit(tiny_model, task) for kind in (PnPInversion, PromptToPrompt)
     )
-    assert torch.equal(apart.edits[0].image, plain.edits[0].image)
+    close(apart.edits[0].image, plain.edits[0].image, 1e-5)
 
 
 def test_negative_prompt_inversion_reconstructs_as_without_guidance(tiny_model, task):
@@ -255,11 +254,11 @@ def test_negative_prompt_inversion_reconstructs_as_without_guidance(tiny_model, 
 def test_null_text_comes_closer_than_plain_guidance(tiny_model, task):
     errors = {}
     for steps in (0, 2, 20):
-        method = made(NullText, guidance_scale=3.0, inner_steps=steps, stop_loss=0.0, null_lr=0.05)
+        method = made(NullText, guidance_scale=7.5, inner_steps=steps, stop_loss=0.0, null_lr=0.2)
         errors[steps] = method.edit(tiny_model, task).metrics["reconstruction_error"]
-    plain = made(guidance_scale=3.0).edit(tiny_model, task).metrics["reconstruction_error"]
+    plain = made(guidance_scale=7.5).edit(tiny_model, task).metrics["reconstruction_error"]
     assert errors[0] == pytest.approx(plain, rel=1e-4)
-    assert errors[20] < errors[2] < errors[0] and errors[20] < 0.9 * plain
+    assert errors[20] < errors[2] < errors[0] and errors[20] < 0.5 * plain
 
 
 def test_null_text_is_optimised_once_and_told_again(tiny_model, task):
@@ -284,7 +283,7 @@ def test_null_text_is_optimised_once_and_told_again(tiny_model, task):
     for (_, _, a), (_, _, b) in zip(points, reporter.points[4:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"])
     assert torch.equal(first.reconstruction, again.reconstruction)
-    for change in ({"inner_steps": 3}, {"null_lr": 0.1}, {"stop_loss": 1.0}, {"guidance_scale": 2.0}, {"steps": 3}):
+    for change in ({"inner_steps": 3}, {"null_lr": 0.1}, {"stop_loss": 1.0}, {"guidance_scale": 3.0}, {"steps": 3}):
         made(NullText, **{"inner_steps": 2, **change}).edit(tiny_model, task, reporter)
     made(NullText, inner_steps=2).edit(tiny_model, replace(task, source_prompt="a cat"), reporter)
     assert len(reporter.states) == 7

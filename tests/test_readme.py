@@ -23,25 +23,25 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def test_example_method_runs(tiny_model):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class SDEdit" in block)
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class Redraw" in block)
     settings = yaml.safe_load(
-        next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if "methods.sdedit" in block)
+        next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if "methods.redraw" in block)
     )
-    module = types.ModuleType("methods.sdedit")
-    sys.modules["methods.sdedit"] = module
+    module = types.ModuleType("methods.redraw")
+    sys.modules["methods.redraw"] = module
     exec(code, module.__dict__)
-    assert settings.pop("_target_") == "methods.sdedit.SDEdit" and settings.pop("sampler") == "${sampler}"
-    method = module.SDEdit(Sampler(steps=4), **settings)
+    assert settings.pop("_target_") == "methods.redraw.Redraw" and settings.pop("sampler") == "${sampler}"
+    method = module.Redraw(Sampler(steps=4), **settings)
     task = EditTask(torch.rand(1, 3, 32, 32) * 2 - 1, "a cat")
     with torch.no_grad():
         result = method.edit(tiny_model, task)
-        little = module.SDEdit(Sampler(steps=50), strength=0.02).edit(tiny_model, task)
+        little = module.Redraw(Sampler(steps=50), strength=0.02).edit(tiny_model, task)
     assert result.edits[0].image.shape == (3, 32, 32) and result.edits[0].settings == {"strength": 0.6}
     far = (result.edits[0].image - result.reconstruction).abs().mean()
     near = (little.edits[0].image - little.reconstruction).abs().mean()
     assert near < far  # less of the trajectory keeps more of the picture
     with pytest.raises(InputError, match=r"method\.strength"):
-        module.SDEdit(Sampler(), strength=2)
+        module.Redraw(Sampler(), strength=2)
 
 
 @pytest.mark.parametrize("method", [Imagic, DirectInversion])

@@ -234,9 +234,7 @@ def report(model, folder, cache_dir, edits=2):
         for i in reporter.progress(range(3), "embedding", 3):
             reporter.scalar("embedding", i, loss=1.0 / (i + 1))
     state = reporter.cached({"stage": "embedding"}, lambda: STATE)
-    made = [
-        Edit(torch.full((3, 32, 32), 0.1 * i), {"eta": 0.5 + 0.1 * i, "by": "a/b c"}) for i in range(edits)
-    ]
+    made = [Edit(torch.full((3, 32, 32), 0.1 * i), {"eta": 0.5 + 0.1 * i, "by": "a/b c"}) for i in range(edits)]
     return reporter, EditResult(made, torch.zeros(3, 32, 32), {"cosine": 0.5}, state)
 
 

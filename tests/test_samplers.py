@@ -442,9 +442,7 @@ def moments(variance: str, data: Gaussian, trajectory, monkeypatch) -> tuple[lis
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("end", ["first", "one"])
 @pytest.mark.parametrize("variance", ddpm.VARIANCES)
-@pytest.mark.parametrize(
-    "steps, spacing", [(1, "leading"), (7, "trailing"), (30, "linspace"), (50, "leading")]
-)
+@pytest.mark.parametrize("steps, spacing", [(1, "leading"), (7, "trailing"), (30, "linspace"), (50, "leading")])
 def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacing, monkeypatch) -> None:
     schedule = SCHEDULES[kind, end]
     trajectory, data = schedule.trajectory(steps, spacing), Gaussian(schedule)

@@ -27,7 +27,7 @@ SEARCHES = ("optuna_success", "optuna_tradeoff")
 QUIET = [*PHOTO, *SHORT, "logger.mode=disabled"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def composed():
     """`edit.py`'s settings for the given arguments, Hydra's own too."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
