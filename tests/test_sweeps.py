@@ -145,37 +145,40 @@ def test_a_run_returns_its_objective(user, tmp_path):
 # Launchers and sweepers.
 
 
-def test_jobs_side_by_side_share_one_tuning(user):
-    """Two processes want the same two stages at once: each stage is tuned by one of them, and the edits are those of
-    a run by itself."""
+@pytest.mark.slow
+def test_a_search_by_jobs_side_by_side_that_share_one_tuning(user):
+    """Optuna asks for two eta at once, so that two processes want the same two stages: each is tuned by one of them,
+    and the edits are those of a run by itself."""
     pytest.importorskip("joblib")
-    run_here(user, user / "alone", *QUIET, "cache.enabled=false", "seed=5", "method.eta=0.4")
-    settings = [*QUIET, "seed=5", "hydra.sweep.dir=parallel", f"cache.dir={user / 'shared'}"]
+    pytest.importorskip("optuna")
+    settings = [*QUIET, "hydra.sweep.dir=searched", f"cache.dir={user / 'shared'}", "hydra/sweeper=optuna"]
+    settings += ["hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize", "objective=psnr_to_input"]
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    code, out, err = edit(user, *settings, *launcher, "--multirun", "method.eta=0.4,0.8")
+    code, out, err = edit(user, *settings, *launcher, "--multirun", "method.eta=interval(0.0,1.0)")
     assert code == 0 and "2 jobs, 0 failed" in out, err
-    jobs = [user / "parallel" / name for name in "01"]
-    reused = [json.loads((job / "timings.json").read_text())["reused_tuning"] for job in jobs]
+    jobs = read_jobs(user / "searched")
+    reused = [json.loads((row.picture.parents[1] / "timings.json").read_text())["reused_tuning"] for row in jobs]
     assert sorted(itertools.chain(*reused)) == ["embedding", "tuning"]
     assert len(list((user / "shared").glob("*.safetensors"))) == 2
-    name = "edits/00_eta-0.4_sample-0.png"
-    assert (jobs[0] / name).read_bytes() == (user / "alone" / name).read_bytes()
-
-
-def test_optuna_searches_with_jobs_of_submitit(user):
-    """As on a cluster, where each job is a process of its own that is started from a file."""
-    pytest.importorskip("submitit")
-    pytest.importorskip("optuna")
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
-    search += ["hydra.sweeper.direction=maximize", "objective=psnr_to_input", "hydra.sweep.dir=searched"]
-    launcher = ["hydra/launcher=submitit_local"]
-    code, out, err = edit(user, *QUIET, *search, *launcher, "--multirun", "method.eta=interval(0.0,1.0)")
-    assert code == 0 and "2 jobs, 0 failed" in out, err
     found = yaml.safe_load((user / "searched" / "optimization_results.yaml").read_text())
-    made = {float(row.overrides["method.eta"]): row.numbers["psnr_to_input"] for row in read_jobs(user / "searched")}
-    best = max(made, key=made.get)
-    assert found["best_params"]["method.eta"] == pytest.approx(best)
-    assert found["best_value"] == pytest.approx(made[best])
+    best = max(jobs, key=lambda row: row.numbers["psnr_to_input"])
+    assert found["best_value"] == pytest.approx(best.numbers["psnr_to_input"])
+    assert found["best_params"]["method.eta"] == pytest.approx(best.settings["eta"])
+    alone = [*QUIET, "cache.enabled=false", f"method.eta={best.overrides['method.eta']}"]
+    run_here(user, user / "alone", *alone)
+    (edited,) = (user / "alone" / "edits").iterdir()
+    assert edited.read_bytes() == best.picture.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_job_of_submitit_runs_wherever_one_stands(user):
+    """As on a cluster: a process of its own, started from a file, and not by `edit.py`, whose folder it must find."""
+    pytest.importorskip("submitit")
+    settings = [*QUIET, "hydra/launcher=submitit_local", "hydra.sweep.dir=submitted"]
+    code, out, err = edit(user, *settings, "--multirun", "method.eta=0.4")
+    assert code == 0 and "1 jobs, 0 failed" in out, err
+    (done,) = read_jobs(user / "submitted")
+    assert done.picture.exists() and done.overrides["method.eta"] == "0.4"
 
 
 def test_a_search_for_nothing_is_one_line(user):
