@@ -66,12 +66,12 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
     weights = find(cfg.model.weights)
     if arch is None and not (weights / "config.json").exists() and weights.exists():
         warnings.warn(f"{weights} comes with the settings for another model: name its kind, model=sd15", stacklevel=1)
-    keep_memory()
     model = models.load(weights, arch=arch, device=device, dtype=dtype, ema=ema)
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.unet.compile()
+    keep_memory()  # not before: what loading leaves behind would be kept too
     model.autoencoder.slices = slices
     kernels = [cfg.attention, channels_last, cfg.compile]
     multiple = model.autoencoder.downsampling * model.unet.downsampling
