@@ -78,8 +78,8 @@ def test_sdedit_is_the_end_of_sampling_from_the_noised_image(tiny_model, task):
 
 def test_sdedit_keeps_less_the_more_it_noises(tiny_model, task):
     kept = [
-        SDEdit(Sampler("ddpm", 20), strength=s).edit(tiny_model, task).edits[0].metrics["edit_source_cosine"]
-        for s in (0.0, 0.2, 0.5, 1.0)
+        SDEdit(Sampler("ddpm", 10), strength=s).edit(tiny_model, task).edits[0].metrics["edit_source_cosine"]
+        for s in (0.0, 0.3, 1.0)
     ]
     assert kept == sorted(kept, reverse=True) and kept[0] > 0.99 and kept[-1] < 0.9
 
@@ -115,11 +115,11 @@ def test_ddim_inversion_is_up_under_one_prompt_and_down_under_the_other(tiny_mod
 def test_ddim_inversion_returns_where_nothing_changes_and_the_inversion_is_exact(tiny_model, task):
     same = replace(task, prompt=task.source_prompt)
     errors = []
-    for n in (0, 10):
-        result = DDIMInversion(Sampler(steps=20), guidance_scale=1.0, fixed_point_steps=n).edit(tiny_model, same)
+    for n in (0, 8):
+        result = DDIMInversion(Sampler(steps=12), guidance_scale=1.0, fixed_point_steps=n).edit(tiny_model, same)
         close(result.edits[0].image, result.reconstruction)
         errors.append(result.metrics["reconstruction_error"])
-    assert errors[1] < 1e-3 < errors[0]
+    assert errors[1] < 3e-3 and errors[1] < errors[0] / 10
 
 
 @pytest.mark.parametrize("sampler", [Sampler("ddpm"), Sampler(eta=0.5)])
@@ -132,8 +132,7 @@ def test_ddim_inversion_takes_the_path_that_goes_both_ways(sampler):
 
 
 @pytest.mark.parametrize("sampler", KINDS)
-@pytest.mark.parametrize("end", ["first", "one"])
-@pytest.mark.parametrize("skip", [0.0, 0.36, 1.0])
+@pytest.mark.parametrize(("end", "skip"), [("first", 0.0), ("one", 0.36), ("one", 1.0)])
 def test_an_unchanged_prompt_returns_the_inputs_latent(tiny_model, task, sampler, end, skip, monkeypatch):
     monkeypatch.setattr(tiny_model, "schedule", NoiseSchedule(kind="cosine", final_alpha_bar=end))
     method = DDPMInversion(sampler, skip, guidance_scale=4.0, source_guidance_scale=4.0, num_samples=2)
@@ -179,7 +178,7 @@ def test_noise_maps_lead_along_a_path_of_independent_noise(tiny_model, task):
 
 def test_it_keeps_more_the_more_it_skips(tiny_model, task):
     kept = [
-        DDPMInversion(Sampler("ddpm", 20), skip, 5.0).edit(tiny_model, task).edits[0].metrics["edit_source_cosine"]
+        DDPMInversion(Sampler("ddpm", 10), skip, 5.0).edit(tiny_model, task).edits[0].metrics["edit_source_cosine"]
         for skip in (0.0, 0.5, 0.9)
     ]
     assert kept == sorted(kept)

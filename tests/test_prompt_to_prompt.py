@@ -253,12 +253,12 @@ def test_negative_prompt_inversion_reconstructs_as_without_guidance(tiny_model, 
 
 def test_null_text_comes_closer_than_plain_guidance(tiny_model, task):
     errors = {}
-    for steps in (0, 2, 20):
+    for steps in (0, 2, 10):
         method = made(NullText, guidance_scale=7.5, inner_steps=steps, stop_loss=0.0, null_lr=0.2)
         errors[steps] = method.edit(tiny_model, task).metrics["reconstruction_error"]
     plain = made(guidance_scale=7.5).edit(tiny_model, task).metrics["reconstruction_error"]
     assert errors[0] == pytest.approx(plain, rel=1e-4)
-    assert errors[20] < errors[2] < errors[0] and errors[20] < 0.5 * plain
+    assert errors[10] < errors[2] < errors[0] and errors[10] < 0.7 * plain
 
 
 def test_null_text_is_optimised_once_and_told_again(tiny_model, task):
@@ -275,17 +275,17 @@ def test_null_text_is_optimised_once_and_told_again(tiny_model, task):
             self.points.append((stage, step, values))
 
     reporter = Kept()
-    first = made(NullText, inner_steps=2).edit(tiny_model, task, reporter)
+    first = made(NullText, 2, inner_steps=2).edit(tiny_model, task, reporter)
     points = reporter.points[:]
-    assert [step for _, step, _ in points] == [0, 1, 2, 3] and {stage for stage, *_ in points} == {"null_text"}
-    again = made(NullText, inner_steps=2, cross_replace=0.1).edit(tiny_model, replace(task, prompt="a dog"), reporter)
-    assert len(reporter.states) == 1 and len(reporter.points) == 8
-    for (_, _, a), (_, _, b) in zip(points, reporter.points[4:], strict=True):
+    assert [step for _, step, _ in points] == [0, 1] and {stage for stage, *_ in points} == {"null_text"}
+    again = made(NullText, 2, inner_steps=2, cross_replace=0.1).edit(tiny_model, replace(task, prompt="a dog"), reporter)
+    assert len(reporter.states) == 1 and len(reporter.points) == 4
+    for (_, _, a), (_, _, b) in zip(points, reporter.points[2:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"])
     assert torch.equal(first.reconstruction, again.reconstruction)
     for change in ({"inner_steps": 3}, {"null_lr": 0.1}, {"stop_loss": 1.0}, {"guidance_scale": 3.0}, {"steps": 3}):
-        made(NullText, **{"inner_steps": 2, **change}).edit(tiny_model, task, reporter)
-    made(NullText, inner_steps=2).edit(tiny_model, replace(task, source_prompt="a cat"), reporter)
+        made(NullText, **{"steps": 2, "inner_steps": 2, **change}).edit(tiny_model, task, reporter)
+    made(NullText, 2, inner_steps=2).edit(tiny_model, replace(task, source_prompt="a cat"), reporter)
     assert len(reporter.states) == 7
 
 
