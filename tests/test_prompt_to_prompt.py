@@ -278,7 +278,9 @@ def test_null_text_is_optimised_once_and_told_again(tiny_model, task):
     first = made(NullText, 2, inner_steps=2).edit(tiny_model, task, reporter)
     points = reporter.points[:]
     assert [step for _, step, _ in points] == [0, 1] and {stage for stage, *_ in points} == {"null_text"}
-    again = made(NullText, 2, inner_steps=2, cross_replace=0.1).edit(tiny_model, replace(task, prompt="a dog"), reporter)
+    again = made(NullText, 2, inner_steps=2, cross_replace=0.1).edit(
+        tiny_model, replace(task, prompt="a dog"), reporter
+    )
     assert len(reporter.states) == 1 and len(reporter.points) == 4
     for (_, _, a), (_, _, b) in zip(points, reporter.points[2:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"])
