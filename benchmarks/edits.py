@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.writing import keep, machine, table
+from benchmarks.writing import keep, kept, machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("defaults", "growth", "sd15")
 DEFAULTS = [["method=imagic"], ["method=direct_inversion"]]
 SHORT = ["method=imagic", "method.tuning_steps=20"]
 GROWTH = [
@@ -69,7 +70,8 @@ def measure(cases: list[list[str]], repeats: int, folder: Path) -> list[dict]:
 
 def report(rows: list[dict]) -> str:
     def seconds(values: list[float]) -> str:
-        return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+        spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+        return f"{statistics.median(values):.1f}{spread}"
 
     lines = []
     for row in rows:
@@ -84,31 +86,30 @@ def report(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole edits.")
-    parser.add_argument("parts", nargs="*", help="defaults, growth, sd15; none: all")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="of the defaults; the others are run once")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     name = machine(torch.device("cuda" if cuda else "cpu"))
-    found = {}
+    about, file = f"{name}, torch {torch.__version__}", f"edits-{name.split(' (')[0]}"
+    found = kept(file, about).get("parts", {})
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for part in options.parts or ["defaults", "growth", "sd15"]:
+        for part in options.parts or PARTS:
             if part == "defaults":
                 found[part] = measure(DEFAULTS, options.repeats, place / part)
             elif part == "growth":
                 found[part] = measure(GROWTH, 1, place / part)
-            elif part == "sd15":
+            else:
                 weights = stable_diffusion(place)
                 cases = [["model=sd15", f"model.weights={weights}", *case] for case in (PUBLISHED if cuda else FEW)]
                 found[part] = measure(cases, 1, place / part)
                 for row in found[part]:
                     row["settings"].remove(f"model.weights={weights}")
-            else:
-                sys.exit(f"there is no part {part}: defaults, growth, sd15")
-    about = f"{name}, torch {torch.__version__}"
-    text = f"# Edits: {about}\n\n" + "\n".join(f"## {part}\n\n{report(rows)}" for part, rows in found.items())
+            parts = (f"## {part}\n\n{report(found[part])}" for part in PARTS if part in found)
+            text = f"# Edits: {about}\n\n" + "\n".join(parts)
+            keep(file, text, {"machine": about, "parts": found})  # now, in case the rest is interrupted
     print(text)
-    keep(f"edits-{name.split(' (')[0]}", text, {"machine": about, "parts": found})
 
 
 def stable_diffusion(folder: Path) -> Path:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import models
-from benchmarks.writing import keep, machine, table
+from benchmarks.writing import keep, kept, machine, table
 from models import layers
 from models.attention import CrossAttention, SelfAttention, attention
 from models.placement import choose_channels_last, keep_memory
@@ -302,9 +302,11 @@ def main() -> None:
         keep_memory()
         text = f"# Operations of the UNet: {about}\n\n" + "\n".join(profiled(*cell, device) for cell in cells)
         print(text)
-        keep(f"profile-{machine(device).split(' (')[0]}", text, {"machine": about})
+        keep(f"profile-{machine(device).split(' (')[0]}", text)
         return
-    rows = []
+    file = f"unet-{machine(device).split(' (')[0]}"
+    now = {(model, str(dtype).removeprefix("torch."), what) for model, dtype in cells for what in options.passes}
+    rows = [r for r in kept(file, about).get("rows", []) if (r["model"], r["dtype"], r["pass"]) not in now]
     for first in (True, False) if device.type == "cpu" else (False,):
         if not first:
             keep_memory()
@@ -315,7 +317,7 @@ def main() -> None:
             rows += measure(model, dtype, device, list(options.passes), repeats, first)
             if not first:  # now, so that an interrupted run leaves what it has found
                 text = f"# UNet: {about}\n\n{report(rows)}"
-                keep(f"unet-{machine(device).split(' (')[0]}", text, {"machine": about, "rows": rows})
+                keep(file, text, {"machine": about, "rows": rows})
     print(text)
 
 

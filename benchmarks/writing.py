@@ -26,10 +26,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def keep(name: str, text: str, data: object) -> None:
-    """Write `text` and `data` into benchmarks/results/, as NAME.md and NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
+def results(name: str, ending: str) -> Path:
+    """Where the results called `name` lie: benchmarks/results/NAME.md or .json."""
     stem = re.sub(r"\W+", "-", name).strip("-").lower()
-    for ending, content in {"md": text, "json": json.dumps(data, indent=1) + "\n"}.items():
-        with whole_file(RESULTS / f"{stem}.{ending}") as partial:
-            Path(partial).write_text(content)
+    return RESULTS / f"{stem}.{ending}"
+
+
+def kept(name: str, about: str) -> dict:
+    """The data of an earlier run under that name, if it was made by `about`, its "machine"; else an empty dict."""
+    path = results(name, "json")
+    data = json.loads(path.read_text()) if path.exists() else {}
+    return data if data.get("machine") == about else {}
+
+
+def keep(name: str, text: str, data: dict | None = None) -> None:
+    """Write `text` to NAME.md and `data`, where there is any beyond it, to NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    for ending, content in {"md": text, "json": data and json.dumps(data, indent=1) + "\n"}.items():
+        if content:
+            with whole_file(results(name, ending)) as partial:
+                Path(partial).write_text(content)
