@@ -106,7 +106,8 @@ class TextEncoder(nn.Module):
                 "set the weight of the CLIP term to 0"
             )
         end = ids.argmax(dim=-1).to(hidden.device)  # end is the largest id, and argmax takes the first of several
-        return F.normalize(hidden[torch.arange(len(hidden), device=hidden.device), end] @ projection, dim=-1)
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), end] @ projection
+        return F.normalize(pooled.float(), dim=-1)
 
 
 def compact(ids: Tensor, vocabulary: Tensor) -> Tensor:
@@ -127,7 +128,8 @@ def compact_vocabulary(texts: Sequence[str]) -> Tensor:
 
 
 class Clip(nn.Module):
-    """An image tower beside a text encoder, with the learned temperature. Features are L2-normalised, (B, D)."""
+    """An image tower beside a text encoder, with the learned temperature. Features are L2-normalised, (B, D),
+    float32 whatever the weights are."""
 
     def __init__(self, visual: nn.Module, text: TextEncoder, image_size: int, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
@@ -139,10 +141,11 @@ class Clip(nn.Module):
 
     def image_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], of any size, resampled to the tower's; differentiable."""
+        x = x.to(self.mean)
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True)
         x = ((x + 1) / 2 - self.mean) / self.std
-        return F.normalize(self.visual(x.to(self.mean)), dim=-1)
+        return F.normalize(self.visual(x.to(self.visual.conv1.weight)).float(), dim=-1)
 
     def token_features(self, ids: Tensor) -> Tensor:
         return self.text.pool(self.text.encode_tokens(ids), ids)

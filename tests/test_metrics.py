@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import models
+from data.images import CLONE
 from data.tasks import EditTask
 from errors import InputError
 from metrics import Metrics, fetched, succeeds
@@ -117,7 +119,8 @@ def test_what_is_closer_in_pixels_alone_is_no_success():
 
 
 def measured(model, image=None, **about):
-    return Metrics().measure(model, noise() if image is None else image, EditTask(noise(1), "a red heart", **about))
+    source = noise(1, 32 if image is None else image.shape[-1])
+    return Metrics().measure(model, noise() if image is None else image, EditTask(source, "a red heart", **about))
 
 
 def test_every_number_is_there_or_named_with_a_reason(tiny_model):
@@ -147,6 +150,22 @@ def test_a_model_without_clip_has_the_pixels_and_the_latents(tiny_model, monkeyp
     assert {name.split("_to_")[0] for name in numbers} == {"psnr", "ssim", "latent_distance"}
     assert "metrics.fetch" in left_out["clip_score"] and "metrics.fetch" in left_out["success"]
     assert Metrics().read(tiny_model, noise(), EditTask(noise(), "a")) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_half_precision_is_measured_like_in_float32(dtype):
+    """Loading casts what a file holds, and not CLIP's mean and deviation."""
+    full = models.load(CLONE / "checkpoints/openmoji64")
+    half = models.load(CLONE / "checkpoints/openmoji64", dtype=dtype)
+    task = dict(source_prompt="a heart", truth=noise(2, 64), mask=(noise(3, 64)[:, :1] > 0).float())
+    (exact, _), (rounded, _) = (measured(model, noise(4, 80)[..., 8:72, 8:72], **task) for model in (full, half))
+    assert rounded.keys() == exact.keys() and "clip_directional" in exact
+    for name in exact:
+        assert rounded[name] == pytest.approx(exact[name], abs=0.03), name
+    other_size = noise(5, 48).to(dtype).requires_grad_()
+    features = half.clip.image_features(other_size)
+    features[0, 0].backward()
+    assert features.dtype == torch.float32 and other_size.grad.any()
 
 
 def test_the_input_handed_back(tiny_model):
