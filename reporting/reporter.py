@@ -2,6 +2,7 @@
 end all files of one edit task, which appear together or not at all."""
 
 import json
+import re
 import resource
 import sys
 import time
@@ -22,6 +23,11 @@ from metrics import Metrics, psnr
 from reporting.cache import TuningCache, code_fingerprint, digest
 from reporting.logger import WandbLogger
 from reporting.sheet import Cell, contact_sheet, describe, scores, show
+
+
+NO_COST = "reconstruction"  # the stage that shows how well the input is given back: no part of what an edit costs
+    "reconstruction"  # the stage that only shows how well the input is given back, and is no part of an edit's cost
+)
 
 
 class RunReporter(Reporter):
@@ -46,6 +52,8 @@ class RunReporter(Reporter):
         self.curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
         self.seconds: dict[str, float] = {}
         self.peak_memory: dict[str, int] = {}  # bytes
+        # What is added to the seconds and evaluations of this run to give the edit's cost.
+        self.elsewhere = {"seconds": 0.0, "evaluations": 0}
         self.reused: list[str] = []  # cached states that spared their tuning
         self.bar: tqdm | None = None
         self.identity = {}
@@ -58,6 +66,7 @@ class RunReporter(Reporter):
                 "kernels": list(kernels),
                 "code": code_fingerprint(),
                 "torch": torch.__version__,
+                "holds": "state and cost",
             }
 
     def progress(self, iterable: Iterable, stage: str, total: int | None = None) -> Iterator:
@@ -85,28 +94,48 @@ class RunReporter(Reporter):
     def stage(self, name: str) -> Iterator[None]:
         cuda = self.model.device.type == "cuda"
         if cuda:
+            torch.cuda.synchronize(self.model.device)
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.model.evaluations
         try:
             yield
         finally:
             if cuda:
                 torch.cuda.synchronize(self.model.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             self.peak_memory[name] = max(self.peak_memory.get(name, 0), _peak_memory(self.model.device))
+            if name == NO_COST:
+                self.elsewhere["seconds"] -= seconds
+                self.elsewhere["evaluations"] -= self.model.evaluations - before
 
     def cached(self, key: dict, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        state, found = self.cache.get(self.identity | {"key": key}, build)
+        """What tuning took is kept with the state, and is part of an edit's cost whether it was done now or before."""
+
+        def measured() -> dict[str, Tensor]:
+            start, before = time.perf_counter(), self.model.evaluations
+            state = build()
+            cost = [time.perf_counter() - start, self.model.evaluations - before, _peak_memory(self.model.device)]
+            return state | {"cost": torch.tensor(cost, dtype=torch.float64)}
+
+        start = time.perf_counter()
+        state, found = self.cache.get(self.identity | {"key": key}, measured)
+        seconds, evaluations, peak = state.pop("cost").tolist()
         if found:
-            self.reused.append(str(key.get("stage", "tuning")))
+            stage = str(key.get("stage", "tuning"))
+            self.reused.append(stage)
+            self.elsewhere["seconds"] += seconds - (time.perf_counter() - start)  # the latter perhaps spent in waiting
+            self.elsewhere["evaluations"] += int(evaluations)
+            self.peak_memory[stage] = int(peak)
         return state
 
     def finish(self, result: EditResult) -> list[str]:
         """Measure the edits, write and log everything; the lines that a person wants to read in the end."""
+        peaks = [peak for name, peak in self.peak_memory.items() if name != NO_COST]
         cost = {
-            "seconds": time.perf_counter() - self.began,
-            "evaluations": self.model.evaluations - self.evaluations_before,
-            "peak_memory_gb": max(self.peak_memory.values(), default=_peak_memory(self.model.device)) / 1e9,
+            "seconds": time.perf_counter() - self.began + self.elsewhere["seconds"],
+            "evaluations": self.model.evaluations - self.evaluations_before + self.elsewhere["evaluations"],
+            "peak_memory_gb": max(peaks, default=_peak_memory(self.model.device)) / 1e9,
         }
         with self.stage("metrics"):
             records, left_out = [], {}
@@ -210,11 +239,14 @@ class RunReporter(Reporter):
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU since the last reset, else of the whole process so far."""
+    """Bytes: the most that tensors took on a GPU since the last reset; on a CPU the most that the process took so far,
+    other tasks and loading the model included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux: getrusage gives there what the process that started this one took too
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "")
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(peak[1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _device_name(device: torch.device) -> str:

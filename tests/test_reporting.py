@@ -262,6 +262,44 @@ def test_report_writes_everything(tmp_path, tiny_model, capsys):
     assert again.reused == ["embedding"]
 
 
+def test_an_edit_costs_its_tuning_wherever_that_came_from_but_not_its_reconstruction(tmp_path, tiny_model):
+    def evaluate(seconds=0.1):
+        time.sleep(seconds)
+        tiny_model.predict_noise(torch.zeros(1, 4, 8, 8), 0, tiny_model.encode_text([""]))
+
+    def tune():
+        evaluate()
+        return STATE
+
+    def cost():
+        logger = WandbLogger("disabled")
+        task = EditTask(torch.zeros(1, 3, 32, 32), "a")
+        reporter = RunReporter(tmp_path / "run", tiny_model, task, "m", TuningCache(dir=tmp_path / "cache"), logger)
+        assert same(reporter.cached({"stage": "tuning"}, tune), STATE)
+        evaluate()
+        with reporter.stage("reconstruction"):
+            evaluate()
+        reporter.finish(EditResult([Edit(torch.zeros(3, 32, 32))], torch.zeros(3, 32, 32)))
+        return reporter.reused, json.loads((tmp_path / "run" / "timings.json").read_text())["cost"]
+
+    (tuned, first), (reused, again) = cost(), cost()
+    assert (tuned, reused) == ([], ["tuning"])
+    assert first["evaluations"] == again["evaluations"] == 2
+    assert 0.2 <= first["seconds"] < 1 and 0.2 <= again["seconds"] < 1
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    child = "import torch; from reporting.reporter import _peak_memory; print(_peak_memory(torch.device('cpu')))"
+    parent = f"""
+import subprocess, sys
+held = bytearray(b"x") * 1_500_000_000
+print(subprocess.run([sys.executable, "-c", {child!r}], capture_output=True, text=True, check=True).stdout)
+"""
+    root = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", parent], cwd=root, capture_output=True, text=True, check=True)
+    assert 5e7 < int(done.stdout) < 1.4e9
+
+
 def test_a_full_disk_leaves_earlier_outputs(tmp_path, tiny_model, monkeypatch):
     reporter, result = report(tiny_model, tmp_path / "out", tmp_path / "cache")
     reporter.finish(result)
