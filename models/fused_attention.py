@@ -5,9 +5,10 @@ backward pass, which makes the weights again from it. Contexts of at most `SHORT
 kernels of their own: all keys and values of a head stay on the chip, the softmax is done at once, nothing but q, k and
 v is kept, and one pass gives all three gradients.
 
-Nothing here adds atomically, so equal inputs give equal bits; sums across programs are written out and added in a fixed
-order. Products accumulate in float32. q, k and v are read where they lie (say, in one fused projection): only their
-last dimension has to be contiguous. The output lies in memory as (B, N, heads, d), so that joining the heads is a view.
+Nothing here adds atomically, so with the same block sizes equal inputs give equal bits; sums across programs are
+written out and added in a fixed order. Products accumulate in float32. q, k and v are read where they lie (say, in one
+fused projection): only their last dimension has to be contiguous. The output lies in memory as (B, N, heads, d), so
+that joining the heads is a view.
 
 A head width that is no power of two is cut in two: 40 = 32 + 16 (half of it empty: the tensor cores take no less), 80 =
 64 + 16, 160 = 128 + 32. Padding them to 64, 128 and 256 instead would mean 1.3 to 1.6 times the arithmetic, and
@@ -32,7 +33,8 @@ from torch import Tensor
 from errors import InputError
 from models.attention import WIDEST
 
-# Keys, up to which the kernels for short contexts serve; on a GPU not for float32, whose full-precision products are
+# Keys, up to which the kernels for short contexts serve; half of them for heads of more than 96 channels, or they would
+# not fit the 99 KB of shared memory of the smaller GPUs. On a GPU not for float32, whose full-precision products are
 # unrolled over the registers: 128 keys do not fit there, and compiling takes half a minute.
 SHORT = 128
 
@@ -118,7 +120,7 @@ def _add_product(acc0, acc1, a, b0, b1, W1: tl.constexpr, PRECISION: tl.constexp
 @triton.jit
 def _head(base, bh, heads, stride_b, stride_h, UNIT: tl.constexpr):
     """Where the matrix of one head of one batch row begins. Strides come in units of UNIT elements; see `_strides`."""
-    return base + (bh // heads).to(tl.int64) * (stride_b * UNIT) + (bh % heads).to(tl.int64) * (stride_h * UNIT)
+    return base + (bh // heads).to(tl.int64) * stride_b * UNIT + (bh % heads).to(tl.int64) * stride_h * UNIT
 
 
 @triton.jit
@@ -467,7 +469,9 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _rows_dense(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+    """Copies of those whose rows do not lie dense, or too far apart for the kernels, which find them in 32 bits."""
+    dense = [(x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) * x.shape[2] < 2**31 for x in tensors]
+    return [x if keep else x.contiguous() for x, keep in zip(tensors, dense, strict=True)]
 
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
@@ -511,6 +515,8 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; an empty tensor for one that is not needed."""
     do, q, k, v = _rows_dense(do, q, k, v)
+    # As `_run_forward` laid them out, whatever a hook on saved tensors made of that.
+    o, lse = o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     batch, heads, n, d = q.shape
     dq, dk, dv = _gradients(q, k, v, need_q, need_k, need_v)
     m, delta = k.shape[2], torch.empty_like(lse)
@@ -579,18 +585,21 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, *needed: bool) -> tuple[Tensor, 
 # Registered by hand rather than with torch.library.custom_op, whose wrapping costs 50 µs a call where this costs 15
 # (measured on one core of an AMD EPYC, without a launch): single-image tuning is bound by just such costs.
 
+_QKV, _NEEDS = "Tensor q, Tensor k, Tensor v", "bool need_q, bool need_k, bool need_v"
+_GRADIENTS = "(Tensor, Tensor, Tensor)"
 library = torch.library.Library("palimpsest", "DEF")
-library.define("attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-library.define("short_attention(Tensor q, Tensor k, Tensor v) -> Tensor")
-needs = "bool need_q, bool need_k, bool need_v"
-library.define(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {needs})"
-    " -> (Tensor, Tensor, Tensor)"
-)
-library.define(
-    f"short_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, {needs}) -> (Tensor, Tensor, Tensor)"
-)
+library.define(f"attention({_QKV}) -> (Tensor, Tensor)")
+library.define(f"short_attention({_QKV}) -> Tensor")
+library.define(f"attention_backward(Tensor do, {_QKV}, Tensor o, Tensor lse, {_NEEDS}) -> {_GRADIENTS}")
+library.define(f"short_attention_backward(Tensor do, {_QKV}, {_NEEDS}) -> {_GRADIENTS}")
 ops = torch.ops.palimpsest
+
+
+def _backward(op, ctx, do: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True, whose second derivatives would lack this part
+        raise RuntimeError("fused attention can be differentiated only once; use attention=reference")
+    need = ctx.needs_input_grad
+    return tuple(g if n else None for g, n in zip(op(do, *ctx.saved_tensors, *need), need, strict=True))
 
 
 class _Attention(torch.autograd.Function):
@@ -604,9 +613,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor, _):
-        need = ctx.needs_input_grad
-        gradients = ops.attention_backward.default(do, *ctx.saved_tensors, *need)
-        return tuple(g if n else None for g, n in zip(gradients, need, strict=True))
+        return _backward(ops.attention_backward.default, ctx, do)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -618,9 +625,7 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor):
-        need = ctx.needs_input_grad
-        gradients = ops.short_attention_backward.default(do, *ctx.saved_tensors, *need)
-        return tuple(g if n else None for g, n in zip(gradients, need, strict=True))
+        return _backward(ops.short_attention_backward.default, ctx, do)
 
 
 def _on_its_device(run):
@@ -634,16 +639,17 @@ def _on_its_device(run):
     return guarded
 
 
-for name, run, autograd in (
-    ("attention", _run_forward, _Attention.apply),
-    ("short_attention", _run_short_forward, _ShortAttention.apply),
-    ("attention_backward", _run_backward, None),
-    ("short_attention_backward", _run_short_backward, None),
-):
+def _register(name: str, run, autograd=None) -> None:
     for key in ("CUDA", "CPU"):
         library.impl(name, _on_its_device(run), key)
     if autograd:
-        library.impl(name, autograd, "Autograd")
+        library.impl(name, autograd.apply, "Autograd")
+
+
+_register("attention", _run_forward, _Attention)
+_register("short_attention", _run_short_forward, _ShortAttention)
+_register("attention_backward", _run_backward)
+_register("short_attention_backward", _run_short_backward)
 
 
 @torch.library.register_fake("palimpsest::attention", lib=library)
@@ -685,6 +691,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(f"fused attention cannot take q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"fused attention needs one type, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if m <= SHORT and (q.dtype != torch.float32 or INTERPRETED.value):  # `SHORT` says why
+    short = m <= (SHORT if d <= 96 else SHORT // 2) and (q.dtype != torch.float32 or INTERPRETED.value)
+    if short:  # `SHORT` says why
         return ops.short_attention.default(q, k, v)
     return ops.attention.default(q, k, v)[0]

@@ -53,7 +53,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """The same for an x that can be computed with; the weight may be of a dtype that cannot."""
     height, width = x.shape[-2:]
-    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    learning = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias))
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or learning or torch.compiler.is_compiling()
     if not plain and weight.is_contiguous(memory_format=torch.channels_last):
         if weight.shape[2:] == (1, 1) and stride == 1:

@@ -177,7 +177,7 @@ def test_nan_stays_where_it_is(m, which):
 
 @pytest.mark.parametrize("m", [70, 140])
 def test_gradients_only_of_what_asks_for_them_and_the_same_bits_each_time(m):
-    q, k, v, do = draw(1, 1, 8, m, 16)
+    q, k, v, do = draw(1, 1, 8, m, 16, torch.float16)
     o, *full = run(q, k, v, do)
     again = run(q, k, v, do)
     assert all(torch.equal(a, b) for a, b in zip(again, (o, *full), strict=True))
@@ -191,6 +191,22 @@ def test_gradients_only_of_what_asks_for_them_and_the_same_bits_each_time(m):
             fused.fused_attention(*inputs).backward(do)
         for x, expected, needed in zip(inputs, full, need, strict=True):
             assert torch.equal(x.grad, expected) if needed else x.grad is None
+
+
+@LENGTHS
+def test_hooks_on_saved_tensors_may_lay_them_out_anew_and_second_derivatives_are_refused(m):
+    tensors = draw(2, 2, 20, m, 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        assert_close(run(*tensors), exact(*tensors), TOLERANCE[torch.float32])
+    q, k, v = (x.requires_grad_() for x in tensors[:3])
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        torch.autograd.grad(fused.fused_attention(q, k, v).sum(), q, create_graph=True)
+
+
+def test_rows_further_apart_than_32_bits_reach_are_copied():
+    near, far = (torch.empty_strided((1, 1, 3, 8), (1, 1, step, 1), device="meta") for step in (2**29, 2**30))
+    kept, copied = fused._rows_dense(near, far)
+    assert kept is near and copied.is_contiguous()
 
 
 @pytest.mark.parametrize("m", [20, 130])
@@ -287,6 +303,13 @@ def test_full_precision_unless_tf32_is_allowed():
         assert (fused._precision(torch.float32), fused._precision(torch.float16)) == ("tf32", "ieee")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("m, d, short", [(128, 96, True), (129, 96, False), (64, 160, True), (65, 97, False)])
+def test_short_contexts_are_those_whose_keys_and_values_fit_the_chip(m, d, short):
+    q, k, v, _ = draw(1, 1, 1, m, d, torch.float16)
+    name = fused.fused_attention(q.requires_grad_(), k, v).grad_fn.name()
+    assert name == ("_ShortAttentionBackward" if short else "_AttentionBackward")
 
 
 def test_where_it_cannot_run_it_says_what_would_do(monkeypatch):

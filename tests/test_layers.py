@@ -103,6 +103,14 @@ def test_each_convolution_takes_its_way_and_gives_the_same(ways, c_in, c_out, si
         torch.testing.assert_close(layer(x), plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [8, 16])
+def test_a_bias_learns_alone(ways, side):
+    layer = Conv2d(256, 256, 3, padding=1).to(memory_format=LAST)
+    layer.weight.requires_grad_(False)
+    layer(draw(1, 256, side, side)).sum().backward()
+    assert layer.bias.grad.allclose(torch.tensor(float(side**2))) and ways == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("emulated", [False, True])
 def test_half_precision_differs_by_its_rounding_only(monkeypatch, dtype, emulated):
