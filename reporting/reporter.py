@@ -24,10 +24,7 @@ from reporting.cache import TuningCache, code_fingerprint, digest
 from reporting.logger import WandbLogger
 from reporting.sheet import Cell, contact_sheet, describe, scores, show
 
-
 NO_COST = "reconstruction"  # the stage that shows how well the input is given back: no part of what an edit costs
-    "reconstruction"  # the stage that only shows how well the input is given back, and is no part of an edit's cost
-)
 
 
 class RunReporter(Reporter):
