@@ -2,9 +2,10 @@
 is known, how close it came.
 
 `X_to_input` and `X_to_truth` compare with those pictures, `..._kept` only where the mask says that the picture should
-stay as it is. (PIE-Bench averages PSNR and SSIM over the whole picture, the edited part black in both: its PSNR is
-higher by -10 log10 of the share that is kept.) The CLIP numbers are taken with the CLIP that the checkpoint carries,
-so they compare edits made with one model only.
+stay as it is. (PIE-Bench averages PSNR, MSE and SSIM over the whole picture, the edited part black in both: its MSE is
+lower by the share that is kept, and its PSNR higher by -10 log10 of it.) The CLIP numbers are taken with the CLIP that
+the checkpoint carries, so they compare edits made with one model only. `attainable` says whether that CLIP finds the
+target prompt in the true result itself, rather than the source prompt; where it does not, `success` says little.
 """
 
 import math
@@ -38,6 +39,8 @@ class Metrics:
     def measure(self, model, image: Tensor, task: EditTask) -> tuple[dict[str, float], dict[str, str]]:
         """Every number that applies to an edited image (1, 3, H, W) of a task, and by name those that do not, each with
         the reason."""
+        if not image.isfinite().all():
+            raise InputError("the edited picture has values that are infinite or not numbers: try dtype=float32")
         image = image.clamp(-1, 1)
         source, truth = task.image.to(image), None if task.truth is None else task.truth.to(image)
         edited = None if task.mask is None else task.mask.to(image.device) > 0.5
@@ -49,8 +52,10 @@ class Metrics:
         no_source = "" if task.source_prompt else "the task has no source prompt"
         no_mask = "the task has no mask" if edited is None else ""
         nothing_kept = no_mask or ("" if kept.any() else "the mask covers the whole picture")
+        nothing_edited = no_mask or ("" if edited.any() else "the mask covers nothing")
         likenesses = {  # name: (function, why it cannot be had, whether it can be restricted to a part)
             "psnr": (psnr, "", True),
+            "mse": (mse, "", True),
             "ssim": (ssim, "", True),
             "clip_similarity": (partial(clip_similarity, clip), no_clip, True),
             "lpips": (lpips, no_lpips, True),
@@ -63,7 +68,7 @@ class Metrics:
         def number(name: str, why_not: str, compute: Callable, *arguments) -> None:
             value = math.nan if why_not else float(compute(*arguments))
             if math.isnan(value):
-                left_out[name] = why_not or "nothing changed, so it would be 0/0"
+                left_out[name] = why_not or "it is not a number: nothing changed, so 0/0, or an overflow"
             else:
                 numbers[name] = value
 
@@ -72,20 +77,20 @@ class Metrics:
                 number(f"{name}_to_{to}", missing or why_not, compare, image, reference)
                 if restrictable:
                     number(f"{name}_to_{to}_kept", missing or nothing_kept or why_not, compare, image, reference, kept)
-        number("clip_score", no_clip, clip_score, clip, image, [task.prompt])
-        number("clip_score_edited", no_mask or no_clip, clip_score, clip, black_but(image, edited), [task.prompt])
         prompts = (task.source_prompt, task.prompt)
+        number("clip_score", no_clip, clip_score, clip, image, prompts[1:])
+        number("clip_score_edited", nothing_edited or no_clip, clip_score, clip, black_but(image, edited), prompts[1:])
         number("clip_margin", no_source or no_clip, clip_margin, clip, image, *prompts)
         number("clip_directional", no_source or no_clip, clip_directional, clip, source, image, *prompts)
         no_success = no_truth or no_source or no_clip
         number("success", no_success, succeeds, clip, image, source, truth, *prompts)
-        number("attainable", no_success, attainable, clip, truth, *prompts)
+        number("attainable", no_success, lambda: clip_margin(clip, truth, *prompts) > 0)
         return numbers, left_out
 
     @torch.no_grad()
     def read(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
         """What CLIP makes of any picture, the input or the true result among them: clip_score, and clip_margin where
-        there is a source prompt. A truth of margin <= 0 is one that no edit can satisfy CLIP with."""
+        there is a source prompt."""
         clip = model.clip or self.fetched("clip", image.device)[0]
         if clip is None:
             return {}
@@ -106,11 +111,6 @@ def succeeds(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: 
     closer = mse(image, truth) < mse(source, truth)
     closer = closer and bool(clip_similarity(clip, image, truth) > clip_similarity(clip, source, truth))
     return closer and bool(clip_margin(clip, image, source_prompt, prompt) > 0)
-
-
-def attainable(clip, truth: Tensor, source_prompt: str, prompt: str) -> bool:
-    """Whether CLIP finds the target prompt in the true result itself: where it does not, no edit can succeed."""
-    return bool(clip_margin(clip, truth, source_prompt, prompt) > 0)
 
 
 def latent_distance(model, a: Tensor, b: Tensor) -> float:

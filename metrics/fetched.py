@@ -1,6 +1,6 @@
 """What needs trained weights that a library fetches at first use: LPIPS, the structure distance and a public CLIP.
 
-LPIPS and the structure distance are those of PIE-Bench (Ju et al., 2023, arXiv 2310.01506).
+LPIPS and the structure distance are those of PIE-Bench's own evaluation (Ju et al., 2023, arXiv 2310.01506).
 """
 
 from collections.abc import Callable
@@ -28,7 +28,11 @@ class Lpips:
 class StructureDistance:
     """How far apart the layouts of two pictures are (Tumanyan et al., 2022, arXiv 2201.00424, equation 3): the mean
     squared difference of the matrices S of cosines between the keys of all tokens, in the last layer of a DINO ViT-B/8
-    that sees them at 224 pixels. 0 for equal; PIE-Bench's tables show it times 1000."""
+    that sees them at 224 pixels. 0 for equal; PIE-Bench's tables show it times 1000.
+
+    To compare with those tables, what the network sees is what PIE-Bench's code gives it: pixels from 0 to 255, less
+    ImageNet's mean and over its deviation, which are meant for 0 to 1; and reduced without a filter against aliasing,
+    as torchvision 0.13 does. So the numbers are not those of Tumanyan et al."""
 
     def __init__(self, device: torch.device, name: str = "vit_base_patch8_224.dino", pretrained: bool = True):
         import timm
@@ -46,7 +50,7 @@ class StructureDistance:
         """(1, 3, H, W) in [-1, 1] -> S, (1, N, N), N the patches and the class token."""
         patch, shorter = self.vit.patch_embed.patch_size[0], min(image.shape[-2:])
         size = [round(side * 224 / shorter / patch) * patch for side in image.shape[-2:]]
-        image = F.interpolate((image.float() + 1) / 2, size, mode="bilinear", antialias=True)
+        image = F.interpolate((image.float() + 1) * 127.5, size, mode="bilinear")
         projected = []
         hook = self.vit.blocks[-1].attn.qkv.register_forward_hook(lambda *call: projected.append(call[-1]))
         try:

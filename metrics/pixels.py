@@ -1,5 +1,7 @@
-"""Likeness of pixels: PSNR and SSIM. Images are (..., 3, H, W) in [-1, 1]; `kept`, where given, is a mask
+"""Likeness of pixels: PSNR, MSE and SSIM. Images are (..., 3, H, W) in [-1, 1]; `kept`, where given, is a mask
 (1, 1, H, W) of bool, and only the pixels where it is true count."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,12 @@ from torch import Tensor
 def psnr(a: Tensor, b: Tensor, kept: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB over the whole range of the images; 100 at most, which stands for equal."""
     error = mse(a, b, kept)
-    return min(100.0, -10 * torch.tensor(error / 4).log10().item()) if error else 100.0
+    return min(-10 * math.log10(error), 100.0) if error else 100.0
 
 
 def mse(a: Tensor, b: Tensor, kept: Tensor | None = None) -> float:
-    """The mean squared difference, in [0, 4]."""
-    squared = (a.float() - b.float()).clamp(-2, 2).square()
+    """The mean squared difference of pixels that range from 0 to 1."""
+    squared = ((a.float() - b.float()) / 2).clamp(-1, 1).square()
     return (squared if kept is None else squared[kept.expand_as(squared)]).mean().item()
 
 

@@ -10,7 +10,9 @@ from errors import InputError
 from reporting.tables import means, never_measured
 
 OF_A_RUN = ("reconstruction_psnr", "seconds", "evaluations", "peak_memory_gb")  # what `benchmark.rows_of` adds
-LESS_IS_BETTER = ("lpips", "structure_distance", "latent_distance", "seconds", "evaluations", "peak_memory_gb")
+LESS_IS_BETTER = (
+    "mse", "lpips", "structure_distance", "latent_distance", "seconds", "evaluations", "peak_memory_gb",
+)  # fmt: skip
 
 
 def names(objective: str | Sequence[str] | None) -> list[str]:
@@ -25,7 +27,7 @@ def names(objective: str | Sequence[str] | None) -> list[str]:
 
 def check(wanted: Sequence[str], measured: Mapping[str, float], left_out: Mapping[str, str]) -> None:
     """Raise InputError for a metric that does not exist, and for one that cannot be had. `measured` and `left_out` are
-    what `Metrics.measure` makes of any picture of the first task: so nobody waits for a mistake to show."""
+    what `Metrics.measure` makes of a task that has all that any has: so nobody waits for a mistake to show."""
     known = {*measured, *left_out, *OF_A_RUN}
     for name in wanted:
         if name not in known:

@@ -16,7 +16,7 @@ from errors import InputError
 from metrics import Metrics, fetched, succeeds
 from metrics.clip import clip_directional, clip_margin, clip_score, clip_similarity
 from metrics.fetched import LOADERS, Lpips, StructureDistance, public_clip
-from metrics.pixels import psnr, ssim
+from metrics.pixels import mse, psnr, ssim
 
 
 def noise(seed=0, size=32, batch=1):
@@ -31,6 +31,7 @@ def test_psnr_in_closed_form():
     assert psnr(a, a) == 100.0
     assert psnr(a - 1, a + 1) == pytest.approx(0.0, abs=1e-5)  # black against white: the whole range
     assert psnr(a, a + 0.2) == pytest.approx(20.0, abs=1e-4)
+    assert mse(a - 1, a + 1) == 1 and mse(a, a + 0.2) == pytest.approx(0.01)
 
 
 def test_ssim_in_closed_form():
@@ -129,7 +130,7 @@ def test_every_number_is_there_or_named_with_a_reason(tiny_model):
     full = dict(source_prompt="a heart", mask=mask, truth=noise(2))
     numbers, left_out = measured(tiny_model, **full)
     every = numbers.keys() | left_out.keys()
-    core = {f"{name}_to_{to}" for name in ("psnr", "ssim", "clip_similarity") for to in ("input", "truth")}
+    core = {f"{name}_to_{to}" for name in ("psnr", "mse", "ssim", "clip_similarity") for to in ("input", "truth")}
     core |= {f"{name}_kept" for name in core} | {"latent_distance_to_input", "latent_distance_to_truth"}
     core |= {"clip_score", "clip_score_edited", "clip_margin", "clip_directional", "success", "attainable"}
     assert set(numbers) == core and all(math.isfinite(value) for value in numbers.values())
@@ -142,12 +143,24 @@ def test_every_number_is_there_or_named_with_a_reason(tiny_model):
         assert ("success" in numbers) == (lacking == "mask")
     left_out = measured(tiny_model, **full | {"mask": torch.ones(1, 1, 32, 32)})[1]
     assert left_out["ssim_to_input_kept"] == "the mask covers the whole picture"
+    numbers, left_out = measured(tiny_model, **full | {"mask": torch.zeros(1, 1, 32, 32)})
+    assert left_out["clip_score_edited"] == "the mask covers nothing"
+    assert numbers["psnr_to_input_kept"] == pytest.approx(numbers["psnr_to_input"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_picture_is_refused(tiny_model, value):
+    image = noise()
+    image[0, 0, 3, 4] = value
+    with pytest.raises(InputError, match="not numbers"):
+        measured(tiny_model, image)
+    assert math.isnan(psnr(image * math.nan, image))
 
 
 def test_a_model_without_clip_has_the_pixels_and_the_latents(tiny_model, monkeypatch):
     monkeypatch.setitem(tiny_model._modules, "clip", None)
     numbers, left_out = measured(tiny_model, source_prompt="a heart", truth=noise(2))
-    assert {name.split("_to_")[0] for name in numbers} == {"psnr", "ssim", "latent_distance"}
+    assert {name.split("_to_")[0] for name in numbers} == {"psnr", "mse", "ssim", "latent_distance"}
     assert "metrics.fetch" in left_out["clip_score"] and "metrics.fetch" in left_out["success"]
     assert Metrics().read(tiny_model, noise(), EditTask(noise(), "a")) == {}
 
@@ -221,8 +234,8 @@ def test_structure_distance_compares_the_keys_of_the_last_layer():
     vit, a, b = distance.vit, noise(0, 32), noise(1, 32)
 
     def expected(image):
-        """S_ij = cos(k_i, k_j), head by head, from the layers one after another."""
-        image = F.interpolate(image / 2 + 0.5, (224, 224), mode="bilinear", antialias=True)
+        """S_ij = cos(k_i, k_j), head by head, from the layers one after another, of pixels from 0 to 255."""
+        image = F.interpolate((image / 2 + 0.5) * 255, (224, 224), mode="bilinear")
         x = (image - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
             3, 1, 1
         )
@@ -239,6 +252,8 @@ def test_structure_distance_compares_the_keys_of_the_last_layer():
 
     with torch.no_grad():
         assert distance(a, b) == pytest.approx(F.mse_loss(expected(a), expected(b)).item(), rel=1e-4)
+        large = noise(2, 400)  # reduced, not only enlarged
+        assert distance(a, large) == pytest.approx(F.mse_loss(expected(a), expected(large)).item(), rel=1e-4)
         assert distance(a, a) == 0
         assert distance(noise(0, 32)[..., :20], noise(1, 32)[..., :20]) > 0  # not square
 

