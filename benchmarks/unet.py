@@ -13,34 +13,38 @@ else a step takes minutes.
 
 forward     with classifier-free guidance, no gradients: a step of sampling
 embedding   forward and backward to the text, weights frozen: a step of Imagic's stage A
-tuning      forward, backward and Adam on all weights: a step of Imagic's stage B
+tuning      forward, backward and Adam on all weights, for half precision on float32 copies: a step of Imagic's stage B
 
-Sides take turns, each after a setup that is not timed. On a CPU the plain side is timed in two states of the process:
-first as the system manages memory, and, in turn with ours, with freed memory kept (`models.placement.keep_memory`).
+Sides take turns. On a CPU the plain side is timed in two states of the process: first as the system manages memory,
+and, in turn with ours, with freed memory kept (`models.placement.keep_memory`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import models
 from benchmarks.writing import keep, kept, machine, table
+from methods.base import update
 from models import layers
-from models.attention import CrossAttention, SelfAttention, attention
+from models.attention import CrossAttention, SelfAttention, attention, use_backend, why_not_fused
 from models.placement import choose_channels_last, keep_memory
 from models.unet import UNet
 
@@ -126,30 +130,31 @@ class Bench:
         if layers.emulated(device, dtype):  # in PyTorch's own layout a single step then takes more than eight minutes
             self.twin.to(memory_format=torch.channels_last)
         self.last = choose_channels_last("auto", device, dtype)
+        layouts = torch.contiguous_format, torch.channels_last
+        self.other = copy.deepcopy(self.ours).to(memory_format=layouts[not self.last])
+        self.ours.to(memory_format=layouts[self.last])
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(2, 4, side, side, generator=generator).to(device, dtype)
         self.context = torch.randn(2, *text, generator=generator).to(device, dtype)
         self.t = torch.tensor(500, device=device)
 
-    def arrange(self, last: bool, many: int = layers.MANY) -> None:
-        self.ours.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-        layers.MANY = many
-
-    def sides(self, what: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-        """Setup and work of each side but the plain one in its first state, the full settings first."""
+    def sides(self, what: str) -> dict[str, Callable[[], object]]:
+        """The work of each side but the plain one in its first state, the full settings first."""
         make = {"forward": self.forward, "embedding": self.embedding, "tuning": self.tuning}[what]
         full = make(self.ours, ours=True)
-        sides = {"ours": (lambda: self.arrange(self.last), full), "plain": (lambda: None, make(self.twin, ours=False))}
-        sides["ours, other memory layout"] = lambda: self.arrange(not self.last), full
+        sides = {"ours": full, "plain": make(self.twin, ours=False)}
+        sides["ours, other memory layout"] = make(self.other, ours=True)
         if what == "forward":
-            sides["ours, text projected at every step"] = (
-                lambda: self.arrange(self.last),
-                self.forward(self.ours, ours=False),
-            )
+            sides["ours, text projected at every step"] = make(self.ours, ours=False)
             if self.device.type == "cpu" and self.last:
-                sides["ours, PyTorch's convolutions"] = lambda: self.arrange(True, sys.maxsize), full
+                theirs = partial(mock.patch.object, layers, "MANY", sys.maxsize)
+                sides["ours, PyTorch's convolutions"] = inside(theirs, full)
         if what == "tuning":
-            sides["ours, Adam not fused"] = lambda: self.arrange(self.last), make(self.ours, ours=False)
+            sides["ours, Adam not fused"] = make(self.ours, ours=False)
+        if self.device.type == "cuda":
+            sides["ours, compiled"] = make(torch.compile(self.ours), ours=True)
+            if not why_not_fused(self.device):
+                sides["ours, fused attention"] = inside(partial(use_backend, "fused"), full)
         return sides
 
     def forward(self, unet: UNet, ours: bool) -> Callable[[], Tensor]:
@@ -172,23 +177,19 @@ class Bench:
         return work
 
     def tuning(self, unet: UNet, ours: bool) -> Callable[[], None]:
-        optimizer = []
+        pairs = [(p, p.detach().float()) for p in unet.parameters()]  # as in methods.base.minimise
+        optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=ours or None)
 
         def work() -> None:
             unet.requires_grad_(True)
-            if not optimizer:
-                fused = {"fused": True} if ours else {}
-                optimizer.append(torch.optim.Adam(unet.parameters(), lr=0.0, **fused))
             unet(self.x[:1], self.t, self.context[:1]).float().square().mean().backward()
-            optimizer[0].step()
-            optimizer[0].zero_grad()
+            update(optimizer, pairs)
             unet.requires_grad_(False)
 
         return work
 
-    def timed(self, setup: Callable[[], object], work: Callable[[], object]) -> float:
+    def timed(self, work: Callable[[], object]) -> float:
         """Milliseconds."""
-        setup()
         self.wait()
         start = time.perf_counter()
         work()
@@ -202,25 +203,31 @@ class Bench:
     def check(self, what: str) -> float:
         """The norm of the difference between the two results, by that of the plain one. Raises where it is more than
         rounding makes of a hundred layers."""
-        results = []
-        for setup, work in list(self.sides(what).values())[:2]:
-            setup()
-            results.append(work().double())
-        difference = float((results[0] - results[1]).norm() / results[1].norm())
-        if not difference < (1e-5 if self.dtype == torch.float32 else 5e-2):
+        found, expected = (work().double() for work in list(self.sides(what).values())[:2])
+        difference = float((found - expected).norm() / expected.norm())
+        single = 5e-3 if self.device.type == "cuda" else 1e-5  # CUDA's convolutions are in TF32
+        if not difference < (single if self.dtype == torch.float32 else 5e-2):
             sys.exit(f"{what} in {self.dtype}: the results differ by {difference:.1e}")
         return difference
+
+
+def inside(context: Callable[[], AbstractContextManager], work: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with context():
+            return work()
+
+    return run
 
 
 def rounds(bench: Bench, sides: dict, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every side, in turns, after one each that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for name, side in sides.items():
-        print(f"  {name}: {bench.timed(*side):.0f} ms at first", file=sys.stderr, flush=True)
+        print(f"  {name}: {bench.timed(side):.0f} ms at first", file=sys.stderr, flush=True)
     for i in range(repeats):
         for name, side in sides.items():
             if i < 2 or sum(times[name]) < 1e3 * LIMIT:
-                times[name].append(bench.timed(*side))
+                times[name].append(bench.timed(side))
     return times
 
 
@@ -239,8 +246,6 @@ def measure(name: str, dtype: torch.dtype, device: torch.device, passes: list[st
         for side, times in rounds(bench, sides, repeats).items():
             row = {"model": name, "dtype": str(dtype).removeprefix("torch."), "pass": what, "side": side, "ms": times}
             rows.append(row | ({"difference": difference} if side == "ours" and difference is not None else {}))
-    del bench
-    gc.collect()
     return rows
 
 
@@ -268,13 +273,16 @@ def profiled(name: str, dtype: torch.dtype, device: torch.device) -> str:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     for what in ("forward", "tuning") if name == "openmoji64" else ("forward",):
         for side in ("plain", "ours"):
-            setup, work = bench.sides(what)[side]
-            bench.timed(setup, work)
+            work = bench.sides(what)[side]
+            bench.timed(work)
             with profile(activities=activities) as found:
-                bench.timed(lambda: None, work)
+                bench.timed(work)
             cuda = device.type == "cuda"
             time_of = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
-            events = sorted(found.key_averages(), key=time_of, reverse=True)
+            operations = [
+                e for e in found.key_averages() if e.device_type == DeviceType.CPU
+            ]  # else kernels count twice
+            events = sorted(operations, key=time_of, reverse=True)
             whole = sum(map(time_of, events))
             text.append(f"## {name}, {dtype}, {what}, {side}: {whole / 1e3:.0f} ms\n")
             rows = [(e.key, f"{time_of(e) / 1e3:.1f}", f"{time_of(e) / whole:.1%}", e.count) for e in events[:14]]
@@ -292,11 +300,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="list operations instead")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     about = f"{machine(device)}, torch {torch.__version__}"
     cells = [
         (model, getattr(torch, dtype))
         for model in options.models
-        for dtype in options.dtypes or (["float32"] if model == "openmoji64" else ["float32", "bfloat16"])
+        for dtype in options.dtypes
+        or (["float32"] if (model, device.type) == ("openmoji64", "cpu") else ["float32", "bfloat16"])
     ]
     if options.profile:
         keep_memory()

@@ -1,6 +1,7 @@
 """How every benchmark names the machine and keeps what it found: a table to read and JSON to compute with."""
 
 import json
+import platform
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ def machine(device: torch.device | None = None) -> str:
     """The name of the card, or of the processor and the number of threads that torch uses."""
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{names[0]} ({torch.get_num_threads()} threads)"
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
