@@ -93,17 +93,11 @@ class Inversion:
         """(B, ...) The inverted latent, where sampling starts."""
         return self.latents[0]
 
-    def recorded(self, t: int | Tensor) -> Tensor:
-        """(B, ...) The noise that was used at timestep t. Raises KeyError for a t that is not on the grid."""
-        match = (self.timesteps == int(t)).nonzero()
-        if not len(match):
-            raise KeyError(f"timestep {int(t)} is not one of the recorded {self.timesteps.tolist()}")
-        return self.eps[int(match[0])]
-
     def replay(self, x: Tensor, t: int | Tensor) -> Tensor:
         """The recording as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
-        rounding error, whatever the network was, since each step down undoes the step up."""
-        return self.recorded(t)
+        rounding error, whatever the network was, since each step down undoes the step up. At a timestep that was not
+        recorded it gives the noise of the nearest one."""
+        return self.eps[int((self.timesteps - int(t)).abs().argmin())]
 
 
 def _ascend(

@@ -25,6 +25,8 @@ def guided(model: NoisePredictor, context: Tensor, null_context: Tensor | None =
     context, null_context: (1, L, C), shared by all images, or (B, L, C), one for each. scale 1 runs the text
     branch alone and scale 0 the null branch alone, each on a batch of B; all but 1 need `null_context`.
 
+    The network works in the contexts' precision, and eps comes in that of x.
+
     The text's keys and values depend on neither x nor t, so they are projected once per batch size and kept;
     build a new denoiser after changing the weights or the context in place. A context that requires grad is
     handed to the network as it is at every call, so that each call has a graph of its own.
@@ -45,7 +47,7 @@ def guided(model: NoisePredictor, context: Tensor, null_context: Tensor | None =
         return project(batch) if project else batch
 
     def denoise(x: Tensor, t: int | Tensor) -> Tensor:
-        images = len(x)
+        images, z = len(x), x.to(branches[0].dtype)
         if learning:
             conditioning = batched_context(images)
         else:
@@ -53,11 +55,11 @@ def guided(model: NoisePredictor, context: Tensor, null_context: Tensor | None =
                 projected[images] = batched_context(images)
             conditioning = projected[images]
         if len(branches) == 1:
-            return model.predict_noise(x, t, conditioning)
-        both = repeat(x, "b ... -> (branch b) ...", branch=2)
+            return model.predict_noise(z, t, conditioning).to(x.dtype)
+        both = repeat(z, "b ... -> (branch b) ...", branch=2)
         if isinstance(t, Tensor) and t.ndim == 1:
             t = repeat(t, "b -> (branch b)", branch=2)
         eps_null, eps_text = model.predict_noise(both, t, conditioning).chunk(2)
-        return eps_null + scale * (eps_text - eps_null)
+        return (eps_null + scale * (eps_text - eps_null)).to(x.dtype)
 
     return denoise

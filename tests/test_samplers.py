@@ -384,15 +384,15 @@ def test_a_replayed_recording_is_exact_whatever_the_network(
     assert (end - x0).abs().max() < 1e-13 * scale
     assert (torch.stack(path) - recording.latents[1:]).abs().max() < 1e-13 * scale
     for i, t in enumerate(trajectory.timesteps):
-        assert torch.equal(recording.recorded(t), recording.eps[i])
+        assert torch.equal(recording.replay(x0, t), recording.eps[i])
     rebuilt = ddim.Inversion(**vars(recording))
-    assert torch.equal(rebuilt.recorded(int(trajectory.timesteps[0])), recording.eps[0])
+    assert torch.equal(rebuilt.replay(x0, int(trajectory.timesteps[0])), recording.eps[0])
 
 
-def test_a_timestep_off_the_recorded_grid_is_refused() -> None:
-    recording = ddim.record(network, normal(2, 4), SD.trajectory(10))
-    with pytest.raises(KeyError, match="not one of the recorded"):
-        recording.recorded(2)
+def test_off_the_recorded_grid_the_nearest_timestep_is_replayed() -> None:
+    recording = ddim.record(network, normal(2, 4), SD.trajectory(10))  # at 901, 801, ... 1
+    for t, i in ((999, 0), (852, 0), (850, 1), (2, 9), (0, 9)):
+        assert torch.equal(recording.replay(recording.latent, t), recording.eps[i])
 
 
 def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:

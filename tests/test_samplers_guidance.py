@@ -108,6 +108,13 @@ def test_text_is_projected_once_per_batch_size(model, scale) -> None:
     torch.testing.assert_close(guided(BareModel(model), text, null, scale)(x, 500), again)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_the_network_works_in_the_contexts_precision(model, scale) -> None:
+    x, text, null = inputs()
+    denoise = guided(model, text, null, scale)
+    assert torch.equal(denoise(x.double(), 7), denoise(x, 7).double())
+
+
 @pytest.mark.parametrize("which", ["text", "null"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_gradients_reach_the_context_at_every_call(model, which, scale) -> None:
