@@ -4,8 +4,6 @@ A method is a class whose constructor takes the hyperparameters and whose `edit(
 returns an `EditResult`. It opens no files, and hands the model back unchanged.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
-from samplers import Denoiser
 
 
 def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -52,7 +49,10 @@ class EditResult:
     edits: list[Edit]
     reconstruction: Tensor  # (3, H, W) in [-1, 1]
     metrics: dict[str, float] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # float64 is kept as float32
+
+    def __post_init__(self) -> None:
+        self.tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in self.tensors.items()}
 
 
 class Reporter:
@@ -68,7 +68,8 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Time what happens inside. What belongs to "reconstruction" only shows what the method gives back of the
+        input, and is no part of an edit's cost."""
         yield
 
     def cached(self, key: dict, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -127,14 +128,9 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def source_latent(model, image: Tensor) -> Tensor:
     """An image (1, 3, H, W) -> its latent (1, c, h, w), in float64: walks are kept in it and only the network works in
-    the model's precision (`in_dtype`), so that a replay is exact whatever that is. Apple's GPUs have no float64."""
+    the model's precision (see `guided`), so that a replay is exact whatever that is. Apple's GPUs have no float64."""
     z = model.encode_image(image)
     return z.to(torch.float32 if z.device.type == "mps" else torch.float64)
-
-
-def in_dtype(dtype: torch.dtype, denoise: Denoiser) -> Denoiser:
-    """The denoiser, with its network working in `dtype` whatever the latents are kept in."""
-    return lambda x, t: denoise(x.to(dtype), t).to(x.dtype)
 
 
 def to_image(model, latent: Tensor) -> Tensor:

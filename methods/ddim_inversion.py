@@ -5,31 +5,13 @@ the source prompt, and down again under the target prompt with classifier-free g
 the image but the latent at the top.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from methods.base import (
-    Edit,
-    EditResult,
-    Reporter,
-    check,
-    check_invertible,
-    cosine,
-    frozen,
-    in_dtype,
-    source_latent,
-    to_image,
-)
+from methods.base import Edit, EditResult, Reporter, check, check_invertible, cosine, source_latent, to_image
 from samplers import Sampler, ddim, guided
-
-if TYPE_CHECKING:
-    from data.tasks import EditTask
-    from models.latent_diffusion import LatentDiffusion
 
 
 @dataclass
@@ -47,27 +29,26 @@ class DDIMInversion:
         check(self, "fixed_point_steps", whole=True)
         check_invertible(self)
 
-    def edit(
-        self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
-    ) -> EditResult:
+    @torch.no_grad()
+    def edit(self, model, task, reporter: Reporter = Reporter(), seed: int = 0) -> EditResult:
         """One edit. The reconstruction is the way down under the source prompt, with the guidance of the way up. A
         task without a source prompt is inverted under the empty one."""
         trajectory = self.sampler.trajectory(model.schedule)
         bar = partial(reporter.progress, total=len(trajectory))
-        with frozen(model), torch.no_grad():
-            z_0 = source_latent(model, task.image)
-            source, target, null = (model.encode_text([text]) for text in (task.source_prompt, task.prompt, ""))
-            as_source = in_dtype(model.dtype, guided(model, source, null, self.inversion_scale))
-            as_target = in_dtype(model.dtype, guided(model, target, null, self.guidance_scale))
-            with reporter.stage("inversion"):
-                upward = partial(bar, stage="inversion")
-                z_T = ddim.invert(as_source, z_0, trajectory, self.fixed_point_steps, upward)
-                again = ddim.sample(as_source, z_T, trajectory)
-            with reporter.stage("editing"):
-                z = ddim.sample(as_target, z_T, trajectory, progress=partial(bar, stage="editing"))
-        edit = Edit(to_image(model, z), {"guidance_scale": float(self.guidance_scale)})
-        edit.metrics["edit_source_cosine"] = cosine(z, z_0)
+        z_0 = source_latent(model, task.image)
+        source, target, null = (model.encode_text([text]) for text in (task.source_prompt, task.prompt, ""))
+        as_source = guided(model, source, null, self.inversion_scale)
+        as_target = guided(model, target, null, self.guidance_scale)
+        with reporter.stage("inversion"):
+            upward = partial(bar, stage="inversion")
+            z_T = ddim.invert(as_source, z_0, trajectory, self.fixed_point_steps, upward)
+        with reporter.stage("editing"):
+            z = ddim.sample(as_target, z_T, trajectory, progress=partial(bar, stage="editing"))
+            settings = {"guidance_scale": float(self.guidance_scale)}
+            edit = Edit(to_image(model, z), settings, {"edit_source_cosine": cosine(z, z_0)})
+        with reporter.stage("reconstruction"):
+            again = ddim.sample(as_source, z_T, trajectory)
+            reconstruction = to_image(model, again)
         metrics = {"reconstruction_error": float((again - z_0).square().mean().sqrt())}
         tensors = {"source_latent": z_0, "inverted_latent": z_T, "edited_latents": z}
-        tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-        return EditResult([edit], to_image(model, again), metrics, tensors)
+        return EditResult([edit], reconstruction, metrics, tensors)

@@ -9,28 +9,21 @@ a path to the given image: the x_t are drawn independently of each other, which 
 and sampling with the same maps under another prompt edits the image; under the same prompt it returns the image.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from methods.base import Edit, EditResult, Reporter, check, cosine, frozen, generator, in_dtype, source_latent, to_image
+from errors import InputError
+from methods.base import Edit, EditResult, Reporter, check, cosine, generator, source_latent, to_image
 from samplers import Denoiser, Sampler, Trajectory, ddim, ddpm, guided, noise_like
-
-if TYPE_CHECKING:
-    from data.tasks import EditTask
-    from models.latent_diffusion import LatentDiffusion
 
 
 @dataclass
 class DDPMInversion:
     """The settings. conf/method/ddpm_inversion.yaml says what each one does and its symbol. Raises InputError for one
-    that is out of range."""
+    that is out of range, and for a sampler without noise."""
 
     sampler: Sampler
     skip: float = 0.2  # of the steps, from the noisy end
@@ -42,44 +35,43 @@ class DDPMInversion:
         check(self, "skip", high=1)
         check(self, "guidance_scale", "source_guidance_scale")
         check(self, "num_samples", low=1, whole=True)
+        if self.sampler.kind == "ddim" and self.sampler.eta == 0:
+            raise InputError(
+                "sampler.eta is 0: this method finds the sampler's noise; take sampler=ddpm or sampler.eta=1"
+            )
 
-    def edit(
-        self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
-    ) -> EditResult:
+    @torch.no_grad()
+    def edit(self, model, task, reporter: Reporter = Reporter(), seed: int = 0) -> EditResult:
         """One edit for each sample, each with noise of its own. An unchanged prompt at unchanged guidance gives the
         input's latent back, so the reconstruction is what the autoencoder makes of that. A task without a source
         prompt is inverted under the empty one, as the paper allows."""
         trajectory = self.sampler.trajectory(model.schedule)
         trajectory = trajectory.tail(max(1, round((1 - self.skip) * len(trajectory))))
+        bar = partial(reporter.progress, range(len(trajectory)), total=len(trajectory))
+        x_0 = source_latent(model, task.image)
+        source, target, null = (model.encode_text([text]) for text in (task.source_prompt, task.prompt, ""))
+        as_source = guided(model, source, null, self.source_guidance_scale)
+        as_target = guided(model, target, null, self.guidance_scale)
         edits, latents = [], []
-        with frozen(model), torch.no_grad():
-            x_0 = source_latent(model, task.image)
-            source, target, null = (model.encode_text([text]) for text in (task.source_prompt, task.prompt, ""))
-            as_source = in_dtype(model.dtype, guided(model, source, null, self.source_guidance_scale))
-            as_target = in_dtype(model.dtype, guided(model, target, null, self.guidance_scale))
-            for i in range(self.num_samples):
-                with reporter.stage("inversion"):
-                    eps = generator(seed, "path", i)
-                    path = [model.schedule.add_noise(x_0, noise_like(x_0, eps), int(t)) for t in trajectory.timesteps]
-                    maps = self.noise_maps(as_source, [*path, x_0], trajectory, reporter)
-                with reporter.stage("editing"):
-                    x = path[0]
-                    for n in reporter.progress(range(len(trajectory)), "editing", len(trajectory)):
-                        x = self.mean(as_target, x, trajectory, n) + maps[n]
+        for i in range(self.num_samples):
+            with reporter.stage("inversion"):
+                eps = generator(seed, "path", i)
+                path = [model.schedule.add_noise(x_0, noise_like(x_0, eps), int(t)) for t in trajectory.timesteps]
+                path.append(x_0)
+                # sigma_t z_t, undivided by sigma_t, is there at the last step too, where sigma_t is 0 if the walk ends
+                # at alpha_bar 1 (the paper's code drops that one, and with it the exactness).
+                maps = [path[n + 1] - self.mean(as_source, path[n], trajectory, n) for n in bar(stage="inversion")]
+            with reporter.stage("editing"):
+                x = path[0]
+                for n in bar(stage="editing"):
+                    x = self.mean(as_target, x, trajectory, n) + maps[n]
                 settings = {"skip": float(self.skip), "sample": i}
                 edits.append(Edit(to_image(model, x), settings, {"edit_source_cosine": cosine(x, x_0)}))
                 latents.append(x)
+        with reporter.stage("reconstruction"):
             reconstruction = to_image(model, x_0)
         tensors = {"source_latent": x_0, "edited_latents": torch.cat(latents)}
-        tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
         return EditResult(edits, reconstruction, tensors=tensors)
-
-    def noise_maps(self, denoise: Denoiser, path: Sequence[Tensor], trajectory: Trajectory, reporter) -> list[Tensor]:
-        """sigma_t z_t for each step along `path`, from its noisy end to x_0. Kept so, undivided by sigma_t, they
-        are there at the last step too, where sigma_t is 0 if the walk ends at alpha_bar 1 (the paper's code drops
-        that one, and with it the exactness)."""
-        steps = reporter.progress(range(len(trajectory)), "inversion", len(trajectory))
-        return [path[n + 1] - self.mean(denoise, path[n], trajectory, n) for n in steps]
 
     def mean(self, denoise: Denoiser, x: Tensor, trajectory: Trajectory, n: int) -> Tensor:
         """mu_t(x_t) of the n-th step: the sampler's step without its noise."""

@@ -8,13 +8,10 @@ starts from the inverted latent under the target prompt, and blends the recorded
 so that the prompt changes what it must while the recording holds the rest in place. Nothing is trained.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +28,11 @@ from methods.base import (
     cosine,
     frozen,
     generator,
-    in_dtype,
     minimise,
     source_latent,
     to_image,
 )
 from samplers import Denoiser, NoiseSchedule, Sampler, Trajectory, ddim, guided, noise_like
-
-if TYPE_CHECKING:
-    from data.tasks import EditTask
-    from models.latent_diffusion import LatentDiffusion
 
 
 @dataclass
@@ -111,9 +103,7 @@ class DirectInversion:
         if self.sampler.kind != "ddim":
             raise InputError(f"sampler.kind is {self.sampler.kind}: Direct Inversion needs ddim")
 
-    def edit(
-        self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
-    ) -> EditResult:
+    def edit(self, model, task, reporter: Reporter = Reporter(), seed: int = 0) -> EditResult:
         """`num_samples` edits. The reconstruction replays the recording from the inverted latent, as the edit with
         strength 0 does where it starts there (see `sample`); it is exact if the inversion took the sampler's steps.
 
@@ -131,14 +121,12 @@ class DirectInversion:
             if self.inversion_steps not in (None, len(trajectory)):
                 upward = other_grid(model.schedule, trajectory, self.inversion_steps)
             with reporter.stage("inversion"):
-                empty = in_dtype(model.dtype, guided(model, model.encode_text([self.inversion_prompt])))
+                empty = guided(model, model.encode_text([self.inversion_prompt]))
                 bar = partial(reporter.progress, stage="inversion", total=len(upward))
                 recording = ddim.record(empty, z_0, upward, self.fixed_point_steps, bar)
-                reconstruction = ddim.sample(partial(recorded, recording), recording.latent, trajectory)
             with reporter.stage("editing"):
-                null = model.encode_text([""]) if self.guidance_scale != 1 else None
-                context = model.encode_text([task.prompt])
-                target = in_dtype(model.dtype, guided(model, context, null, self.guidance_scale))
+                null, context = (model.encode_text([text]) for text in ("", task.prompt))
+                target = guided(model, context, null, self.guidance_scale)
                 edits, starts, latents = [], [], []
                 for i in range(self.num_samples):
                     start = self.start_latent(recording.latent, generator(seed, "start", i))
@@ -153,15 +141,17 @@ class DirectInversion:
                     edits.append(Edit(to_image(model, z), settings, metrics))
                     starts.append(start)
                     latents.append(z)
+            with reporter.stage("reconstruction"):
+                again = ddim.sample(recording.replay, recording.latent, trajectory)
+                reconstruction = to_image(model, again)
 
         metrics = {name: sum(e.metrics[name] for e in edits) / len(edits) for name in edits[0].metrics}
         metrics["inverted_source_cosine"] = cosine(recording.latent, z_0)
         metrics["inverted_std"] = float(recording.latent.std())  # 1 where it is as noisy as it should be
-        metrics["replay_error"] = float((reconstruction - z_0).abs().max())
+        metrics["replay_error"] = float((again - z_0).abs().max())
         tensors = {"source_latent": z_0, "inverted_latent": recording.latent}
         tensors |= {"start_latents": torch.cat(starts), "edited_latents": torch.cat(latents)}
-        tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-        return EditResult(edits, to_image(model, reconstruction), metrics, tensors)
+        return EditResult(edits, reconstruction, metrics, tensors)
 
     def sample(self, target: Denoiser, start: Tensor, recording: ddim.Inversion, trajectory, noise, reporter) -> Tensor:
         """Guided sampling from `start` that is held to the recording, with lambda = 1 - edit_strength. By
@@ -183,10 +173,10 @@ class DirectInversion:
         def denoise(x: Tensor, t: int) -> Tensor:
             i = step_at[int(t)]
             if self.edit_strength == 0:
-                return recorded(recording, x, t)
+                return recording.replay(x, t)
             eps = target(x, t)
             if self.blend == "noise":
-                return eps + lam[i] * (recorded(recording, x, t) - eps)
+                return eps + lam[i] * (recording.replay(x, t) - eps)
             return eps + lam[i] * (recording.latent - eps) if self.blend == "latent" else eps
 
         def after(i: int, x: Tensor) -> Tensor:
@@ -198,9 +188,9 @@ class DirectInversion:
     def start_latent(self, z_x: Tensor, noise: torch.Generator) -> Tensor:
         """Where sampling starts, from the inverted latent z_x and a fresh latent z_t ~ N(0, I):
 
-        cosine    at the cosine `structural_similarity` to z_x, with its mean and variance (see
-        `with_cosine`); linear    alpha beta z_x + (1 - alpha) z_t; gaussian  a draw with that mean and the
-        variance alpha (1 - beta) var(z_x) + (1 - alpha) var(z_t), where
+        cosine    at the cosine `structural_similarity` to z_x, with its mean and variance (see `with_cosine`);
+        linear    alpha beta z_x + (1 - alpha) z_t;
+        gaussian  a draw with that mean and the variance alpha (1 - beta) var(z_x) + (1 - alpha) var(z_t), where
                   var is the variance over all elements of a latent.
 
         Then noise of its own turns it, in the manner of the first, to the cosine sqrt(1 - diversity^2).
@@ -254,11 +244,6 @@ def other_grid(schedule: NoiseSchedule, trajectory: Trajectory, steps: int) -> T
         raise InputError(f"method.inversion_steps is {steps}: below the sampler's first timestep there are {levels}")
     timesteps = torch.tensor([round((steps - i) * levels / steps) - 1 for i in range(steps)])
     return Trajectory(timesteps, torch.cat([schedule.alpha_bars[timesteps], trajectory.alpha_bars[-1:]]))
-
-
-def recorded(recording: ddim.Inversion, x: Tensor, t: int) -> Tensor:
-    """The noise recorded at the timestep t, or where the inversion took other steps, at the nearest one."""
-    return recording.eps[int((recording.timesteps - int(t)).abs().argmin())]
 
 
 def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:

@@ -5,13 +5,10 @@ the input image under it; (B) fine-tune the network at that embedding; (C) inter
 and the target embedding, and sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +33,6 @@ from methods.base import (
     trainable,
 )
 from samplers import Denoiser, Sampler, ddim, guided, noise_like
-
-if TYPE_CHECKING:
-    from data.tasks import EditTask
-    from models.latent_diffusion import LatentDiffusion
 
 Stage = tuple[dict[str, Tensor], dict[str, Tensor]]  # what a stage found, by name, and its curves
 
@@ -98,9 +91,7 @@ class Imagic:
                 "inversion, and DDIM adds no noise; set method.start=noise or sampler.eta above 0"
             )
 
-    def edit(
-        self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
-    ) -> EditResult:
+    def edit(self, model, task, reporter: Reporter = Reporter(), seed: int = 0) -> EditResult:
         """One edit for each eta and sample. The reconstruction is the edit with eta 0 from the first start.
 
         Raises InputError if a loss or the result is not finite, if the sampler asks for more steps than the
@@ -114,7 +105,7 @@ class Imagic:
             e_opt = embedding["e_opt"].to(x)  # (K, L, C)
             unet, curves_b = self.tune_network(model, task, x, e_opt, reporter, seed)
             decoder, curves_d = self.tune_decoder(model, task, x, reporter)
-            with replaced(model.unet, unet), replaced(model.autoencoder, decoder), reporter.stage("editing"):
+            with replaced(model.unet, unet), replaced(model.autoencoder, decoder):
                 result = self.interpolate(model, x, e_tgt, e_opt, trajectory, reporter, seed)
 
         result.metrics["embedding_cosine"] = sum(cosine(e, e_tgt) for e in e_opt) / len(e_opt)
@@ -214,7 +205,7 @@ class Imagic:
     def interpolate(self, model, x, e_tgt, e_opt, trajectory, reporter, seed) -> EditResult:
         """Stage C: sample under eta e_tgt + (1 - eta) e_opt (eq. 3). Sample i has one start for all etas, and
         takes embedding i modulo K."""
-        null = model.encode_text([""]) if self.guidance_scale != 1 else None
+        null = model.encode_text([""])
         bar = partial(reporter.progress, total=len(trajectory))
         samples = range(self.num_samples)
 
@@ -237,23 +228,22 @@ class Imagic:
             noise = generator(seed, "sampling", i)
             return self.sampler.sample(denoise, starts[i], trajectory, noise, partial(bar, stage="editing"))
 
-        starts = [start(i) for i in samples]
-        reconstruction = sample(0.0, None, 0)
+        style = {} if self.style_eta is None else {"style_eta": float(self.style_eta)}
         edits, latents = [], []
-        for eta in self.eta if isinstance(self.eta, Iterable) else [self.eta]:
-            for i in samples:
-                latents.append(sample(eta, self.style_eta, i))
-                settings = {"eta": float(eta), "sample": i}
-                if self.style_eta is not None:
-                    settings["style_eta"] = float(self.style_eta)
-                metrics = {"edit_source_cosine": cosine(latents[-1], x)}
-                edits.append(Edit(to_image(model, latents[-1]), settings, metrics))
-        return EditResult(
-            edits,
-            to_image(model, reconstruction),
-            {"reconstruction_source_cosine": cosine(reconstruction, x)},
-            {"start_latents": torch.cat(starts), "edited_latents": torch.cat(latents)},
-        )
+        with reporter.stage("editing"):
+            starts = [start(i) for i in samples]
+            for eta in self.eta if isinstance(self.eta, Iterable) else [self.eta]:
+                for i in samples:
+                    z = sample(eta, self.style_eta, i)
+                    settings = {"eta": float(eta), "sample": i} | style
+                    edits.append(Edit(to_image(model, z), settings, {"edit_source_cosine": cosine(z, x)}))
+                    latents.append(z)
+        with reporter.stage("reconstruction"):
+            z = sample(0.0, None, 0)
+            reconstruction = to_image(model, z)
+        metrics = {"reconstruction_source_cosine": cosine(z, x)}
+        tensors = {"start_latents": torch.cat(starts), "edited_latents": torch.cat(latents)}
+        return EditResult(edits, reconstruction, metrics, tensors)
 
     def key(self, task, seed: int) -> dict:
         """All that stage A depends on apart from model and image."""

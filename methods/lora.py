@@ -5,8 +5,6 @@ While tuning, the sum stands in for each weight through PyTorch's own parametris
 formed once, so that an adapted network costs no more than the plain one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ guidance vanishes in the source branch, eps = eps_source + w (eps_source - eps_s
 path back whatever w is. So nothing is optimised.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -4,8 +4,6 @@ DDIM inversion without guidance gives a pivot, the path z*_T ... z*_0. Then, fro
 empty prompt is optimised at each step such that sampling with guidance stays on that path (algorithm 1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import cached_stage, check, in_dtype
+from methods.base import cached_stage, check
 from methods.prompt_to_prompt import PromptToPrompt
 from samplers import ddim, guided
 
@@ -36,37 +34,37 @@ class NullText(PromptToPrompt):
         null_t, source) ||^2; the next step begins with what was found. Raises InputError if the loss is not finite.
 
         As in the authors' code: Adam; the learning rate falls to half over the steps; a step's loop ends early once
-        the mean square is below `stop_loss`, which rises by 2e-5 a step.
+        the mean square is below `stop_loss`, which rises by 2e-5 a step. Theirs updates first and checks afterwards,
+        and gives Adam the mean over elements, not the sum, whose gradients are so small that Adam's eps of 1e-8 damps
+        the updates.
         """
         if self.guidance_scale == 1:  # there is nothing for it to guide
             return [null] * len(trajectory)
         steps, w = len(trajectory), self.guidance_scale
 
         def build() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            as_source = in_dtype(model.dtype, guided(model, source))
+            as_source = guided(model, source)
             z, found, nulls, losses = recording.latent, null.float(), [], []
             for i in reporter.progress(range(steps), "null_text", steps):
                 t, a, b = int(trajectory.timesteps[i]), trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1]
                 pivot, eps_source = recording.latents[i + 1], as_source(z, t)
                 found = found.detach().clone().requires_grad_()
-
-                def step(z=z, t=t, a=a, b=b, eps_source=eps_source, found=found) -> Tensor:
-                    eps_null = in_dtype(model.dtype, guided(model, found.to(model.dtype)))(z, t)
-                    return ddim.step(z, eps_null + w * (eps_source - eps_null), a, b)
-
                 adam = torch.optim.Adam([found], self.null_lr * (1 - i / (2 * steps)))
-                for _ in range(self.inner_steps):
+                for n in range(self.inner_steps + 1):
                     with torch.enable_grad():
-                        loss = (pivot - step()).square().sum()
+                        eps_null = guided(model, found.to(source))(z, t)
+                        lower = ddim.step(z, eps_null + w * (eps_source - eps_null), a, b)
+                        loss = (pivot - lower).square().sum()
                     if not loss.isfinite():
                         raise InputError(f"the loss of the null text is not finite at step {i}: lower method.null_lr")
-                    if float(loss) / z.numel() < self.stop_loss + i * 2e-5:
+                    if n == self.inner_steps or float(loss) / z.numel() < self.stop_loss + i * 2e-5:
                         break
                     adam.zero_grad()
                     loss.backward()
                     adam.step()
-                z = step().detach()
-                losses.append(float((pivot - z).square().mean()))
+                z = lower.detach()
+                losses.append(float(loss) / z.numel())
+                del eps_null, lower, loss  # the last pass's graph, which the next step's would else lie beside
                 reporter.scalar("null_text", i, loss=losses[-1])
                 nulls.append(found.detach().to(model.dtype))
             return {"nulls": torch.stack(nulls)}, {"loss": torch.tensor(losses)}

@@ -8,8 +8,6 @@ corrected by its distance to the inversion, and the target branch is left alone 
 So the source branch, from which the target takes its attention, returns to the input exactly.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

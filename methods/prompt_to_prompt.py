@@ -7,15 +7,12 @@ place looks where it looked (self-attention). `null_contexts` and `rectified` ar
 make the source branch return to the image: null-text, negative-prompt and PnP inversion.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from einops import repeat
@@ -31,18 +28,15 @@ from methods.base import (
     check_invertible,
     cosine,
     frozen,
-    in_dtype,
     source_latent,
     to_image,
 )
 from models.attention import Hook, attention, attention_map, hooked
-from samplers import Sampler, Trajectory, ddim, guided
+from samplers import Sampler, ddim, guided
 
-if TYPE_CHECKING:
-    from data.tasks import EditTask
-    from models.latent_diffusion import LatentDiffusion
-
-SELF_PLACES = 32**2  # larger self-attention maps are left alone, as in the authors' code
+# Larger self-attention maps are left alone, as in the code of null-text inversion and of PnP inversion;
+# Prompt-to-Prompt's own stops at 16**2.
+SELF_PLACES = 32**2
 
 
 @dataclass
@@ -64,57 +58,54 @@ class PromptToPrompt:
         check(self, "fixed_point_steps", whole=True)
         check_choice(self, ("replace", "refine"), "words")
         check_invertible(self)
-        named = isinstance(self.reweight, Mapping) and all(map(is_number, self.reweight.values()))
-        if self.reweight is not None and not named:
+        if self.guidance_scale == 0:
+            raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")
+        factors = {} if self.reweight is None else self.reweight
+        named = isinstance(factors, Mapping)
+        if not named or not all(type(c) in (int, float) and math.isfinite(c) for c in factors.values()):
             raise InputError(f"method.reweight is {self.reweight}: it must name words and factors, such as {{blue: 2}}")
 
-    def edit(
-        self, model: LatentDiffusion, task: EditTask, reporter: Reporter = Reporter(), seed: int = 0
-    ) -> EditResult:
+    def edit(self, model, task, reporter: Reporter = Reporter(), seed: int = 0) -> EditResult:
         """One edit; the reconstruction is the source branch. Raises InputError if the task has no source prompt, or
         if `reweight` names a word that the prompt does not have."""
         if not task.source_prompt:
             raise InputError('this method needs source_prompt, what the picture shows now: source_prompt="a red heart"')
         trajectory = self.sampler.trajectory(model.schedule)
         steps = len(trajectory)
-        words = word_map(model.text, task.source_prompt, task.prompt, self.words)
-        factors = word_factors(model.text, task.prompt, self.reweight or {})
+        tables = [
+            *word_map(model.text, task.source_prompt, task.prompt, self.words),
+            word_factors(model.text, task.prompt, self.reweight or {}),
+        ]
         with frozen(model), torch.no_grad():
             z_0 = source_latent(model, task.image)
             source, target, null = (model.encode_text([text]) for text in (task.source_prompt, task.prompt, ""))
             with reporter.stage("inversion"):
-                upward = in_dtype(model.dtype, guided(model, source))
                 bar = lambda numbers: reporter.progress(numbers, "inversion", steps)
-                recording = ddim.record(upward, z_0, trajectory, self.fixed_point_steps, bar)
+                recording = ddim.record(guided(model, source), z_0, trajectory, self.fixed_point_steps, bar)
             nulls = self.null_contexts(model, task, source, null, recording, trajectory, reporter)
             with reporter.stage("editing"):
                 x = repeat(recording.latent, "1 ... -> branch ...", branch=2)  # source, target
                 prompts = torch.cat([source, target])
+                tables = [table.to(x.device) for table in tables]
                 for i in reporter.progress(range(steps), "editing", steps):
-                    denoise = in_dtype(model.dtype, guided(model, prompts, nulls[i], self.guidance_scale))
-                    with hooked(self.control(i / steps, *(tensor.to(x.device) for tensor in (*words, factors)))):
+                    if i == 0 or nulls[i] is not nulls[i - 1]:  # it projects the texts once
+                        denoise = guided(model, prompts, nulls[i], self.guidance_scale)
+                    with hooked(self.control(i / steps, *tables)):
                         eps = denoise(x, int(trajectory.timesteps[i]))
                     x = ddim.step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1])
                     x = self.rectified(x, recording.latents[i + 1])
-        again, z = x.split(1)
-        settings = {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}
-        edit = Edit(to_image(model, z), settings, {"edit_source_cosine": cosine(z, z_0)})
+                again, z = x.split(1)
+                settings = {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}
+                edit = Edit(to_image(model, z), settings, {"edit_source_cosine": cosine(z, z_0)})
+            with reporter.stage("reconstruction"):
+                reconstruction = to_image(model, again)
         metrics = {"reconstruction_error": float((again - z_0).square().mean().sqrt())}
         tensors = {"source_latent": z_0, "inverted_latent": recording.latent, "edited_latents": z}
-        tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
-        return EditResult([edit], to_image(model, again), metrics, tensors)
+        return EditResult([edit], reconstruction, metrics, tensors)
 
-    def null_contexts(
-        self,
-        model: LatentDiffusion,
-        task: EditTask,
-        source: Tensor,  # (1, L, C) text states
-        null: Tensor,  # (1, L, C) those of the empty prompt
-        recording: ddim.Inversion,
-        trajectory: Trajectory,
-        reporter: Reporter,
-    ) -> Sequence[Tensor]:
-        """What guidance leads away from at each step, in the order of sampling: steps times (1, L, C)."""
+    def null_contexts(self, model, task, source, null, recording, trajectory, reporter) -> Sequence[Tensor]:
+        """What guidance leads away from at each step, in the order of sampling: steps times (1, L, C), as are the text
+        states `source` and `null`, of the source and the empty prompt."""
         return [null] * len(trajectory)
 
     def rectified(self, x: Tensor, recorded: Tensor) -> Tensor:
@@ -199,7 +190,3 @@ def word_numbers(text, prompt: str) -> list[int]:
     words = [ids.index(text.end) - 1 for ids in tokens(text, prompt.split())]
     numbers = [-1, *(n for n, count in enumerate(words) for _ in range(count))]
     return (numbers + [-1] * text.context_length)[: text.context_length]
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

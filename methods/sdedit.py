@@ -1,6 +1,6 @@
 """SDEdit (Meng et al., 2021, arXiv 2108.01073): noise the image part of the way, then denoise it under the prompt.
 
-Section 3.2, algorithm 1, in the variance-preserving form of its appendix: x_t0 = sqrt(alpha_bar_t0) x_0 +
+Section 3, algorithm 1, in the variance-preserving form of its appendix: x_t0 = sqrt(alpha_bar_t0) x_0 +
 sqrt(1 - alpha_bar_t0) eps, from which the reverse process is solved down to t = 0.
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from methods.base import Edit, EditResult, Reporter, check, cosine, generator, to_image
+from methods.base import Edit, EditResult, Reporter, check, cosine, generator, source_latent, to_image
 from samplers import Sampler, guided, noise_like
 
 
@@ -31,10 +31,10 @@ class SDEdit:
         """One edit for each sample, from noise of its own. The reconstruction is what the autoencoder gives back."""
         trajectory = self.sampler.trajectory(model.schedule)
         trajectory = trajectory.tail(max(1, round(self.strength * len(trajectory))))
-        z = model.encode_image(task.image)
+        z = source_latent(model, task.image)
         denoise = guided(model, model.encode_text([task.prompt]), model.encode_text([""]), self.guidance_scale)
         bar = lambda steps: reporter.progress(steps, "editing", len(trajectory))
-        edits = []
+        edits, latents = [], []
         with reporter.stage("editing"):
             for i in range(self.num_samples):
                 noise = noise_like(z, generator(seed, "start", i))
@@ -42,4 +42,8 @@ class SDEdit:
                 x = self.sampler.sample(denoise, x, trajectory, generator(seed, "sampling", i), bar)
                 settings = {"strength": float(self.strength), "sample": i}
                 edits.append(Edit(to_image(model, x), settings, {"edit_source_cosine": cosine(x, z)}))
-        return EditResult(edits, to_image(model, z))
+                latents.append(x)
+        with reporter.stage("reconstruction"):
+            reconstruction = to_image(model, z)
+        tensors = {"source_latent": z, "edited_latents": torch.cat(latents)}
+        return EditResult(edits, reconstruction, tensors=tensors)

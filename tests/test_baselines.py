@@ -1,6 +1,7 @@
 """SDEdit, DDIM inversion and DDPM inversion: what each gives back exactly, and the walks written out by hand."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,15 @@ from hydra.utils import instantiate
 import models
 from data.tasks import EditTask
 from errors import InputError
-from methods.base import generator
+from methods.base import Reporter, generator
 from methods.ddim_inversion import DDIMInversion
 from methods.ddpm_inversion import DDPMInversion
+from methods.direct_inversion import DirectInversion
+from methods.imagic import Imagic
+from methods.negative_prompt import NegativePrompt
+from methods.null_text import NullText
+from methods.pnp_inversion import PnPInversion
+from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit
 from samplers import NoiseSchedule, Sampler, ddim, guided, noise_like
 
@@ -40,7 +47,7 @@ def decoded(model, z):
 @pytest.mark.parametrize("kind", [SDEdit, DDIMInversion, DDPMInversion])
 def test_a_model_is_handed_back_and_no_source_prompt_is_needed(tiny_model, task, kind):
     before = tiny_model.fingerprint
-    result = kind(Sampler(steps=2)).edit(tiny_model, replace(task, source_prompt=""))
+    result = kind(Sampler(steps=2, eta=float(kind is DDPMInversion))).edit(tiny_model, replace(task, source_prompt=""))
     assert result.edits[0].image.shape == (3, 32, 32) and result.reconstruction.shape == (3, 32, 32)
     assert tiny_model.fingerprint == before and not any(p.requires_grad for p in tiny_model.parameters())
 
@@ -57,7 +64,62 @@ def test_a_model_is_handed_back_and_no_source_prompt_is_needed(tiny_model, task,
 )  # fmt: skip
 def test_settings_out_of_range_are_named(kind, settings):
     with pytest.raises(InputError, match=rf"method\.{next(iter(settings))}"):
-        kind(Sampler(), **settings)
+        kind(Sampler("ddpm" if kind is DDPMInversion else "ddim"), **settings)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SDEdit, {"strength": 1.0}), (DDIMInversion, {"inversion_scale": 2.0}), (DDPMInversion, {"skip": 0.0}),
+        (PromptToPrompt, {}), (NullText, {"inner_steps": 1}), (NegativePrompt, {}), (PnPInversion, {}),
+    ],
+)  # fmt: skip
+def test_any_grid_prediction_and_shape(tiny_model, kind, settings, spacing, prediction, monkeypatch):
+    """With an unchanged prompt the edit is the reconstruction (SDEdit has none; PnP inversion corrects the source
+    branch alone, which is then the input), and all timesteps are visited."""
+    seen, predict = set(), tiny_model.predict_noise
+    monkeypatch.setattr(tiny_model, "predict_noise", lambda x, t, c: seen.add(int(t)) or predict(x, t, c))
+    monkeypatch.setattr(tiny_model, "prediction", prediction)
+    monkeypatch.setattr(tiny_model, "schedule", NoiseSchedule())
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    sampler = Sampler("ddpm" if kind in (SDEdit, DDPMInversion) else "ddim", 4, spacing)
+    result = kind(sampler, **settings).edit(tiny_model, EditTask(image, "a red cat", "a red cat"))
+    assert seen == set(tiny_model.schedule.trajectory(4, spacing).timesteps.tolist())
+    assert result.tensors["edited_latents"].shape == (1, 4, 8, 12) and result.edits[0].image.shape == (3, 32, 48)
+    if kind is PnPInversion:
+        assert result.metrics["reconstruction_error"] == 0
+    elif kind is not SDEdit:
+        close(result.edits[0].image, result.reconstruction)
+
+
+@pytest.mark.parametrize(
+    ("method", "cost", "more"),
+    [
+        (SDEdit(Sampler("ddpm", 10), guidance_scale=2.0), 14, 0),
+        (DDIMInversion(Sampler(steps=4), guidance_scale=2.0), 4 + 8, 4),
+        (DDPMInversion(Sampler("ddpm", 5)), 8 + 8, 0),
+        (PnPInversion(Sampler(steps=4)), 4 + 16, 0),
+        (DirectInversion(Sampler(steps=4)), 4 + 8, 0),
+        (Imagic(Sampler(steps=4), embedding_steps=1, tuning_steps=1), 2 + 4 + 8, 8),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_an_edit_costs_and_what_the_reconstruction_takes_beside_it(tiny_model, task, method, cost, more):
+    class Counting(Reporter):
+        evaluations = {}
+
+        @contextmanager
+        def stage(self, name):
+            before = tiny_model.evaluations
+            yield
+            self.evaluations[name] = tiny_model.evaluations - before
+
+    before = tiny_model.evaluations
+    method.edit(tiny_model, task, Counting())
+    assert Counting.evaluations["reconstruction"] == more
+    assert sum(Counting.evaluations.values()) == tiny_model.evaluations - before == cost + more
 
 
 # SDEdit.
@@ -82,6 +144,17 @@ def test_sdedit_keeps_less_the_more_it_noises(tiny_model, task):
         for s in (0.0, 0.3, 1.0)
     ]
     assert kept == sorted(kept, reverse=True) and kept[0] > 0.99 and kept[-1] < 0.9
+
+
+def test_sdedit_walks_in_more_than_half_precision(task):
+    """The network's steps in bfloat16, at the very latents that are summed up in float64."""
+    model = randomised(models.build(TINY, seed=0)).to(torch.bfloat16)
+    half = EditTask(task.image.bfloat16(), task.prompt)
+    result = SDEdit(Sampler(steps=4), strength=1.0, guidance_scale=1.0).edit(model, half, seed=5)
+    trajectory, z = model.schedule.trajectory(4), model.encode_image(half.image).double()
+    x = model.schedule.add_noise(z, noise_like(z, generator(5, "start", 0)), int(trajectory.timesteps[0]))
+    x = ddim.sample(guided(model, model.encode_text([task.prompt])), x, trajectory)
+    assert torch.equal(result.tensors["edited_latents"], x.float())
 
 
 @pytest.mark.parametrize("kind", [SDEdit, DDPMInversion])
@@ -129,6 +202,11 @@ def test_ddim_inversion_takes_the_path_that_goes_both_ways(sampler):
 
 
 # DDPM inversion.
+
+
+def test_a_sampler_without_noise_has_none_to_find():
+    with pytest.raises(InputError, match=r"sampler\.eta is 0: .* sampler=ddpm or sampler\.eta=1"):
+        DDPMInversion(Sampler())
 
 
 @pytest.mark.parametrize("sampler", KINDS)
@@ -181,7 +259,7 @@ def test_it_keeps_more_the_more_it_skips(tiny_model, task):
         DDPMInversion(Sampler("ddpm", 10), skip, 5.0).edit(tiny_model, task).edits[0].metrics["edit_source_cosine"]
         for skip in (0.0, 0.5, 0.9)
     ]
-    assert kept == sorted(kept)
+    assert kept[0] < kept[1] < kept[2]
 
 
 # The settings.

@@ -248,7 +248,7 @@ def test_batches_have_the_sizes_asked_for(tiny_model, task, monkeypatch):
     predict = tiny_model.predict_noise
     monkeypatch.setattr(tiny_model, "predict_noise", lambda x, t, c: seen.append(len(x)) or predict(x, t, c))
     imagic(num_embeddings=2, tuning_batch=3, guidance_scale=1.0).edit(tiny_model, task)
-    assert seen == [2] * 2 + [3] * 2 + [1] * 6  # stage A, stage B, then reconstruction and edit of 3 steps
+    assert seen == [2] * 2 + [3] * 2 + [1] * 6  # stage A, stage B, then edit and reconstruction of 3 steps
     seen.clear()
     imagic().edit(tiny_model, task)
     assert seen == [1] * 4 + [2] * 6  # with guidance both branches go in one call
@@ -498,7 +498,7 @@ def test_stages_are_timed_under_their_names(tiny_model, task):
             yield
 
     imagic(decoder_steps=1).edit(tiny_model, task, Timed())
-    assert Timed.names == ["embedding", "tuning", "decoder", "editing"]
+    assert Timed.names == ["embedding", "tuning", "decoder", "editing", "reconstruction"]
 
 
 def test_samples_that_would_all_be_one_picture_are_refused():

@@ -183,6 +183,15 @@ def test_reweighting_changes_the_edit_and_not_the_reconstruction(tiny_model, tas
     assert torch.equal(plain.reconstruction, more.reconstruction)
 
 
+def test_texts_are_projected_anew_only_where_the_null_text_is_another(tiny_model, task, monkeypatch):
+    contexts, project = [], tiny_model.project_context
+    monkeypatch.setattr(tiny_model, "project_context", lambda c: contexts.append(len(c)) or project(c))
+    for kind, times in ((PromptToPrompt, 1), (NegativePrompt, 1), (PnPInversion, 1), (NullText, 2)):
+        contexts.clear()
+        made(kind, 2).edit(tiny_model, task)
+        assert contexts.count(4) == times
+
+
 def test_the_backend_is_the_chosen_one_and_makes_no_difference(tiny_model, task):
     results = []
     for backend in ("sdpa", "reference"):
@@ -204,8 +213,8 @@ def test_a_source_prompt_is_needed_and_the_model_is_handed_back(tiny_model, task
 @pytest.mark.parametrize(
     "settings",
     [
-        {"guidance_scale": -1}, {"cross_replace": 1.1}, {"self_replace": -0.1}, {"words": "swap"},
-        {"fixed_point_steps": 0.5}, {"reweight": {"dog": "much"}}, {"reweight": 2},
+        {"guidance_scale": -1}, {"guidance_scale": 0.0}, {"cross_replace": 1.1}, {"self_replace": -0.1},
+        {"words": "swap"}, {"fixed_point_steps": 0.5}, {"reweight": {"dog": "much"}}, {"reweight": 0},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(settings):
@@ -292,7 +301,9 @@ def test_null_text_is_optimised_once_and_told_again(tiny_model, task):
 
 
 def test_a_null_text_that_is_close_enough_is_left_alone(tiny_model, task):
+    before = tiny_model.evaluations
     kept = made(NullText, stop_loss=1e9).edit(tiny_model, task)
+    assert tiny_model.evaluations - before == 4 * (1 + 2 + 4)  # up, both texts, guidance of both branches
     close(kept.edits[0].image, made().edit(tiny_model, task).edits[0].image)
     with pytest.raises(InputError, match=r"step 0: lower method\.null_lr"):
         made(NullText, null_lr=1e30, stop_loss=0.0).edit(tiny_model, task)
