@@ -8,12 +8,15 @@ the tasks of one folder, and the last of them to finish reports on all.
 import csv
 import hashlib
 import json
+import math
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from tqdm import tqdm
 
 from data.tasks import Entry, Tasks
@@ -24,7 +27,7 @@ from reporting.logger import WandbLogger
 from reporting.outcome import explain
 from reporting.page import write_page
 from reporting.sheet import describe
-from reporting.tables import HEADLINE, aligned, means, never_measured, show
+from reporting.tables import HEADLINE, aligned, by_label, never_measured, unique
 
 RESULT = "result.json"  # in a task's folder, written last: a list with an object for each edit, or one with its error
 SAME_ERRORS = 3  # in a row end the run: what fails like this is not the single task
@@ -44,11 +47,13 @@ def edit_all(
     """Edit this process's share of the tasks that are not done yet, by `edit(entry, place, seed)`, which writes what
     `RunReporter` does into `place`, and report on the whole folder. Returns the summary.
 
-    A task that fails is recorded, and tried again by the next run. Raises InputError where the folder holds results of
-    other settings, where several tasks in a row fail with the same error, and where all failed.
+    A task that fails is recorded, and tried again by the next run, after those never tried. Raises InputError where
+    the folder holds results of other settings, where several tasks in a row fail with the same error, and where all
+    failed.
     """
     claim(folder, settings)
-    waiting = [entry for entry in source.share if not is_done(folder / entry.name)]
+    waiting = [entry for entry in source.share if not is_done(folder / entry.name, entry)]
+    waiting.sort(key=lambda entry: bool(read_rows(folder / entry.name, entry)))
     done, failed, same, last = len(source.share) - len(waiting), 0, 0, ""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     bar = tqdm(
@@ -72,7 +77,8 @@ def edit_all(
         summary = report(folder, source.entries)
         if logger is not None:
             log(logger, folder, source.entries, summary)
-        print(told(folder, summary))
+        mine = all(is_done(folder / entry.name, entry) for entry in source.share)
+        print(told(folder, summary, goes_on=not mine))
     if not summary["waiting"] and summary["failed"] == summary["tasks"]:
         raise InputError(f"all {summary['tasks']} tasks failed: see {folder / 'results.csv'}")
     return summary
@@ -98,25 +104,27 @@ def attempt(entry: Entry, place: Path, seed: int, edit: Callable[[Entry, Path, i
 
 
 def rows_of(entry: Entry, place: Path, seed: int) -> list[dict]:
-    """What `RunReporter` wrote into `place`, an object for each edit."""
+    """What `RunReporter` wrote into `place`, an object for each edit. A number that is not finite is left out."""
     report, timings = (json.loads((place / f"{name}.json").read_text()) for name in ("metrics", "timings"))
     whole = {"reconstruction_psnr": report["reconstruction"]["psnr"], **timings["cost"]}
-    return [
-        {
+    rows = []
+    for edit, left_out in zip(report["edits"], report["left_out"], strict=True):
+        metrics = {**edit["metrics"], **whole}
+        row = {
             "task": entry.name,
             "category": entry.category,
             "sample": edit["settings"].get("sample", 0),
             "seed": seed,
             "method": report["method"],
             "settings": {name: value for name, value in edit["settings"].items() if name != "sample"},
-            "metrics": {**edit["metrics"], **whole},
-            "left_out": report["left_out"],
+            "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+            "left_out": left_out | {n: f"it was {v}" for n, v in metrics.items() if not math.isfinite(v)},
             "file": f"{entry.name}/{edit['file']}",
             "prompt": entry.prompt,
             "source_prompt": entry.source_prompt,
         }
-        for edit in report["edits"]
-    ]
+        rows.append(row)
+    return rows
 
 
 def task_seed(seed: int, name: str) -> int:
@@ -157,26 +165,30 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return items
 
 
-def is_done(place: Path) -> bool:
-    return (place / RESULT).exists() and not any("error" in row for row in read_rows(place))
+def is_done(place: Path, entry: Entry) -> bool:
+    rows = read_rows(place, entry)
+    return bool(rows) and not any("error" in row for row in rows)
 
 
-def read_rows(place: Path) -> list[dict]:
-    """The rows of a task's folder; none where it is not finished."""
+def read_rows(place: Path, entry: Entry | None = None) -> list[dict]:
+    """The rows of a task's folder; none where it is not finished, or was another task, of the same name, than `entry`:
+    lists are changed, and names may be line numbers."""
     try:
-        return json.loads((place / RESULT).read_text())
+        rows = json.loads((place / RESULT).read_text())
     except FileNotFoundError:
         return []
+    asked = {} if entry is None else {"prompt": entry.prompt, "source_prompt": entry.source_prompt}
+    return [row for row in rows if all(row.get(name, text) == text for name, text in asked.items())]
 
 
 # ------------------------------------------------------------------------------------------------- over all
 
 
 def report(folder: Path, entries: Sequence[Entry]) -> dict:
-    """Write the files over all tasks, and return the summary. Where another process finished a task meanwhile they are
-    written again, so that whoever writes last has read everything."""
+    """Write the files over all tasks, and return the summary. Where other processes finished the last tasks meanwhile
+    they are written again, so that whoever writes last has read everything."""
+    rows = read_all(folder, entries)
     while True:
-        rows = [row for entry in entries for row in read_rows(folder / entry.name)]
         summary = summarise(rows, len(entries))
         table = "\n\n".join(table_of(group) for group in summary["edits"]) + "\n"
         with whole_file(folder / "results.csv") as path:
@@ -184,21 +196,32 @@ def report(folder: Path, entries: Sequence[Entry]) -> dict:
         for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("table.md", table)):
             with whole_file(folder / name) as path:
                 path.write_text(text, encoding="utf-8")
-        write_page(folder / "index.html", folder.name, [row | {"label": who(row, rows), "place": ""} for row in rows])
-        if rows == [row for entry in entries for row in read_rows(folder / entry.name)]:
+        write_page(folder / "index.html", folder.name, labelled(rows))
+        before, rows = rows, read_all(folder, entries)
+        if rows == before or len({row["task"] for row in rows}) < len(entries):  # who edits the rest will report
             return summary
 
 
-def who(row: dict, rows: Sequence[dict]) -> str:
-    """What made an edit: the method, and its settings where several are among `rows`."""
+def read_all(folder: Path, entries: Sequence[Entry]) -> list[dict]:
+    return [row for entry in entries for row in read_rows(folder / entry.name, entry)]
+
+
+def labelled(rows: Sequence[dict]) -> list[dict]:
+    """The rows with a `label`, what made the edit, for the page: the method, and its settings where the edits differ in
+    them. A failed task has a row for each label."""
     method = next((row["method"] for row in rows if "method" in row), "")
-    several = len({json.dumps(row["settings"]) for row in rows if "settings" in row}) > 1
-    return f"{method}, {describe(row['settings'])}" if several and row.get("settings") else method
+    kinds = unique(describe(row["settings"]) for row in rows if "settings" in row)
+    labels = {kind: f"{method}, {kind}" if kind and len(kinds) > 1 else method for kind in kinds or [""]}
+    return [
+        row | {"label": label, "place": ""}
+        for row in rows
+        for kind, label in labels.items()
+        if "error" in row or describe(row["settings"]) == kind
+    ]
 
 
 def log(logger: WandbLogger, folder: Path, entries: Sequence[Entry], summary: dict) -> None:
     """The table by category, every edit with its pictures, and the means over all as the run's own numbers."""
-    rows = [row for entry in entries for row in read_rows(folder / entry.name)]
     tables = [
         {"category": category, **group["settings"], **numbers}
         for group in summary["edits"]
@@ -206,7 +229,7 @@ def log(logger: WandbLogger, folder: Path, entries: Sequence[Entry], summary: di
     ]
     logger.table("by_category", tables)
     lines = []
-    for row in rows:
+    for row in read_all(folder, entries):
         pictures = {name: folder / row["task"] / f"{name}.png" for name in ("input", "truth")}
         pictures["edit"] = folder / row.get("file", "")
         known = {name: path for name, path in pictures.items() if path.is_file()}
@@ -221,9 +244,7 @@ def log(logger: WandbLogger, folder: Path, entries: Sequence[Entry], summary: di
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """A line for each row; settings and metrics in columns of their own names."""
     lines = [{**row, **row.get("settings", {}), **row.get("metrics", {})} for row in rows]
-    settings, metrics = (
-        list(dict.fromkeys(name for row in rows for name in row.get(part, {}))) for part in ("settings", "metrics")
-    )
+    settings, metrics = (unique(name for row in rows for name in row.get(part, {})) for part in ("settings", "metrics"))
     made = ["task", "category", "method", "sample", *settings, *metrics]
     columns = [*made, "file", "prompt", "source_prompt", "seed", "error"]
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -236,17 +257,12 @@ def summarise(rows: Sequence[dict], tasks: int) -> dict:
     """How many tasks are done, have failed and are waiting, and for each of the settings that the edits of one task
     differ in, the means of all numbers, over all and by category. A mean is over the edits that have the number."""
     finished = [row for row in rows if "error" not in row]
-    done, failed = ({row["task"] for row in some} for some in (finished, [row for row in rows if "error" in row]))
-    kinds = []
-    for row in finished:
-        if row["settings"] not in kinds:
-            kinds.append(row["settings"])
-    edits = []
-    for settings in kinds:
-        group = [row for row in finished if row["settings"] == settings]
-        categories = dict.fromkeys(row["category"] for row in group)
-        by_category = {c: means([row for row in group if row["category"] == c]) for c in categories}
-        edits.append({"settings": settings, "overall": means(group), "by_category": by_category})
+    broken = [row for row in rows if "error" in row]
+    done, failed = ({row["task"] for row in some} for some in (finished, broken))
+    kinds = unique(json.dumps(row["settings"]) for row in finished)
+    groups = [row | {"label": json.dumps(row["settings"])} for row in finished]
+    groups += [row | {"label": kind} for row in broken for kind in kinds]
+    edits = [{"settings": json.loads(kind), **numbers} for kind, numbers in by_label(groups).items()]
     waiting = tasks - len(done) - len(failed)
     counts = {"tasks": tasks, "done": len(done), "failed": len(failed), "waiting": waiting}
     return counts | {"edits": edits, "left_out": never_measured(rows)}
@@ -255,20 +271,19 @@ def summarise(rows: Sequence[dict], tasks: int) -> dict:
 def table_of(group: dict) -> str:
     """The headline numbers by category as a Markdown table, aligned to be read as text too."""
     rows = {name or "-": numbers for name, numbers in group["by_category"].items()} | {"all": group["overall"]}
-    columns = ["edits", *(name for name in HEADLINE if name in group["overall"])]
-    cells = [["category", *columns]]
-    for name, numbers in rows.items():
-        cells.append([name, *(show(column, numbers.get(column)) for column in columns)])
-    return "\n".join([f"{describe(group['settings'])}\n"] * bool(group["settings"]) + [aligned(cells)])
+    table = aligned(rows, [name for name in HEADLINE if name in group["overall"]], "category")
+    return "\n".join([f"{describe(group['settings'])}\n"] * bool(group["settings"]) + [table])
 
 
-def told(folder: Path, summary: dict) -> str:
-    """What a person wants to read in the end."""
+def told(folder: Path, summary: dict, goes_on: bool) -> str:
+    """What a person wants to read in the end. `goes_on`: whether the same command has something left to do."""
     lines = []
     if not summary["waiting"]:
         lines = [table_of(group) + "\n" for group in summary["edits"]]
     done = f"{summary['done']} of {summary['tasks']} tasks done, {summary['failed']} failed"
     lines.append(f"{done}: {folder / 'results.csv'}")
-    if summary["waiting"] or summary["failed"]:
-        lines.append(f"the same command goes on from here with hydra.run.dir={folder}")
+    if goes_on:
+        sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        place = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweep else f"hydra.run.dir={folder}"
+        lines.append(f"the same command goes on from here with {place}")
     return "\n".join(lines)

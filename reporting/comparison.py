@@ -15,8 +15,8 @@ from files import whole_file
 from reporting.page import write_page
 from reporting.plots import plot_points
 from reporting.sheet import Cell, grid
-from reporting.sweep import Row, short, swept, unique, value_of
-from reporting.tables import HEADLINE, aligned, means, show
+from reporting.sweep import Row, short, swept, value_of
+from reporting.tables import HEADLINE, aligned, by_label, means, unique
 
 POOLED = ("seed", "task.shard", "edit.task", "edit.sample")  # axes that make no other method or setting of an edit
 PRESERVATION = ("psnr_to_input_kept", "psnr_to_input")  # the first of these that was measured
@@ -24,25 +24,23 @@ SUCCESS = ("success", "clip_score")
 
 
 def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """Write the files for those `rows` that are of a benchmark; the lines to print in the end."""
-    axes = [axis for axis in swept(list(rows)) if axis not in POOLED]
-    edits = [row.record | {"label": label_of(row, axes), "place": f"{row.job}/"} for row in rows if row.record]
-    labels, categories = unique(edit["label"] for edit in edits), unique(edit["category"] for edit in edits)
+    """Write the files for the `rows` of a sweep over benchmarks; the lines to print in the end."""
+    edits, labels = labelled(rows)
+    found, lacking, categories = by_label(edits), missing(labels, rows), unique(edit["category"] for edit in edits)
     numbers: dict[str, dict[str, float]] = {}
     for label in labels:
-        group = [edit for edit in edits if edit["label"] == label]
-        numbers[label] = {"failed": sum("error" in edit for edit in group), **means(group)}
-        for category in categories if len(categories) > 1 else []:
-            mean = means([edit for edit in group if edit["category"] == category])
+        group = found.get(label, {"overall": means([]), "by_category": {}})
+        numbers[label] = group["overall"] | {"missing": lacking[label]}
+        for category, mean in group["by_category"].items() if len(categories) > 1 else ():
             numbers[label] |= {f"success_{category}": mean["success"]} if "success" in mean else {}
     measured = unique(name for mean in numbers.values() for name in mean)
+    by_category = [name for category in categories if (name := f"success_{category}") in measured]
     with whole_file(folder / "comparison.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["edited_by", *measured])
         writer.writeheader()
         writer.writerows({"edited_by": label} | mean for label, mean in numbers.items())
-    by_category = [name for name in measured if name.startswith("success_")]
-    tables = [table(numbers, ["edits", "failed", *(name for name in HEADLINE if name in measured)])]
-    tables += [table(numbers, by_category)] if by_category else []
+    headline = [name for name in HEADLINE if name in measured]
+    tables = [aligned(numbers, columns, "edited by") for columns in (headline, by_category) if columns]
     with whole_file(folder / "comparison.md") as path:
         path.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     axes = [next((name for name in names if name in measured), "") for names in (PRESERVATION, SUCCESS)]
@@ -53,22 +51,49 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
             plot_points(points, axes, path)
         written.append("comparison.png")
     with whole_file(folder / "summary.png") as path:
-        one_of_each(folder, edits, labels, categories).save(path, format="PNG")
+        one_of_each(folder, edits, list(labels), categories).save(path, format="PNG")
     write_page(folder / "index.html", "comparison", edits)
     return ["", "\n\n".join(tables), "", *(str(folder / name) for name in [*written, "summary.png"])]
 
 
-def table(numbers: dict[str, dict[str, float]], columns: Sequence[str]) -> str:
-    """Some of the numbers, a row for each label."""
-    cells = [[label, *(show(name, mean.get(name)) for name in columns)] for label, mean in numbers.items()]
-    return aligned([["edited by", *columns], *cells])
+def labelled(rows: Sequence[Row]) -> tuple[list[dict], dict[str, list[Row]]]:
+    """The edits, each with a `label`, its method by name and then what else was swept ("imagic, eta 0.6"), and a
+    `place`; and by label a row of each of its jobs. What failed counts for every label that its job has."""
+    axes = [axis for axis in swept(list(rows)) if axis not in ("method", *POOLED)]
+    by_job: dict[str, list[Row]] = {}
+    for row in rows:
+        by_job.setdefault(row.job, []).append(row)
+    known = {row.job: row.record["method"] for row in rows if row.record and "method" in row.record}
+    sole = next(iter(known.values()), "edit")
+    edits, labels = [], {}
+    for job, here in by_job.items():
+        method = known.get(job) or here[0].overrides.get("method", sole)
+        names = [
+            ", ".join([method, *(f"{short(axis)} {value}" for axis in axes if (value := value_of(row, axis)))])
+            for row in here
+        ]
+        every = unique(name for name, row in zip(names, here, strict=True) if not row.error) or names[:1]
+        for name, row in zip(names, here, strict=True):
+            for label in (every if row.error else [name]) if row.record else []:
+                edits.append(row.record | {"label": label, "place": f"{job}/"})
+        for name in every:
+            labels.setdefault(name, []).append(here[0])
+    return edits, labels
 
 
-def label_of(row: Row, axes: Sequence[str]) -> str:
-    """The method by its name, then what else was swept: "imagic, eta 0.6"."""
-    values = [(axis, value_of(row, axis)) for axis in sorted(axes, key=lambda axis: axis != "method")]
-    told = [value if axis == "method" else f"{short(axis)} {value}" for axis, value in values if value]
-    return ", ".join(told) or row.overrides.get("method", "edit")
+def missing(labels: dict[str, list[Row]], rows: Sequence[Row]) -> dict[str, int]:
+    """For each label how many tasks its jobs did not come to, of those that any job with the same list has."""
+
+    def overrides(row: Row, only: str = "") -> tuple:
+        found = [(n, v) for n, v in row.overrides.items() if n.startswith(only) and n != "task.shard"]
+        return (only, *sorted(found))
+
+    tasks: dict[tuple, set[str]] = {}  # of a list, and of a run, which may have been shared out
+    for row in rows:
+        for key in (overrides(row, "task"), overrides(row)):
+            tasks.setdefault(key, set()).update([row.record["task"]] if row.record else [])
+    runs = {name: {(overrides(row, "task"), overrides(row)) for row in jobs} for name, jobs in labels.items()}
+    return {name: sum(len(tasks[all_of] - tasks[own]) for all_of, own in found) for name, found in runs.items()}
 
 
 def one_of_each(folder: Path, edits: Sequence[dict], labels: Sequence[str], categories: Sequence[str]) -> Image.Image:
@@ -76,29 +101,28 @@ def one_of_each(folder: Path, edits: Sequence[dict], labels: Sequence[str], cate
     task that most labels have edited."""
     body, names = [], []
     for category in categories:
-        tasks: dict[str, dict[str, dict]] = {}
+        tasks: dict[tuple, dict[str, dict]] = {}
         for edit in edits:
             if edit["category"] == category and "error" not in edit:
-                tasks.setdefault(edit["task"], {}).setdefault(edit["label"], edit)
+                tasks.setdefault((edit["task"], edit["prompt"]), {}).setdefault(edit["label"], edit)
         if not tasks:
             continue
-        task, made = max(tasks.items(), key=lambda item: len(item[1]))
+        (task, prompt), made = max(tasks.items(), key=lambda item: len(item[1]))
         place = folder / next(iter(made.values()))["place"] / task
-        cells = [Cell(Image.open(place / "input.png"), ["input"])]
+        cells = [Cell(place / "input.png", ["input"])]
         for label in labels:
             edit = made.get(label)
-            picture = Image.open(folder / edit["place"] / edit["file"]) if edit else None
-            cells.append(Cell(picture, [outcome(edit)]))
+            cells.append(Cell(folder / edit["place"] / edit["file"] if edit else None, [outcome(edit)]))
         if (place / "truth.png").exists():
-            cells.append(Cell(Image.open(place / "truth.png"), ["true result"]))
+            cells.append(Cell(place / "truth.png", ["true result"]))
         body.append(cells)
-        names.append(f"{category}: {next(iter(made.values()))['prompt']}")
+        names.append(f"{category}: {prompt}")
     return grid(["one task of each category"], body or [[None]], names, ["", *labels])
 
 
 def outcome(edit: dict | None) -> str:
     """The word under an edit on the sheet."""
     if edit is None:
-        return "failed"
+        return "not edited"
     success = edit["metrics"].get("success")
     return "" if success is None else "success" if success else "no success"

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from files import whole_file
-from reporting.tables import HEADLINE, means, never_measured, show
+from reporting.tables import HEADLINE, by_label, never_measured, show, unique
 
 UNDER = (
     "success",
@@ -25,20 +25,18 @@ UNDER = (
 def write_page(path: Path, title: str, rows: Sequence[dict]) -> None:
     """The page at `path` for `rows` as `benchmark.rows_of` makes them, each with a `label`, which says what made the
     edit, and a `place`, the folder of its run as seen from the page, "" or "folder/"."""
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    categories = list(dict.fromkeys(row["category"] for row in rows))
-    numbers = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
-    tasks: dict[str, list[dict]] = {}
+    categories = unique(row["category"] for row in rows)
+    tasks: dict[tuple, list[dict]] = {}  # two lists of one sweep may each have a task of that name
     for row in rows:
-        tasks.setdefault(row["task"], []).append(row)
+        tasks.setdefault((row["task"], row.get("prompt")), []).append(row)
     parts = {
         "title": escape(title),
-        "summary": summary_table(rows, labels, categories),
+        "summary": summary_table(rows, categories),
         "categories": options(categories),
-        "labels": options(labels),
-        "numbers": options(numbers),
+        "labels": options(unique(row["label"] for row in rows)),
+        "numbers": options(unique(name for row in rows for name in row.get("metrics", {}))),
         "head": "<th>true result</th>" if any(truth_of(path.parent, group) for group in tasks.values()) else "",
-        "rows": "\n".join(task_row(path.parent, name, group) for name, group in tasks.items()),
+        "rows": "\n".join(task_row(path.parent, name, group) for (name, _), group in tasks.items()),
         "not_measured": not_measured(rows),
     }
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -63,12 +61,12 @@ def picture(file: str, alt: str) -> str:
 
 def task_row(folder: Path, name: str, group: Sequence[dict]) -> str:
     """A row of the table: what was asked, the input, all edits and the true result."""
-    about = next((row for row in group if "prompt" in row), {})
+    about = next((row for row in group if "prompt" in row), {"prompt": ""})
     source = next((row["place"] for row in group if (folder / row["place"] / name / "input.png").exists()), None)
     truth = truth_of(folder, group)
     asked = [f"<b>{escape(name)}</b>", escape(group[0]["category"])]
-    asked += [f"from: {escape(about['source_prompt'])}"] * bool(about.get("source_prompt"))
-    asked += [f"to: {escape(about['prompt'])}"] * bool(about)
+    for word, text in (("from", about.get("source_prompt")), ("to", about["prompt"])):
+        asked += [f"{word}: {escape(text)}"] if text else []
     return (
         f'<tr tabindex="-1" data-category="{escape(group[0]["category"])}"><th scope="row">{"<br>".join(asked)}</th>'
         f"<td>{'' if source is None else picture(f'{source}{name}/input.png', f'input of {name}')}</td>"
@@ -86,31 +84,29 @@ def figure(row: dict) -> str:
             f"<figcaption>{label}<br><small>{escape(row['error'])}</small></figcaption></figure>"
         )
     numbers = row["metrics"]
+    rounded = escape(json.dumps({name: round(value, 6) for name, value in numbers.items()}))
     success = {1: "yes", 0: "no"}.get(numbers.get("success"), "")
     mark = {"yes": '<span class="yes">✓ success</span><br>', "no": '<span class="no">✗ no success</span><br>', "": ""}
     under = [f"{name.replace('_', ' ')} {show(name, numbers[name])}" for name in UNDER[1:] if name in numbers][:2]
     sample = f", sample {row['sample']}" if row.get("sample") else ""
     return (
-        f'<figure data-label="{label}" data-success="{success}" data-numbers="{escape(json.dumps(numbers))}">'
+        f'<figure data-label="{label}" data-success="{success}" data-numbers="{rounded}">'
         + picture(row["place"] + row["file"], f"edit of {row['task']} by {row['label']}")
         + f"<figcaption>{label}{sample}<br>{mark[success]}<small>{'<br>'.join(under)}</small>"
         '<small class="sorted"></small><details><summary>all numbers</summary></details></figcaption></figure>'
     )
 
 
-def summary_table(rows: Sequence[dict], labels: Sequence[str], categories: Sequence[str]) -> str:
+def summary_table(rows: Sequence[dict], categories: Sequence[str]) -> str:
     """Means by label, and where success is known, its share in each category."""
-    groups = {label: [row for row in rows if row["label"] == label] for label in labels}
-    overall = {label: means(group) for label, group in groups.items()}
-    columns = ["edits", *(name for name in HEADLINE if any(name in numbers for numbers in overall.values()))]
+    numbers = by_label(rows)
+    columns = [name for name in HEADLINE if any(name in found["overall"] for found in numbers.values())]
     kinds = categories if "success" in columns and len(categories) > 1 else []
     head = [*columns, *(f"success: {category or '-'}" for category in kinds)]
     lines = ["<tr><th></th>" + "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in head) + "</tr>"]
-    for label, group in groups.items():
-        cells = [show(name, overall[label].get(name)) for name in columns]
-        for category in kinds:
-            there = means([row for row in group if row["category"] == category])
-            cells.append(show("success", there.get("success")))
+    for label, found in numbers.items():
+        cells = [show(name, found["overall"].get(name)) for name in columns]
+        cells += [show("success", found["by_category"].get(category, {}).get("success")) for category in kinds]
         lines.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     return f'<table class="summary">{"".join(lines)}</table>'
 

@@ -1,5 +1,5 @@
 """Curves of a run: the loss of each tuning stage, and what eta trades, agreement with the text against likeness to
-the input (as Imagic's figure 8 does, whose likeness is 1 - LPIPS; here it is CLIP's, or PSNR without a CLIP). And the
+the input (as Imagic's figure 9 does, whose likeness is 1 - LPIPS; here it is CLIP's, or PSNR without a CLIP). And the
 methods of a sweep as points."""
 
 import logging

@@ -22,7 +22,7 @@ from methods.base import EditResult, Reporter
 from metrics import Metrics, psnr
 from reporting.cache import TuningCache, code_fingerprint, digest
 from reporting.logger import WandbLogger
-from reporting.sheet import Cell, contact_sheet, describe, scores, show
+from reporting.sheet import Cell, brief, contact_sheet, describe, scores
 
 NO_COST = "reconstruction"  # the stage that shows how well the input is given back: no part of what an edit costs
 
@@ -135,11 +135,11 @@ class RunReporter(Reporter):
             "peak_memory_gb": max(peaks, default=_peak_memory(self.model.device)) / 1e9,
         }
         with self.stage("metrics"):
-            records, left_out = [], {}
+            records, left_out = [], []
             for i, edit in enumerate(result.edits):
                 measured, missing = self.metrics.measure(self.model, edit.image[None].to(self.task.image), self.task)
-                left_out |= missing
-                name = "_".join([f"{i:02d}", *(f"{k}-{show(v)}" for k, v in edit.settings.items())])
+                left_out.append(missing)
+                name = "_".join([f"{i:02d}", *(f"{k}-{brief(v)}" for k, v in edit.settings.items())])
                 file = f"edits/{_plain(name)}.png"
                 records.append({"file": file, "settings": edit.settings, "metrics": edit.metrics | measured})
             references = {"input": self.task.image} | ({} if self.task.truth is None else {"truth": self.task.truth})
@@ -152,7 +152,7 @@ class RunReporter(Reporter):
             "reconstruction": {"psnr": psnr(result.reconstruction.cpu(), self.task.image[0].cpu())},
             "run": result.metrics,
             "edits": records,
-            "left_out": left_out,
+            "left_out": left_out,  # for each edit
         }
         resources = {
             "cost": cost,

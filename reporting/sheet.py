@@ -6,6 +6,7 @@ Text is drawn with Pillow's own scalable font, so a sheet looks the same, byte b
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,19 +17,19 @@ INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 @dataclass
 class Cell:
-    """A picture and the lines under it; None leaves a grey field, for what failed."""
+    """A picture, or its file, and the lines under it; None leaves a grey field, for what failed."""
 
-    picture: Image.Image | None
+    picture: Image.Image | Path | None
     lines: list[str] = field(default_factory=list)
 
 
-def show(value: object) -> str:
+def brief(value: object) -> str:
     """A setting as a person writes it: 0.7, not 0.7000000000000001."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def describe(settings: dict) -> str:
-    return ", ".join(f"{name} {show(value)}" for name, value in settings.items())
+    return ", ".join(f"{name} {brief(value)}" for name, value in settings.items())
 
 
 def scores(metrics: dict[str, float]) -> str:
@@ -38,8 +39,10 @@ def scores(metrics: dict[str, float]) -> str:
     return f"PSNR to input {metrics['psnr_to_input']:.1f} dB"
 
 
-def enlarge(picture: Image.Image) -> Image.Image:
-    """Small pictures by a whole factor, large ones shrunk."""
+def enlarge(picture: Image.Image | Path) -> Image.Image:
+    """Small pictures by a whole factor, large ones shrunk. A file is closed again: a sheet may have thousands."""
+    if isinstance(picture, Path):
+        picture = Image.open(picture).convert("RGB")
     factor = math.ceil(MIN_SIDE / max(picture.size))
     if factor > 1:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from errors import InputError
 from reporting.objective import check_directions, names
 from reporting.outcome import explain, unquoted
+from reporting.tables import unique
 
 JOBS = "*/.hydra/overrides.yaml"  # which Hydra writes when a job begins
 
@@ -135,11 +136,6 @@ def write_summary(folder: Path, rows: list[Row]) -> None:
             picture.save(path, format="PNG")
 
 
-def unique(values) -> list:
-    """Without repetitions, in the order of first appearance."""
-    return list(dict.fromkeys(values))
-
-
 def swept(rows: list[Row]) -> list[str]:
     """The names along which the edits differ: overrides that take several values over the jobs, then settings
     of edits that take several values within a job (a list of eta, several samples)."""
@@ -157,17 +153,15 @@ def swept(rows: list[Row]) -> list[str]:
 
 
 def value_of(row: Row, axis: str) -> str:
-    from reporting.sheet import show
+    from reporting.sheet import brief
 
     if axis.startswith("edit."):
-        return show(row.settings.get(axis.removeprefix("edit."), ""))
+        return brief(row.settings.get(axis.removeprefix("edit."), ""))
     return row.overrides.get(axis, "")
 
 
 def lay_out(rows: list[Row], axes: list[str]):
     """The axis of most values runs over the columns, every combination of the others is a row; the input first."""
-    from PIL import Image
-
     from reporting.sheet import Cell, grid, scores
 
     along = max(axes, key=lambda axis: len({value_of(row, axis) for row in rows}), default=None)
@@ -183,7 +177,7 @@ def lay_out(rows: list[Row], axes: list[str]):
         column = columns.index(value_of(row, along)) if along else i
         sources[key] = sources[key] or row.source
         if row.picture:
-            table[key][column] = Cell(Image.open(row.picture), [scores(row.numbers)])
+            table[key][column] = Cell(row.picture, [scores(row.numbers)])
         else:
             table[key][column] = Cell(None, [f"failed: {row.error}"])
     for row in lost:
@@ -195,7 +189,7 @@ def lay_out(rows: list[Row], axes: list[str]):
     for key in row_keys:
         source = sources[key] if first or not same_input else None
         first = first and source is None
-        body.append([Cell(Image.open(source), ["input"]) if source else None, *table[key]])
+        body.append([Cell(source, ["input"]) if source else None, *table[key]])
     prompts = unique(row.prompt for row in rows if row.prompt)
     title = [f'"{prompts[0]}"' if len(prompts) == 1 else f"{len(prompts)} prompts"]
     title += [f"swept: {', '.join(names)}"] if names else []

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -40,7 +42,7 @@ class Editor:
             for eta in (0.25, 0.5)
         ]
         place.mkdir(exist_ok=True)
-        report = {"method": "fake", "reconstruction": {"psnr": 30.0}, "edits": edits, "left_out": {}}
+        report = {"method": "fake", "reconstruction": {"psnr": 30.0}, "edits": edits, "left_out": [{}, {}]}
         (place / "metrics.json").write_text(json.dumps(report))
         (place / "timings.json").write_text(json.dumps({"cost": {"seconds": 1.5}}))
 
@@ -103,6 +105,61 @@ def test_a_failure_is_recorded_and_tried_again(tmp_path, whole, capsys):
     assert idle.names == []
 
 
+def test_a_task_that_has_changed_is_edited_again_and_its_old_result_is_not_reported(tmp_path, whole):
+    """Names may be line numbers, so a list that was changed has other tasks of the same names."""
+    changed = [*ENTRIES[:2], replace(ENTRIES[2], prompt="other"), replace(ENTRIES[3], source_prompt="s"), *ENTRIES[4:]]
+    assert benchmark.report(whole, changed)["waiting"] == 2
+    assert {row["task"] for row in read(whole)} == {"t0", "t1", "t4", "t5"}
+    again = Editor()
+    assert run(whole, again, entries=changed)["done"] == 6 and again.names == ["t2", "t3"]
+    assert read(whole)[4]["prompt"] == "other"
+
+
+def test_tasks_never_tried_come_before_those_that_failed(tmp_path):
+    folder, broken = tmp_path / "run", {"t0", "t1", "t2"}
+    for _ in range(2):
+        editor = Editor(broken, lambda name: ValueError("too large"))
+        with pytest.raises(InputError, match="3 tasks in a row"):
+            run(folder, editor)
+    assert editor.names == ["t3", "t4", "t5", "t0", "t1", "t2"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["done"], summary["failed"]) == (3, 3)
+    for group in summary["edits"]:
+        assert (group["overall"]["edits"], group["overall"]["failed"]) == (3, 3)
+        assert [group["by_category"][c]["failed"] for c in "ab"] == [2, 1]
+    page = (folder / "index.html").read_text()
+    assert page.count('data-label="fake, eta 0.25" data-success="failed"') == 3
+
+
+def test_a_number_that_is_not_finite_is_left_out_with_the_reason(tmp_path):
+    class Diverging(Editor):
+        def __call__(self, entry, place, seed):
+            super().__call__(entry, place, seed)
+            report = json.loads((place / "metrics.json").read_text())
+            report["edits"][0]["metrics"] |= {"drift": float("nan")}
+            report["left_out"][1] = {"drift": "never asked"}
+            (place / "metrics.json").write_text(json.dumps(report))
+
+    run(tmp_path, Diverging())
+    first, second = json.loads((tmp_path / "t0" / "result.json").read_text())
+    assert first["left_out"] == {"drift": "it was nan"} and second["left_out"] == {"drift": "never asked"}
+    assert "drift" not in first["metrics"] and "NaN" not in (tmp_path / "index.html").read_text()
+
+
+def test_many_rows_are_reported_at_once(tmp_path):
+    """In time that grows with their number, not with its square."""
+    entries = [Entry(f"t{i}", "a") for i in range(2500)]
+    for entry in entries:
+        (tmp_path / entry.name).mkdir()
+        row = {"task": entry.name, "category": "", "method": "m", "settings": {}, "metrics": {}, "left_out": {}}
+        row |= {"sample": 0, "file": f"{entry.name}/a.png", "prompt": "a", "source_prompt": ""}
+        rows = [row | {"settings": {"eta": eta}} for eta in (0.1, 0.2)]
+        (tmp_path / entry.name / "result.json").write_text(json.dumps(rows))
+    start = time.process_time()
+    benchmark.report(tmp_path, entries)
+    assert time.process_time() - start < 15
+
+
 def test_ctrl_c_keeps_what_is_finished(tmp_path, whole):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
@@ -129,7 +186,9 @@ def test_shares_of_one_folder_merge(tmp_path, whole, capsys):
     folder, editors = tmp_path / "run", [Editor() for _ in range(3)]
     for i, editor in enumerate(editors):
         run(folder, editor, shard=f"{i}/3")
-        assert ("| all " in capsys.readouterr().out) == (i == 2)  # the table of all tasks, when all are done
+        told = capsys.readouterr().out
+        assert ("| all " in told) == (i == 2)  # the table of all tasks, when all are done
+        assert "goes on" not in told  # this share is done
     given = sorted(task for editor in editors for task in editor.given)
     assert given == [(f"t{i}", benchmark.task_seed(7, f"t{i}")) for i in range(6)]
     same_files(folder, whole)
@@ -148,6 +207,21 @@ def test_whoever_writes_last_has_read_everything(tmp_path, whole, monkeypatch):
     monkeypatch.setattr(benchmark, "write_csv", meanwhile)
     assert benchmark.report(folder, ENTRIES)["done"] == 6
     same_files(folder, whole)
+
+
+def test_while_others_work_the_report_is_written_once(tmp_path, monkeypatch):
+    written, write = [], benchmark.write_csv
+
+    def meanwhile(path, rows):
+        write(path, rows)
+        entry = ENTRIES[len(written)]
+        benchmark.attempt(entry, tmp_path / entry.name, 0, Editor())
+        written.append(entry)
+
+    monkeypatch.setattr(benchmark, "write_csv", meanwhile)
+    tmp_path.joinpath("t0").mkdir()
+    benchmark.report(tmp_path, ENTRIES)
+    assert len(written) == 1
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole):

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from reporting.comparison import compare
 from reporting.logger import WandbLogger
 from reporting.page import write_page
 from reporting.sweep import read_jobs, swept
@@ -71,7 +72,8 @@ def page(tmp_path):
             row = record(f"t{i}", "ab"[i % 2], success if method == "imagic" else 1 - success, 20.0 + i, method=method)
             write_task(tmp_path / place, row)
             rows.append(row | {"label": method, "place": place})
-    rows[-1] = {"task": "t3", "category": "b", "error": "<b>too large</b>", "label": "sdedit", "place": "1/"}
+    failed = {"task": "t3", "category": "b", "prompt": NASTY, "error": "<b>too large</b>"}
+    rows[-1] = failed | {"label": "sdedit", "place": "1/"}
     write_page(tmp_path / "index.html", "tasks & edits", rows)
     return tmp_path / "index.html"
 
@@ -86,6 +88,13 @@ def test_every_task_stands_with_its_input_edits_and_truth(page):
     assert seen.text.count(NASTY) == 4 and seen.tags.count("script") == 1  # shown as it is, never obeyed
     assert "<b>too large</b>" in seen.text and "lpips_to_input: it needs weights" in seen.text
     assert "://" not in page.read_text()
+
+
+def test_tasks_of_one_name_in_two_lists_are_two(tmp_path):
+    rows = [write_task(tmp_path / place, record("t0", "a", 1, 2.0))[0] | {"place": f"{place}/"} for place in "01"]
+    rows = [row | {"label": "m", "prompt": prompt} for row, prompt in zip(rows, ("a cat", "a dog"), strict=True)]
+    write_page(tmp_path / "index.html", "two lists", rows)
+    assert (tmp_path / "index.html").read_text().count("<b>t0</b>") == 2
 
 
 def browser(page, address="", script=""):
@@ -141,13 +150,13 @@ def test_means_are_over_the_edits_that_have_the_number():
         {"metrics": {"a": 3.0}, "left_out": {"b": "no", "c": "why"}},
         {"error": "x"},
     ]
-    assert means(rows) == {"edits": 2, "a": 2.0, "b": 4.0} and means([]) == {"edits": 0}
+    assert means(rows) == {"edits": 2, "failed": 1, "a": 2.0, "b": 4.0} and means([]) == {"edits": 0, "failed": 0}
     assert never_measured(rows) == {"c": "why"}
 
 
 def test_tables_line_up():
-    lines = aligned([["name", "n"], ["a", "100"]]).split("\n")
-    assert lines == ["| name | n   |", "| ---- | --- |", "| a    | 100 |"]
+    lines = aligned({"a": {"edits": 100}, "b": {}}, ["edits"], "name").split("\n")
+    assert lines == ["| name | edits |", "| ---- | ----- |", "| a    | 100   |", "| b    |       |"]
     shown = [
         show(n, v) for n, v in (("success", 0.254), ("psnr_to_input", 20.06), ("clip_score", 0.1234), ("edits", 3))
     ]
@@ -209,13 +218,44 @@ def test_a_sweep_over_a_benchmark_compares_methods_and_settings(tmp_path, capsys
         assert len(list(csv.DictReader(file))) == 11
 
 
+def test_a_comparison_tells_of_jobs_that_failed_and_of_tasks_that_are_missing(tmp_path):
+    """The method stands in each label though nobody typed it; what failed in a job counts for each of its edits; a
+    failed job has a row."""
+    tasks = [[record(f"t{i}", "pose", 1, 20.0, eta=eta) for eta in (0.2, 0.4)] for i in range(3)]
+    failed = {"task": "t3", "category": "pose", "prompt": NASTY, "error": "no"}
+    write_job(tmp_path, 0, ["a=1", "task.shard=0/2"], *tasks[:2])
+    write_job(tmp_path, 1, ["a=1", "task.shard=1/2"], tasks[2], [failed])
+    write_job(tmp_path, 2, ["a=2", "task.shard=0/2"], tasks[0])
+    write_job(tmp_path, 3, ["a=2", "task.shard=1/2"])
+    write_job(tmp_path, 4, ["a=3"])
+    (tmp_path / "4" / "error.txt").write_text("no such setting")
+    write_job(tmp_path, 5, ["a=4", "task=other"], [record("t0", "pose", 0, 20.0)])
+    rows = read_jobs(tmp_path)
+    compare(tmp_path, rows)
+    with open(tmp_path / "comparison.csv", encoding="utf-8") as file:
+        table = {row["edited_by"]: [row[n] for n in ("edits", "failed", "missing")] for row in csv.DictReader(file)}
+    assert table == {
+        "imagic, a 1, eta 0.2": ["3", "1", "0"],
+        "imagic, a 1, eta 0.4": ["3", "1", "0"],
+        "imagic, a 2, eta 0.2": ["1", "0", "3"],
+        "imagic, a 2, eta 0.4": ["1", "0", "3"],
+        "imagic, a 2": ["0", "0", "3"],  # the share that failed
+        "imagic, a 3": ["0", "0", "4"],
+        "imagic, a 4, task other": ["1", "0", "0"],
+    }
+    assert "| imagic, a 3 " in (tmp_path / "comparison.md").read_text()
+
+
 def test_tables_of_wandb_hold_the_pictures(tmp_path):
     wandb = pytest.importorskip("wandb")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (600, 300)).save(tmp_path / "a.png")
     logger, logged = WandbLogger("offline"), {}
     logger.active = type("Run", (), {"log": staticmethod(logged.update)})
-    logger.table("results", [{"task": "t0", "edit": tmp_path / "a.png", "success": 1.0}, {"task": "t1", "error": "no"}])
+    both = {"task": "t0", "edit": tmp_path / "a.png", "success": 1.0, "truth": tmp_path / "a.png"}
+    logger.table("results", [both, {"task": "t1", "error": "no"}])
     table = logged["results"]
-    assert table.columns == ["task", "edit", "success", "error"] and table.data[1] == ["t1", None, None, "no"]
-    assert isinstance(table.data[0][1], wandb.Image)
+    assert table.columns == ["task", "edit", "success", "truth", "error"]
+    assert table.data[1] == ["t1", None, None, None, "no"]
+    picture = table.data[0][1]  # once, and small
+    assert isinstance(picture, wandb.Image) and picture.image.size == (256, 128) and table.data[0][3] is picture
     WandbLogger("disabled").table("results", [{"a": Path("nowhere.png")}])
