@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from errors import InputError
 from files import whole_file
 
 log = logging.getLogger(__name__)
+STARTED = time.time()
 
 
 def digest(*parts: str | bytes | Tensor) -> str:
@@ -44,7 +46,8 @@ def code_fingerprint() -> str:
 
 
 class TuningCache:
-    """`dir` holds at most `max_gb` (10^9 bytes); beyond it the least recently used entries are removed."""
+    """`dir` holds at most `max_gb` (10^9 bytes); beyond it the least recently used entries are removed, but none that
+    this process has used or written: of a benchmark that is larger the first tasks are kept, and not none for long."""
 
     def __init__(self, enabled: bool = True, dir: str = "~/.cache/palimpsest/tuning", max_gb: float = 10.0):
         if not isinstance(enabled, bool):
@@ -52,6 +55,7 @@ class TuningCache:
         if isinstance(max_gb, bool) or not isinstance(max_gb, int | float) or not 0 < max_gb < math.inf:
             raise InputError(f"cache.max_gb={max_gb} is out of range: a number above 0, or cache.enabled=false")
         self.enabled, self.dir, self.max_bytes = enabled, Path(dir).expanduser(), int(max_gb * 1e9)
+        self.told = False
 
     def get(self, determined_by: dict, build: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
         """What `build` gives, on the CPU, and whether it was found here. `determined_by` holds, in JSON's
@@ -88,29 +92,39 @@ class TuningCache:
             return None
 
     def _write(self, path: Path, tensors: dict[str, Tensor], determined_by: dict) -> None:
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        if size > self.max_bytes:
-            log.warning("this tuning takes %.1f GB, over cache.max_gb: it is not kept", size / 1e9)
-            return
         metadata = {
             "checksum": _checksum(tensors),
             "determined_by": json.dumps(determined_by, sort_keys=True),
         }
         try:
-            with whole_file(path) as partial:
-                save_file(tensors, partial, metadata)
-            self._evict(keep=path)
+            if self._make_room(sum(t.numel() * t.element_size() for t in tensors.values()), path):
+                with whole_file(path) as partial:
+                    save_file(tensors, partial, metadata)
         except (SafetensorError, OSError) as error:
             log.warning("this tuning could not be kept in %s: %s", self.dir, error)
 
-    def _evict(self, keep: Path) -> None:
-        entries = sorted((f.stat().st_mtime, f.stat().st_size, f) for f in self.dir.glob("*.safetensors"))
-        total = sum(size for _, size, _ in entries)
-        for _, size, file in entries:
-            if total > self.max_bytes and file != keep:
+    def _make_room(self, size: int, path: Path) -> bool:
+        """Remove what is old until `size` bytes fit in `path`; False, and nothing is removed, where they cannot."""
+        old, ours = [], size
+        for file in self.dir.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another job has just removed it
+                used, taken = file.stat().st_mtime, file.stat().st_size
+                if used < STARTED and file != path:
+                    old.append((used, taken, file))
+                elif file != path:
+                    ours += taken
+        if ours > self.max_bytes:
+            if not self.told:
+                log.warning("cache.max_gb is too small for all of this run's tunings: what does not fit is not kept")
+            self.told = True
+            return False
+        total = ours + sum(taken for _, taken, _ in old)
+        for _, taken, file in sorted(old):
+            if total > self.max_bytes:
                 file.unlink(missing_ok=True)
                 file.with_suffix(".lock").unlink(missing_ok=True)
-                total -= size
+                total -= taken
+        return True
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

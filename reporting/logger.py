@@ -9,6 +9,7 @@ from PIL import Image
 
 from errors import InputError
 
+TABLE_SIDE = 256
 MODES = ("online", "offline", "disabled")
 
 
@@ -81,14 +82,20 @@ class WandbLogger:
         self.active.log({name: wrap(value) for name, value in pictures.items()})
 
     def table(self, name: str, rows: Sequence[dict]) -> None:
-        """A table with a column for each key; paths are pictures."""
+        """A table with a column for each key; paths are pictures, shown at most `TABLE_SIDE` pixels wide or high."""
         if self.active is None or not rows:
             return
         import wandb
 
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[row.get(key) for key in columns] for row in rows]
-        shown = [[wandb.Image(os.fspath(c)) if isinstance(c, Path) else c for c in line] for line in cells]
+        pictures = {}  # W&B keeps them in memory until the run ends: each file once
+        for path in (cell for line in cells for cell in line if isinstance(cell, Path)):
+            if path not in pictures:
+                picture = Image.open(path).convert("RGB")
+                picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
+                pictures[path] = wandb.Image(picture)
+        shown = [[pictures[c] if isinstance(c, Path) else c for c in line] for line in cells]
         self.active.log({name: wandb.Table(columns=columns, data=shown, allow_mixed_types=True)})
 
     def summary(self, numbers: dict[str, float | str]) -> None:

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -68,16 +69,21 @@ def test_a_damaged_entry_is_built_again_with_a_warning(tmp_path, caplog, damage)
     assert counted(cache, {"k": 1})[1] == 0
 
 
-def test_least_recently_used_entries_go_first(tmp_path):
+def test_least_recently_used_entries_go_first_but_none_of_this_process(tmp_path, monkeypatch, caplog):
     state = {"x": torch.zeros(25_000)}  # 100 kB
     cache = TuningCache(dir=tmp_path, max_gb=350e3 / 1e9)
     for i in range(3):
         counted(cache, {"i": i}, state)
         for file in tmp_path.glob("*.safetensors"):
             os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 10))
+    monkeypatch.setattr("reporting.cache.STARTED", time.time() - 5)
     assert counted(cache, {"i": 0}, state)[1] == 0  # used just now, so 1 is the oldest
     counted(cache, {"i": 3}, state)
-    assert [counted(TuningCache(dir=tmp_path), {"i": i}, state)[1] for i in (0, 2, 3, 1)] == [0, 0, 0, 1]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and not caplog.text
+    counted(cache, {"i": 4}, state)
+    counted(cache, {"i": 5}, state)  # 0, 3 and 4 are of this process
+    assert caplog.text.count("not kept") == 1
+    assert [counted(cache, {"i": i}, state)[1] for i in (0, 3, 4, 1, 2, 5)] == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_state_beyond_the_limit_is_not_kept(tmp_path, caplog):
@@ -211,6 +217,16 @@ def test_contact_sheet_shows_every_picture_enlarged():
 def test_grid_stands_empty_and_failed_cells():
     sheet = grid(["t"], [[Cell(None, ["failed"]), None], [None, None]], ["row", "other"], ["a", "b"])
     assert (235, 235, 235) in {color for _, color in sheet.getcolors(1 << 20)}
+
+
+def test_a_sheet_may_show_more_files_than_can_be_open(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        assert grid(["t"], [[Cell(tmp_path / "a.png")] * 8] * 5).width > 8 * 192
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_plots(tmp_path):
