@@ -1,6 +1,7 @@
 """Benchmarks that lie in a folder of the user's: PIE-Bench, TEdBench, and any list of edits as CSV or JSON lines."""
 
 import csv
+import io
 import json
 import re
 from collections import Counter
@@ -82,22 +83,20 @@ class PieBench(Tasks):
         task = super().load(entry, size, multiple)
         mask = Image.fromarray(decode_mask(self.runs[entry.name]) * np.uint8(255))
         task.mask = self.mask(mask, size, multiple)
+        task.mask[..., [0, -1], :] = task.mask[..., [0, -1]] = 1  # as in its own evaluation: there it is unreliable
         return task
 
 
 def decode_mask(runs: Sequence[int], side: int = 512) -> np.ndarray:
-    """(side, side) uint8, 1 where the edit belongs, from start and length pairs over the pixels row by row. As in the
-    benchmark's own evaluation the border counts as edited, since its annotation is unreliable. Raises InputError for
-    runs that are no such pairs."""
+    """(side, side) uint8, 1 where the edit belongs, from start and length pairs over the pixels row by row. Raises
+    InputError for runs that are no such pairs."""
     pairs = np.asarray(runs, dtype=np.int64).reshape(-1)
     if len(pairs) % 2 or (pairs < 0).any() or (pairs[::2] >= side * side).any():
         raise InputError(f"a mask of PIE-Bench must be pairs of start and length within {side}x{side} pixels")
     mask = np.zeros(side * side, np.uint8)
     for start, length in pairs.reshape(-1, 2):
         mask[start : start + length] = 1
-    mask = mask.reshape(side, side)
-    mask[[0, -1], :] = mask[:, [0, -1]] = 1
-    return mask
+    return mask.reshape(side, side)
 
 
 class TedBench(Tasks):
@@ -142,12 +141,12 @@ def read_table(file: Path) -> list[tuple[int, dict]]:
     except UnicodeDecodeError:
         raise InputError(f"{file} is not UTF-8 text") from None
     if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         return [(reader.line_num, {name or "a cell without a header": v for name, v in row.items()}) for row in reader]
     if file.suffix.lower() != ".jsonl":
         raise InputError(f"task.path={file}: the list must be a .csv or a .jsonl file")
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other ends of lines may stand in a text
         if line.strip():
             try:
                 row = json.loads(line)
@@ -160,5 +159,7 @@ def read_table(file: Path) -> list[tuple[int, dict]]:
 
 
 def folder_name(text: str) -> str:
-    """`text` with what a folder's name, a shell or Hydra could stumble over made "-"."""
-    return re.sub(r"[^\w.-]", "-", text).lstrip(".-") or "task"
+    """`text` with what a folder's name, a shell or Hydra could stumble over made "-", of at most 100 bytes, and no name
+    of what a run writes for itself: those have dots, but for W&B's."""
+    name = re.sub(r"[^\w-]", "-", text).lstrip("-").encode()[:100].decode(errors="ignore")
+    return "task" if name.lower() in ("", "wandb") else name

@@ -77,13 +77,16 @@ class Tasks:
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """The task with its pictures. Raises InputError for one that cannot be read, or does not fit the others."""
-        image = self.fitted(open_rgb(entry.image), size, multiple)
-        mask = None if entry.mask is None else self.mask(open_rgb(entry.mask), size, multiple)
-        truth = None if entry.truth is None else self.fitted(open_rgb(entry.truth), size, multiple)
-        for name, other in (("mask", mask), ("truth", truth)):
-            if other is not None and other.shape[2:] != image.shape[2:]:
-                raise InputError(f"task {entry.name}: its {name} has another shape than its image; try fit=stretch")
-        return EditTask(image, entry.prompt, entry.source_prompt, entry.name, mask, truth, entry.category)
+        picture, others = open_rgb(entry.image), {}
+        image, (w, h) = self.fitted(picture, size, multiple), picture.size
+        for name, path, fitted in (("mask", entry.mask, self.mask), ("truth", entry.truth, self.fitted)):
+            if path is not None:
+                other = open_rgb(path)
+                others[name] = fitted(other, size, multiple)
+                alike = abs(w * other.height - h * other.width) <= max(w, h, *other.size)  # but for a pixel
+                if not (alike or self.fit == "stretch") or others[name].shape[2:] != image.shape[2:]:
+                    raise InputError(f"task {entry.name}: its {name} has another shape than its image; try fit=stretch")
+        return EditTask(image, entry.prompt, entry.source_prompt, entry.name, category=entry.category, **others)
 
     def fitted(self, picture: Image.Image, size: int, multiple: int) -> Tensor:
         return to_tensor(fit_picture(picture, size, self.fit, multiple))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -69,9 +70,6 @@ def test_a_mask_is_read_like_the_definition_says(runs):
     for start, length in runs:
         for pixel in range(start, min(start + length, 64)):
             expected[pixel // 8][pixel % 8] = 1
-    for i in range(8):
-        for row, column in ((0, i), (7, i), (i, 0), (i, 7)):
-            expected[row][column] = 1
     assert decode_mask([number for run in runs for number in run], side=8).tolist() == expected
 
 
@@ -112,8 +110,9 @@ def test_pie_bench(pie):
     assert task.image.shape == (1, 3, 512, 512) and task.mask.shape == (1, 1, 512, 512) and task.truth is None
     assert set(task.mask.unique().tolist()) == {0, 1}
     assert task.mask[0, 0, 1:-1, 1:-1].sum(1).nonzero().flatten().tolist() == list(range(99, 199))
-    assert task.mask[0, 0, [0, -1]].all() and task.mask[0, 0, :, [0, -1]].all()
     small = source.load(first, 64, 16)
+    for mask in (task.mask[0, 0], small.mask[0, 0]):
+        assert mask[[0, -1]].all() and mask[:, [0, -1]].all()
     assert small.mask[0, 0, 13:24].all() and not small.mask[0, 0, 26:-1, 1:-1].any()  # rows 12.5 to 25 of 64
     with pytest.raises(InputError, match=r"0\.jpg"):
         source.load(second, 512)
@@ -199,6 +198,22 @@ def test_a_list_of_ones_own(pictures, kind):
     assert torch.equal(task.to(torch.device("cpu")).mask, task.mask)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_line_ends_where_its_format_says(pictures, kind):
+    """And not at what Unicode calls a line's end; a cell of CSV may hold several lines."""
+    prompt = "a dog,\u2028a \x85 cat\x0c" + "\nand a bird" * (kind == "csv")
+    cells = {"image": "dog.png", "prompt": prompt, "source_prompt": "a dog"}
+    with open(pictures / f"edits.{kind}", "w", newline="", encoding="utf-8") as file:
+        if kind == "csv":
+            writer = csv.DictWriter(file, list(cells))
+            writer.writeheader()
+            writer.writerow(cells)
+        else:
+            file.write(json.dumps(cells, ensure_ascii=False) + "\r\n")
+    (entry,) = ListOfEdits(str(pictures / f"edits.{kind}")).entries
+    assert (entry.prompt, entry.source_prompt) == (prompt.strip(), "a dog")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -232,15 +247,26 @@ def test_what_cannot_be_a_list_is_refused(pictures):
         ListOfEdits(str(pictures / "edits.txt"))
 
 
-def test_a_truth_of_another_shape_is_refused(pictures):
-    Image.new("RGB", (64, 32)).save(pictures / "true dog.png")
+@pytest.mark.parametrize("name", ["truth", "mask"])
+def test_a_picture_of_another_shape_is_refused(pictures, name):
+    Image.new("RGB", (64, 48)).save(pictures / FULL[name])
     (pictures / "edits.jsonl").write_text(json.dumps(FULL))
-    source = ListOfEdits(str(pictures / "edits.jsonl"), fit="keep")
-    with pytest.raises(InputError, match="its truth has another shape"):
-        source.load(source.entries[0], 32, 8)
+    for fit in ("keep", "crop", "pad", "stretch"):
+        source = ListOfEdits(str(pictures / "edits.jsonl"), fit=fit)
+        with nullcontext() if fit == "stretch" else pytest.raises(InputError, match=f"its {name} has another shape"):
+            source.load(source.entries[0], 32, 8)
+    Image.new("RGB", (64, 63)).save(pictures / FULL[name])  # twice the size, but for a pixel
+    source = ListOfEdits(str(pictures / "edits.jsonl"))
+    assert getattr(source.load(source.entries[0], 32, 8), name).shape[2:] == (32, 32)
 
 
 @given(st.text())
 def test_a_folder_name_is_one_folder(text):
     name = folder_name(text)
-    assert name and name not in (".", "..") and "/" not in name and "\\" not in name and not name.startswith((".", "-"))
+    assert name and not set(name) & set("./\\") and name[0] != "-" and len(name.encode()) <= 100
+
+
+@pytest.mark.parametrize("name", ["results.csv", "Index.html", "wandb", "WandB", ".hydra", "edit.log"])
+def test_a_task_is_not_named_like_what_the_run_writes(name):
+    assert folder_name(name).lower() != name.lower() and folder_name(folder_name(name)) == folder_name(name)
+    assert folder_name("a" + "é" * 99) == "a" + "é" * 49
