@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError
@@ -19,7 +20,10 @@ from reporting import outcome
 def main(cfg: DictConfig) -> float | list[float] | None:
     with outcome.job():
         hydra_config = HydraConfig.get()
-        if "WORLD_SIZE" in os.environ and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
+        shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if shared and hydra_config.mode == RunMode.MULTIRUN:
+            outcome.end("error: torchrun shares the tasks of one run: start a sweep, --multirun, without it", 1)
+        if shared and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
             raise InputError("the processes of torchrun must share a folder: name it, for example hydra.run.dir=runs/a")
         return edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
 
@@ -61,6 +65,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, which costs a pass over each tensor
+    if cfg.attention == "fused" and (reason := models.attention.why_not_fused(device)):
+        raise InputError(reason)
     models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     weights = find(cfg.model.weights)
@@ -81,6 +87,10 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
     if wanted:
         first = source.load(source.entries[0], size, multiple).to(device)
+        mask = torch.eye(*first.image.shape[2:], device=device)[None, None]
+        for name, example in (("source_prompt", " "), ("mask", mask), ("truth", first.image)):  # what others may have
+            if isinstance(getattr(first, name), torch.Tensor) or any(getattr(entry, name) for entry in source.entries):
+                setattr(first, name, example)
         objective.check(wanted, *metrics.measure(model, -first.image, first))
 
     def edit_one(entry: Entry, place: Path, seed: int) -> list[str]:

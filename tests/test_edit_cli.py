@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import models
+from errors import InputError
 from models import attention
 from reporting.outcome import explain, literal
 
@@ -31,7 +32,8 @@ def user(tmp_path_factory, tiny_model):
 
 def environment(user):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "HYDRA", "PALIMPSEST"))}
-    return clean | {"PALIMPSEST_CACHE": str(user / "cache"), "OMP_NUM_THREADS": "1"}
+    alone = {"WORLD_SIZE": "1"}  # as clusters have it for a single process
+    return alone | clean | {"PALIMPSEST_CACHE": str(user / "cache"), "OMP_NUM_THREADS": "1"}
 
 
 def edit(user, *settings):
@@ -172,6 +174,12 @@ def test_more_mistakes_in_one_line(user, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
+def test_processes_that_share_a_run_sweep_nothing(user, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = edit(user, *PHOTO, "--multirun", "seed=0,1", "hydra.sweep.dir=shared")
+    assert code == 1 and len(err) == 1 and "--multirun" in err[0] and "contact sheet" not in out
+
+
 def test_the_published_preset_obeys_the_sampler():
     import hydra
 
@@ -190,6 +198,13 @@ def test_the_attention_backend_is_the_one_asked_for(user, tmp_path):
         assert attention._backend == "reference"
     finally:
         attention.set_backend(before)
+
+
+def test_fused_attention_is_refused_before_a_model_is_loaded(user, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(attention, "why_not_fused", attention._why_not_fused.__wrapped__)  # which remembers nothing
+    with pytest.raises(InputError, match=r"needs a CUDA device, not cpu|needs Triton"):
+        run_here(user, tmp_path, *PHOTO, "attention=fused", "device=cpu", "model.weights=nowhere")
 
 
 def test_help_is_quick_and_imports_nothing_heavy(user):
