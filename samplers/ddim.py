@@ -5,7 +5,7 @@ itself); `step` is differentiable, for methods that write a loop of their own.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -100,44 +100,6 @@ class Inversion:
         return self.eps[int((self.timesteps - int(t)).abs().argmin())]
 
 
-def _ascend(
-    denoise: Denoiser, x: Tensor, trajectory: Trajectory, fixed_point_steps: int, progress: Progress | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (x, eps) after each step up: the upper latent, and the noise that led there.
-
-    Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
-    The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.
-    """
-    if fixed_point_steps < 0:
-        raise InputError(f"fixed_point_steps must be 0 or more, not {fixed_point_steps}")
-    for done in (progress or iter)(range(len(trajectory))):
-        i = len(trajectory) - 1 - done
-        t, lower = int(trajectory.timesteps[i]), x
-        for _ in range(1 + fixed_point_steps):
-            eps = denoise(x, t)
-            x = step(lower, eps, trajectory.alpha_bars[i + 1], trajectory.alpha_bars[i])
-        yield x, eps
-
-
-@torch.no_grad()
-def invert(
-    denoise: Denoiser,
-    x0: Tensor,
-    trajectory: Trajectory,
-    fixed_point_steps: int = 0,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Clean -> noise: the x (B, ...) at alpha_bars[0] from which `sample` with eta 0 arrives at x0.
-
-    1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without
-    fixed-point steps, and geometrically with them, wherever the step is a contraction.
-    """
-    x = x0
-    for x, _ in _ascend(denoise, x0, trajectory, fixed_point_steps, progress):  # noqa: B007
-        pass
-    return x
-
-
 @torch.no_grad()
 def record(
     denoise: Denoiser,
@@ -146,10 +108,34 @@ def record(
     fixed_point_steps: int = 0,
     progress: Progress | None = None,
 ) -> Inversion:
-    """`invert`, keeping every latent and every noise on the way."""
-    latents, noises = [x0], []
-    for x, eps in _ascend(denoise, x0, trajectory, fixed_point_steps, progress):
+    """Clean -> noise: from x0 (B, ...) at alpha_bars[-1] to the x at alpha_bars[0] from which `sample` with eta 0
+    arrives at x0, keeping every latent and every noise on the way.
+
+    Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
+    The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.
+    1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without
+    fixed-point steps, and geometrically with them, wherever the step is a contraction.
+    """
+    if fixed_point_steps < 0:
+        raise InputError(f"fixed_point_steps must be 0 or more, not {fixed_point_steps}")
+    x, latents, noises = x0, [x0], []
+    for done in (progress or iter)(range(len(trajectory))):
+        i = len(trajectory) - 1 - done
+        for _ in range(1 + fixed_point_steps):
+            eps = denoise(x, int(trajectory.timesteps[i]))
+            x = step(latents[-1], eps, trajectory.alpha_bars[i + 1], trajectory.alpha_bars[i])
         latents.append(x)
         noises.append(eps)
     eps = torch.stack(noises[::-1]) if noises else x0.new_empty(0, *x0.shape)
     return Inversion(torch.stack(latents[::-1]), eps, trajectory.timesteps)
+
+
+def invert(
+    denoise: Denoiser,
+    x0: Tensor,
+    trajectory: Trajectory,
+    fixed_point_steps: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """`record`'s inverted latent alone."""
+    return record(denoise, x0, trajectory, fixed_point_steps, progress).latent
