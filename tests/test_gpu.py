@@ -1,10 +1,9 @@
 """What only a CUDA device can show. Every test here is skipped where there is none."""
 
-import copy
-
 import pytest
 import torch
 
+import models
 from data.tasks import EditTask
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
@@ -15,8 +14,10 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def on_gpu(tiny_model):
-    return lambda dtype: copy.deepcopy(tiny_model).to("cuda", dtype)
+def on_gpu(tiny_model, tmp_path):
+    """The model as a user has it, from a file: loading casts what is stored, `.to` would cast everything."""
+    models.save(tiny_model, tmp_path / "tiny", dtype=None)
+    return lambda dtype: models.load(tmp_path / "tiny", device="cuda", dtype=dtype)
 
 
 def task_on(model):
