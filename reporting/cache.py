@@ -5,6 +5,7 @@ the folder: an entry appears whole, and whoever wants one that is being built wa
 cost a run: where the folder cannot be used the state is simply built, with a warning.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -38,6 +39,7 @@ def digest(*parts: str | bytes | Tensor) -> str:
     return total.hexdigest()
 
 
+@functools.cache  # so that it stays that of the code which this process has loaded
 def code_fingerprint() -> str:
     """A hash of the code that tunes: after a change to it, what it tuned before is not taken for its work."""
     clone = Path(__file__).resolve().parent.parent
