@@ -9,10 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import numpy as np
 import pytest
+from hydra.types import RunMode
 from PIL import Image
 
 import edit as command
@@ -158,6 +160,14 @@ def test_many_rows_are_reported_at_once(tmp_path):
     start = time.process_time()
     benchmark.report(tmp_path, entries)
     assert time.process_time() - start < 15
+
+
+def test_in_a_sweep_one_goes_on_with_its_own_folder(tmp_path, monkeypatch, capsys):
+    config = SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir="runs/sweep"))
+    monkeypatch.setattr(benchmark.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(benchmark.HydraConfig, "get", lambda: config)
+    run(tmp_path, Editor({"t1"}))
+    assert capsys.readouterr().out.endswith("goes on from here with hydra.sweep.dir=runs/sweep\n")
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path, whole):
