@@ -72,6 +72,10 @@ def emulated(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and _emulated(dtype)
 
 
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo here and now, and take seconds.
+emulated._dynamo_marked_constant = True
+
+
 @functools.cache
 def _emulated(dtype: torch.dtype) -> bool:
     ops = torch.ops.mkldnn

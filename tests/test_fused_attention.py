@@ -38,9 +38,9 @@ def exact(q, k, v, do):
     return o, *torch.autograd.grad(o, (q, k, v), do.double())
 
 
-def run(q, k, v, do):
+def run(q, k, v, do, call=fused.fused_attention):
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = fused.fused_attention(q, k, v)
+    o = call(q, k, v)
     return o, *torch.autograd.grad(o, (q, k, v), do)
 
 
@@ -57,6 +57,7 @@ LAYOUTS = {
     "fused projection": lambda x: rearrange(x, "b h n d -> b n h d").contiguous().transpose(1, 2),
     "heads apart": lambda x: x.contiguous(),
     "widths apart": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:1].expand_as(x),
     "padded rows": lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[-1]],
 }
 
@@ -75,6 +76,8 @@ LAYOUTS = {
 @example(2, 1, 64, 128, 16, ("heads apart",) * 4, torch.float16)
 @example(1, 2, 70, 150, 80, ("fused projection",) * 4, torch.float32)
 @example(1, 1, 32, 192, 160, ("padded rows",) * 4, torch.bfloat16)
+@example(2, 1, 33, 77, 40, ("heads apart", "expanded", "expanded", "expanded"), torch.float32)
+@example(2, 1, 20, 140, 16, ("expanded", "expanded", "expanded", "heads apart"), torch.float16)
 @example(2, 2, 1, 1, 8, ("widths apart",) * 4, torch.float32)
 def test_output_and_gradients_agree_with_float64(batch, heads, n, m, d, layouts, dtype):
     tensors = draw(batch, heads, n, m, d, dtype, seed=n * 1000 + m)
@@ -265,10 +268,14 @@ def test_layers_agree_with_plain_attention_eager_compiled_and_recomputed(layers)
                 torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
 
 
-def test_autocast_casts_as_for_pytorchs_own():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_as_for_pytorchs_own(compiled):
     q, k, v, do = draw(1, 2, 20, 30, 16)
+    call = fused.fused_attention
+    if compiled:
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
     with torch.autocast(DEVICE, torch.bfloat16):
-        o, *gradients = run(q, k, v, do.bfloat16())
+        o, *gradients = run(q, k, v, do.bfloat16(), call)
         assert o.dtype == attention(q, k, v, "sdpa").dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in gradients)
     assert_close((o, *gradients), exact(q, k, v, do), 2 * TOLERANCE[torch.bfloat16])  # the inputs are rounded as well

@@ -50,11 +50,12 @@ def test_winograd_and_one_product_are_the_convolution(
         assert error(winograd(x, weight, bias), x, weight, bias) < 1e-5
 
 
-def test_winograd_rounds_no_worse_than_twice_the_direct_way():
-    x = draw(1, 320, 32, 32).contiguous(memory_format=LAST)
-    weight = draw(320, 320, 3, 3, seed=1).contiguous(memory_format=LAST)
+@pytest.mark.parametrize(("channels", "side"), [(640, 12), (256, 16), (320, 32)])
+def test_winograd_rounds_no_worse_than_the_direct_way(channels, side):
+    x = draw(1, channels, side, side).contiguous(memory_format=LAST)
+    weight = draw(channels, channels, 3, 3, seed=1).contiguous(memory_format=LAST)
     direct = error(F.conv2d(x, weight, padding=1), x, weight, None)
-    assert error(winograd(x, weight, None), x, weight, None) < 2 * direct
+    assert error(winograd(x, weight, None), x, weight, None) <= direct
 
 
 def test_nan_stays_in_its_neighbourhood_and_in_its_image():

@@ -3,6 +3,7 @@
 The weights were rounded to half precision before the outputs were computed in float32, so 1e-4 is rounding only.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from models import layers, load
-from models.attention import use_backend
+from models.attention import use_backend, why_not_fused
 from samplers import ddim, guided
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -73,6 +74,16 @@ def test_unet(case, backend):
         close(model.unet(expected["x"], expected["t"], expected["text_hidden"]), raw)
 
 
+@pytest.mark.parametrize("source", [SOURCES[0], SOURCES[2]])
+def test_unet_with_fused_attention(source):
+    model, expected, _ = read(source)
+    if reason := why_not_fused(model.device):
+        pytest.skip(reason)
+    with torch.no_grad(), use_backend("fused"):
+        raw = model.unet(expected["x"], expected["t"], expected["text_hidden"])
+    close(raw, expected["eps"] if "eps" in expected else expected["v"])
+
+
 def test_own_convolutions_are_all_there(monkeypatch):
     """That is, the cases above take them: both kinds, and torch's for what is neither."""
     taken = {"winograd": 0, "as_product": 0}
@@ -100,19 +111,20 @@ def test_half_precision_is_near(dtype):
     assert (raw - expected["eps"]).norm() < 4 * torch.finfo(dtype).eps * expected["eps"].norm()
 
 
-def test_compiled_it_is_the_same_and_one_graph(tiny_model):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_compiled_it_is_the_same_and_one_graph(tiny_model, dtype, rounding):
     """Traced whole, with its backward pass, by what `compile=true` traces with; and once for all timesteps."""
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
-    graphs = []
+    x, context = torch.randn(2, 4, 8, 8, dtype=dtype), torch.randn(2, 24, 32, dtype=dtype)
+    unet, graphs = copy.deepcopy(tiny_model.unet).to(dtype), []
 
     def keep(graph, inputs):
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(tiny_model.unet, backend=keep, fullgraph=True)
+    compiled = torch.compile(unet, backend=keep, fullgraph=True)
     with torch.no_grad():
         for t in (torch.tensor(3), torch.tensor(700)):
-            close(compiled(x, t, context), tiny_model.unet(x, t, context))
+            torch.testing.assert_close(compiled(x, t, context), unet(x, t, context), atol=rounding, rtol=rounding)
     assert len(graphs) == 1
 
 
