@@ -86,11 +86,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
     settings = OmegaConf.to_container(cfg, resolve=True)
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
     if wanted:
-        first = source.load(source.entries[0], size, multiple).to(device)
-        mask = torch.eye(*first.image.shape[2:], device=device)[None, None]
-        for name, example in (("source_prompt", " "), ("mask", mask), ("truth", first.image)):  # what others may have
-            if isinstance(getattr(first, name), torch.Tensor) or any(getattr(entry, name) for entry in source.entries):
-                setattr(first, name, example)
+        first = objective.example(source.load(source.entries[0], size, multiple), source.entries).to(device)
         objective.check(wanted, *metrics.measure(model, -first.image, first))
 
     def edit_one(entry: Entry, place: Path, seed: int) -> list[str]:

@@ -5,6 +5,7 @@ conf/experiment/optuna_success.yaml and optuna_tradeoff.yaml.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from errors import InputError
 from reporting.tables import means, never_measured
@@ -25,9 +26,19 @@ def names(objective: str | Sequence[str] | None) -> list[str]:
     return given
 
 
+def example(task, entries: Sequence):
+    """`task`, the first, with what any of the `entries` has, if only to ask which metrics can be had."""
+    import torch  # not above: `--help` comes by here
+
+    mask = torch.eye(*task.image.shape[2:])[None, None]
+    parts = {"source_prompt": " ", "mask": mask, "truth": task.image}
+    has = [name for name in parts if getattr(task, name) not in (None, "") or any(getattr(e, name) for e in entries)]
+    return replace(task, **{name: parts[name] for name in has})
+
+
 def check(wanted: Sequence[str], measured: Mapping[str, float], left_out: Mapping[str, str]) -> None:
     """Raise InputError for a metric that does not exist, and for one that cannot be had. `measured` and `left_out` are
-    what `Metrics.measure` makes of a task that has all that any has: so nobody waits for a mistake to show."""
+    what `Metrics.measure` makes of any picture of the `example`: so nobody waits for a mistake to show."""
     known = {*measured, *left_out, *OF_A_RUN}
     for name in wanted:
         if name not in known:
