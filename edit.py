@@ -60,8 +60,9 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
         raise InputError(f"model.ema is {ema}: choose null, true or false")
     if not isinstance(slices, int) or slices < 1:
         raise InputError(f"model.vae_slices is {slices}: it must be a whole number, 1 or more")
-    # On CUDA the same seed gives the same bytes: an operation that cannot give them raises. (With warn_only=True the
-    # backward pass of fused attention would quietly use its faster kernel, which cannot.)
+    # On CUDA the same seed gives the same bytes (with attention=fused, where timing chose the same block sizes): an
+    # operation that cannot give them raises. (With warn_only=True the backward pass of PyTorch's fused attention would
+    # quietly use its faster kernel, which cannot.)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, which costs a pass over each tensor
