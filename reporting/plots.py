@@ -71,15 +71,16 @@ def plot_points(points: Sequence[tuple[str, float, float]], axes: Sequence[str],
     families = defaultdict(list)
     for label, x, y in points:
         families[label.split(",")[0]].append((x, y, label))
+    below = {label: rank % 2 for rank, (label, *_) in enumerate(sorted(points, key=lambda point: point[1]))}
     for name, members in families.items():
         xs, ys, labels = zip(*sorted(members), strict=True)
         panel.plot(xs, ys, "o-", label=name, linewidth=0.8)
         for x, y, label in zip(xs, ys, labels, strict=True):
             text = label.partition(",")[2].strip() or label
-            panel.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=8)
-    if len(families) > 1:
+            panel.annotate(text, (x, y), (5, -11 if below[label] else 4), textcoords="offset points", fontsize=8)
+    if any("," in label for label, *_ in points) and len(families) > 1:
         panel.legend(fontsize=8)
-    panel.set(xlabel=axes[0].replace("_", " "), ylabel=axes[1].replace("_", " "))
+    panel.set(xlabel=axes[0].replace("_", " ").replace("psnr", "PSNR in dB"), ylabel=axes[1].replace("_", " "))
     if axes[1] == "success":
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.margins(0.12)
