@@ -86,9 +86,11 @@ def report(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time whole edits.")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; none: all")
     parser.add_argument("--repeats", type=int, default=3, help="of the defaults; the others are run once")
     options = parser.parse_args()
+    if wrong := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(wrong)}: choose from {', '.join(PARTS)}")
     cuda = torch.cuda.is_available()
     name = machine(torch.device("cuda" if cuda else "cpu"))
     about, file = f"{name}, torch {torch.__version__}", f"edits-{name.split(' (')[0]}"

@@ -45,7 +45,10 @@ class ListOfEdits(Tasks):
         entries = [self.entry(file, line, row, i) for i, (line, row) in enumerate(rows)]
         twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
         if twice:
-            raise InputError(f"{file}: the name {twice[0]} is given to two tasks")
+            raise InputError(
+                f"{file}: two tasks would have the folder {twice[0]}: give them names that differ within 100 letters, "
+                "digits, _ and -"
+            )
         super().__init__(entries, fit, **choice)
 
     @staticmethod

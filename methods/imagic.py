@@ -218,7 +218,7 @@ class Imagic:
             upward = partial(bar, stage="inversion")
             return ddim.invert(guided(model, e_of(i)), x, trajectory, progress=upward)
 
-        def sample(eta: float, style_eta: float | None, i: int) -> Tensor:
+        def sample(eta: float, style_eta: float | None, i: int, stage: str) -> Tensor:
             def denoiser(eta: float) -> Denoiser:
                 return guided(model, eta * e_tgt + (1 - eta) * e_of(i), null, self.guidance_scale)
 
@@ -226,7 +226,7 @@ class Imagic:
             if style_eta is not None:
                 denoise = switched(denoise, denoiser(style_eta), trajectory.timesteps, self.style_from)
             noise = generator(seed, "sampling", i)
-            return self.sampler.sample(denoise, starts[i], trajectory, noise, partial(bar, stage="editing"))
+            return self.sampler.sample(denoise, starts[i], trajectory, noise, partial(bar, stage=stage))
 
         style = {} if self.style_eta is None else {"style_eta": float(self.style_eta)}
         edits, latents = [], []
@@ -234,12 +234,12 @@ class Imagic:
             starts = [start(i) for i in samples]
             for eta in self.eta if isinstance(self.eta, Iterable) else [self.eta]:
                 for i in samples:
-                    z = sample(eta, self.style_eta, i)
+                    z = sample(eta, self.style_eta, i, "editing")
                     settings = {"eta": float(eta), "sample": i} | style
                     edits.append(Edit(to_image(model, z), settings, {"edit_source_cosine": cosine(z, x)}))
                     latents.append(z)
         with reporter.stage("reconstruction"):
-            z = sample(0.0, None, 0)
+            z = sample(0.0, None, 0, "reconstruction")
             reconstruction = to_image(model, z)
         metrics = {"reconstruction_source_cosine": cosine(z, x)}
         tensors = {"start_latents": torch.cat(starts), "edited_latents": torch.cat(latents)}

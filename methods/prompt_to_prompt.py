@@ -88,7 +88,7 @@ class PromptToPrompt:
                 prompts = torch.cat([source, target])
                 tables = [table.to(x.device) for table in tables]
                 for i in reporter.progress(range(steps), "editing", steps):
-                    if i == 0 or nulls[i] is not nulls[i - 1]:  # it projects the texts once
+                    if i == 0 or nulls[i] is not nulls[i - 1]:  # a denoiser projects its texts once
                         denoise = guided(model, prompts, nulls[i], self.guidance_scale)
                     with hooked(self.control(i / steps, *tables)):
                         eps = denoise(x, int(trajectory.timesteps[i]))

@@ -1,9 +1,9 @@
 """Attention in one kernel, forward and backward, without the N x M matrix in memory; written in Triton.
 
 Long contexts follow FlashAttention-2 (Dao, 2023): online softmax over blocks of keys, the log-sum-exp kept for the
-backward pass, which makes the weights again from it. Contexts of at most `SHORT` keys, such as a text's 77 tokens, have
-kernels of their own: all keys and values of a head stay on the chip, the softmax is done at once, nothing but q, k and
-v is kept, and one pass gives all three gradients.
+backward pass, which makes the weights again from it. Contexts of at most `SHORT` keys (half of that for wide heads),
+such as a text's 77 tokens, have kernels of their own: all keys and values of a head stay on the chip, the softmax is
+done at once, nothing but q, k and v is kept, and one pass gives all three gradients.
 
 Nothing here adds atomically, so with the same block sizes equal inputs give equal bits; sums across programs are
 written out and added in a fixed order. Products accumulate in float32. q, k and v are read where they lie (say, in one

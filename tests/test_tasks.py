@@ -221,7 +221,7 @@ def test_a_line_ends_where_its_format_says(pictures, kind):
         ('\n{"image": "dog.png", "prompt": "x", "colour": 1}', "line 2: colour is unknown"),
         ('{"image": "dog.png",', "line 1 is not JSON"),
         ("[1]", "line 1: wanted"),
-        ('{"image": "dog.png", "prompt": "x", "name": "a"}\n' * 2, "the name a is given to two"),
+        ('{"image": "dog.png", "prompt": "x", "name": "a"}\n' * 2, "two tasks would have the folder a"),
         ("\n", "nothing to edit"),
     ],
 )
