@@ -48,8 +48,9 @@ def code_fingerprint() -> str:
 
 
 class TuningCache:
-    """`dir` holds at most `max_gb` (10^9 bytes); beyond it the least recently used entries are removed, but none that
-    this process has used or written: of a benchmark that is larger the first tasks are kept, and not none for long."""
+    """`dir` holds at most `max_gb` (10^9 bytes). Beyond it the least recently used entries are removed, and then, of
+    those that this process has used or written, the latest that are not smaller than the new one: a sweep that comes
+    to each tuning several times in a row finds it, and one that goes round and round finds the first ones."""
 
     def __init__(self, enabled: bool = True, dir: str = "~/.cache/palimpsest/tuning", max_gb: float = 10.0):
         if not isinstance(enabled, bool):
@@ -106,22 +107,22 @@ class TuningCache:
             log.warning("this tuning could not be kept in %s: %s", self.dir, error)
 
     def _make_room(self, size: int, path: Path) -> bool:
-        """Remove what is old until `size` bytes fit in `path`; False, and nothing is removed, where they cannot."""
-        old, ours = [], size
+        """Remove what may go until `size` bytes fit in `path`; False, and nothing is removed, where they cannot."""
+        entries = []
         for file in self.dir.glob("*.safetensors"):
             with suppress(FileNotFoundError):  # another job has just removed it
-                used, taken = file.stat().st_mtime, file.stat().st_size
-                if used < STARTED and file != path:
-                    old.append((used, taken, file))
-                elif file != path:
-                    ours += taken
-        if ours > self.max_bytes:
-            if not self.told:
-                log.warning("cache.max_gb is too small for all of this run's tunings: what does not fit is not kept")
+                if file != path:
+                    entries.append((file.stat().st_mtime, file.stat().st_size, file))
+        old = sorted(entry for entry in entries if entry[0] < STARTED)
+        ours = sorted((entry for entry in entries if entry[0] >= STARTED), reverse=True)
+        if size + sum(taken for _, taken, _ in ours) > self.max_bytes and not self.told:
+            log.warning("cache.max_gb is too small for all of this run's tunings: some are not kept")
             self.told = True
+        removable = old + [entry for entry in ours if entry[1] >= size]
+        total = size + sum(taken for _, taken, _ in entries)
+        if total - sum(taken for _, taken, _ in removable) > self.max_bytes:
             return False
-        total = ours + sum(taken for _, taken, _ in old)
-        for _, taken, file in sorted(old):
+        for _, taken, file in removable:
             if total > self.max_bytes:
                 file.unlink(missing_ok=True)
                 file.with_suffix(".lock").unlink(missing_ok=True)

@@ -118,10 +118,10 @@ class RunReporter(Reporter):
         start = time.perf_counter()
         state, found = self.cache.get(self.identity | {"key": key}, measured)
         seconds, evaluations, peak = state.pop("cost").tolist()
+        self.elsewhere["seconds"] += seconds - (time.perf_counter() - start)  # keeping, waiting: no cost
         if found:
             stage = str(key.get("stage", "tuning"))
             self.reused.append(stage)
-            self.elsewhere["seconds"] += seconds - (time.perf_counter() - start)  # the latter perhaps spent in waiting
             self.elsewhere["evaluations"] += int(evaluations)
             self.peak_memory[stage] = int(peak)
         return state

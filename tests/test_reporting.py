@@ -69,7 +69,7 @@ def test_a_damaged_entry_is_built_again_with_a_warning(tmp_path, caplog, damage)
     assert counted(cache, {"k": 1})[1] == 0
 
 
-def test_least_recently_used_entries_go_first_but_none_of_this_process(tmp_path, monkeypatch, caplog):
+def test_least_recently_used_entries_go_first_and_then_this_process_latest(tmp_path, monkeypatch, caplog):
     state = {"x": torch.zeros(25_000)}  # 100 kB
     cache = TuningCache(dir=tmp_path, max_gb=350e3 / 1e9)
     for i in range(3):
@@ -80,10 +80,19 @@ def test_least_recently_used_entries_go_first_but_none_of_this_process(tmp_path,
     assert counted(cache, {"i": 0}, state)[1] == 0  # used just now, so 1 is the oldest
     counted(cache, {"i": 3}, state)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3 and not caplog.text
-    counted(cache, {"i": 4}, state)
-    counted(cache, {"i": 5}, state)  # 0, 3 and 4 are of this process
+    for i in (4, 5):  # 0, 3 and 4 are of this process
+        time.sleep(0.02)
+        counted(cache, {"i": i}, state)
     assert caplog.text.count("not kept") == 1
-    assert [counted(cache, {"i": i}, state)[1] for i in (0, 3, 4, 1, 2, 5)] == [0, 0, 0, 1, 1, 1]
+    counted(cache, {"larger": 1}, {"x": torch.zeros(50_000)})  # than any of them, so none makes room for it
+    assert [counted(cache, {"i": i}, state)[1] for i in (0, 3, 5)] == [0, 0, 0]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_a_sweep_beyond_the_limit_tunes_once_for_several_edits_in_a_row(tmp_path):
+    cache = TuningCache(dir=tmp_path, max_gb=350e3 / 1e9)
+    state = {"x": torch.zeros(25_000)}
+    assert [counted(cache, {"prompt": i // 3}, state)[1] for i in range(18)] == [1, 0, 0] * 6
 
 
 def test_a_state_beyond_the_limit_is_not_kept(tmp_path, caplog):
@@ -278,7 +287,7 @@ def test_report_writes_everything(tmp_path, tiny_model, capsys):
     assert again.reused == ["embedding"]
 
 
-def test_an_edit_costs_its_tuning_wherever_that_came_from_but_not_its_reconstruction(tmp_path, tiny_model):
+def test_an_edit_costs_its_tuning_wherever_done_but_no_keeping_nor_reconstruction(tmp_path, tiny_model, monkeypatch):
     def evaluate(seconds=0.1):
         time.sleep(seconds)
         tiny_model.predict_noise(torch.zeros(1, 4, 8, 8), 0, tiny_model.encode_text([""]))
@@ -287,6 +296,12 @@ def test_an_edit_costs_its_tuning_wherever_that_came_from_but_not_its_reconstruc
         evaluate()
         return STATE
 
+    def slow(tensors):
+        time.sleep(0.7)
+        return ""
+
+    monkeypatch.setattr("reporting.cache._checksum", slow)  # which a miss and a hit ask for once each
+
     def cost():
         logger = WandbLogger("disabled")
         task = EditTask(torch.zeros(1, 3, 32, 32), "a")
@@ -294,14 +309,14 @@ def test_an_edit_costs_its_tuning_wherever_that_came_from_but_not_its_reconstruc
         assert same(reporter.cached({"stage": "tuning"}, tune), STATE)
         evaluate()
         with reporter.stage("reconstruction"):
-            evaluate()
+            evaluate(0.7)
         reporter.finish(EditResult([Edit(torch.zeros(3, 32, 32))], torch.zeros(3, 32, 32)))
         return reporter.reused, json.loads((tmp_path / "run" / "timings.json").read_text())["cost"]
 
     (tuned, first), (reused, again) = cost(), cost()
     assert (tuned, reused) == ([], ["tuning"])
     assert first["evaluations"] == again["evaluations"] == 2
-    assert 0.2 <= first["seconds"] < 1 and 0.2 <= again["seconds"] < 1
+    assert 0.2 <= first["seconds"] < 0.7 and 0.2 <= again["seconds"] < 0.7
 
 
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
