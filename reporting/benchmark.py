@@ -7,6 +7,7 @@ the tasks of one folder, and the last of them to finish reports on all.
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -96,11 +97,16 @@ def attempt(entry: Entry, place: Path, seed: int, edit: Callable[[Entry, Path, i
         line = explain(error) or " ".join(f"{type(error).__name__}: {error}".split())
         place.mkdir(parents=True, exist_ok=True)
         (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        asked = {"prompt": entry.prompt, "source_prompt": entry.source_prompt, "seed": seed}
-        rows = [{"task": entry.name, "category": entry.category, **asked, "error": line}]
+        rows = [{"task": entry.name, **asked(entry), "seed": seed, "error": line}]
     with whole_file(place / RESULT) as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
     return line
+
+
+def asked(entry: Entry) -> dict:
+    """What a row says of its task, by which a later run knows it again."""
+    pictures = [path and str(path) for path in (entry.image, entry.mask, entry.truth)]
+    return {name: getattr(entry, name) for name in ("category", "prompt", "source_prompt")} | {"pictures": pictures}
 
 
 def rows_of(entry: Entry, place: Path, seed: int) -> list[dict]:
@@ -112,7 +118,7 @@ def rows_of(entry: Entry, place: Path, seed: int) -> list[dict]:
         metrics = {**edit["metrics"], **whole}
         row = {
             "task": entry.name,
-            "category": entry.category,
+            **asked(entry),
             "sample": edit["settings"].get("sample", 0),
             "seed": seed,
             "method": report["method"],
@@ -120,8 +126,6 @@ def rows_of(entry: Entry, place: Path, seed: int) -> list[dict]:
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
             "left_out": left_out | {n: f"it was {v}" for n, v in metrics.items() if not math.isfinite(v)},
             "file": f"{entry.name}/{edit['file']}",
-            "prompt": entry.prompt,
-            "source_prompt": entry.source_prompt,
         }
         rows.append(row)
     return rows
@@ -177,19 +181,20 @@ def read_rows(place: Path, entry: Entry | None = None) -> list[dict]:
         rows = json.loads((place / RESULT).read_text())
     except FileNotFoundError:
         return []
-    asked = {} if entry is None else {"prompt": entry.prompt, "source_prompt": entry.source_prompt}
-    return [row for row in rows if all(row.get(name, text) == text for name, text in asked.items())]
+    wanted = asked(entry) if entry else {}
+    return [row for row in rows if all(row.get(name, value) == value for name, value in wanted.items())]
 
 
 # ------------------------------------------------------------------------------------------------- over all
 
 
 def report(folder: Path, entries: Sequence[Entry]) -> dict:
-    """Write the files over all tasks, and return the summary. Where other processes finished the last tasks meanwhile
-    they are written again, so that whoever writes last has read everything."""
+    """Write the files over all tasks, and return the summary. Where other processes finished tasks meanwhile they are
+    written again: once while tasks are waiting, and until nothing changes when none is, so that whoever writes last
+    has read everything. `names` in the summary are those of the tasks."""
     rows = read_all(folder, entries)
-    while True:
-        summary = summarise(rows, len(entries))
+    for written in itertools.count(1):
+        summary = summarise(rows, len(entries)) | {"names": [entry.name for entry in entries]}
         table = "\n\n".join(table_of(group) for group in summary["edits"]) + "\n"
         with whole_file(folder / "results.csv") as path:
             write_csv(path, rows)
@@ -198,7 +203,7 @@ def report(folder: Path, entries: Sequence[Entry]) -> dict:
                 path.write_text(text, encoding="utf-8")
         write_page(folder / "index.html", folder.name, labelled(rows))
         before, rows = rows, read_all(folder, entries)
-        if rows == before or len({row["task"] for row in rows}) < len(entries):  # who edits the rest will report
+        if rows == before or (written > 1 and len({row["task"] for row in rows}) < len(entries)):
             return summary
 
 

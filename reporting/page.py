@@ -84,7 +84,7 @@ def figure(row: dict) -> str:
             f"<figcaption>{label}<br><small>{escape(row['error'])}</small></figcaption></figure>"
         )
     numbers = row["metrics"]
-    rounded = escape(json.dumps({name: round(value, 6) for name, value in numbers.items()}))
+    rounded = escape(json.dumps({name: float(f"{value:.6g}") for name, value in numbers.items()}))
     success = {1: "yes", 0: "no"}.get(numbers.get("success"), "")
     mark = {"yes": '<span class="yes">✓ success</span><br>', "no": '<span class="no">✗ no success</span><br>', "": ""}
     under = [f"{name.replace('_', ' ')} {show(name, numbers[name])}" for name in UNDER[1:] if name in numbers][:2]

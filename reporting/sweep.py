@@ -87,7 +87,11 @@ def read_jobs(folder: Path, before: Mapping[Path, float] | None = None) -> list[
     for job in sorted((path.parent.parent for path in found), key=lambda job: (len(job.name), job.name)):
         typed = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or []
         overrides = dict(unquoted(item).lstrip("+~").split("=", 1) for item in typed if "=" in item)
-        tasks = [record for path in sorted(job.glob("*/result.json")) for record in json.loads(path.read_text())]
+        results, whole = sorted(job.glob("*/result.json")), job / "summary.json"
+        names = json.loads(whole.read_text()).get("names") if whole.exists() else None
+        if names is not None:  # there may be other results, from when the list was longer
+            results = [path for path in results if path.parent.name in names]
+        tasks = [record for path in results for record in json.loads(path.read_text())]
         rows += [of_task(job, overrides, record) for record in tasks]
         failure, one = job / "error.txt", job / "metrics.json"
         if failure.exists() or not (tasks or one.exists()):

@@ -23,6 +23,7 @@ from data.tasks import Entry, Tasks
 from errors import InputError
 from reporting import benchmark
 from reporting.outcome import explain
+from reporting.sweep import read_jobs
 
 ENTRIES = [Entry(f"t{i}", f"prompt {i}", category="ab"[i % 2]) for i in range(6)]
 SETTINGS = {"method": {"eta": 0.6}, "task": {"path": "x", "limit": None}, "seed": 0, "device": "cpu"}
@@ -109,12 +110,18 @@ def test_a_failure_is_recorded_and_tried_again(tmp_path, whole, capsys):
 
 def test_a_task_that_has_changed_is_edited_again_and_its_old_result_is_not_reported(tmp_path, whole):
     """Names may be line numbers, so a list that was changed has other tasks of the same names."""
-    changed = [*ENTRIES[:2], replace(ENTRIES[2], prompt="other"), replace(ENTRIES[3], source_prompt="s"), *ENTRIES[4:]]
-    assert benchmark.report(whole, changed)["waiting"] == 2
-    assert {row["task"] for row in read(whole)} == {"t0", "t1", "t4", "t5"}
-    again = Editor()
-    assert run(whole, again, entries=changed)["done"] == 6 and again.names == ["t2", "t3"]
-    assert read(whole)[4]["prompt"] == "other"
+    changes = {"prompt": "other"}, {"source_prompt": "s"}, {"category": "c"}, {"image": Path("a")}, {"truth": Path("a")}
+    changed = [ENTRIES[0], *(replace(entry, **change) for entry, change in zip(ENTRIES[1:], changes, strict=True))]
+    assert benchmark.report(whole, changed)["waiting"] == 5
+    assert {row["task"] for row in read(whole)} == {"t0"}
+    again, idle = Editor({"t4"}), Editor()
+    assert run(whole, again, entries=changed)["done"] == 5 and again.names == ["t1", "t2", "t3", "t4", "t5"]
+    assert read(whole)[2]["prompt"] == "other"
+    assert run(whole, idle, entries=changed)["done"] == 6 and idle.names == ["t4"]
+    for path in whole.glob("*/result.json"):  # rows may come without pictures
+        rows = json.loads(path.read_text())
+        path.write_text(json.dumps([{k: v for k, v in row.items() if k != "pictures"} for row in rows]))
+    assert benchmark.report(whole, changed)["done"] == 6
 
 
 def test_tasks_never_tried_come_before_those_that_failed(tmp_path):
@@ -219,7 +226,7 @@ def test_whoever_writes_last_has_read_everything(tmp_path, whole, monkeypatch):
     same_files(folder, whole)
 
 
-def test_while_others_work_the_report_is_written_once(tmp_path, monkeypatch):
+def test_while_others_work_the_report_is_written_once_more(tmp_path, monkeypatch):
     written, write = [], benchmark.write_csv
 
     def meanwhile(path, rows):
@@ -230,8 +237,18 @@ def test_while_others_work_the_report_is_written_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "write_csv", meanwhile)
     tmp_path.joinpath("t0").mkdir()
-    benchmark.report(tmp_path, ENTRIES)
-    assert len(written) == 1
+    assert benchmark.report(tmp_path, ENTRIES)["done"] == 1  # whose own report may have been overwritten
+    assert len(written) == 2
+
+
+def test_a_sweep_takes_the_tasks_that_its_list_still_has(tmp_path):
+    job = tmp_path / "0"
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text("[]")
+    run(job)
+    assert len(read_jobs(tmp_path)) == 12
+    run(job, entries=ENTRIES[1:4])
+    assert {row.settings["task"] for row in read_jobs(tmp_path)} == {"t1", "t2", "t3"}
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole):

@@ -90,6 +90,12 @@ def test_every_task_stands_with_its_input_edits_and_truth(page):
     assert "://" not in page.read_text()
 
 
+def test_small_numbers_keep_their_digits(tmp_path):
+    row = write_task(tmp_path, record("t0", "a", 1, 1.23456789e-7))[0] | {"label": "m", "place": ""}
+    write_page(tmp_path / "index.html", "one task", [row])
+    assert "1.23457e-07" in (tmp_path / "index.html").read_text()
+
+
 def test_tasks_of_one_name_in_two_lists_are_two(tmp_path):
     rows = [write_task(tmp_path / place, record("t0", "a", 1, 2.0))[0] | {"place": f"{place}/"} for place in "01"]
     rows = [row | {"label": "m", "prompt": prompt} for row, prompt in zip(rows, ("a cat", "a dog"), strict=True)]
