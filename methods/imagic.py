@@ -62,7 +62,7 @@ class Imagic:
     decoder_steps: int = 0  # 0: the decoder stays as it is
     decoder_lr: float = 1e-4
     # Stage C
-    eta: float | Sequence[float] = 0.6
+    eta: float | Sequence[float] = 0.8
     guidance_scale: float = 2.0
     num_samples: int = 1
     start: str = "inversion"  # inversion | noise
