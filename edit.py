@@ -25,12 +25,16 @@ def main(cfg: DictConfig) -> float | list[float] | None:
             outcome.end("error: torchrun shares the tasks of one run: start a sweep, --multirun, without it", 1)
         if shared and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
             raise InputError("the processes of torchrun must share a folder: name it, for example hydra.run.dir=runs/a")
-        return edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
+        value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
+        # A sweep says so in its own end, and torchrun would stop the other processes.
+        if failed and hydra_config.mode == RunMode.RUN and not shared:
+            outcome.end(f"error: {failed} tasks failed: results.csv and their error.txt say why", 1)
+        return value
 
 
-def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float] | None:
-    """One run, and what it comes to for a sweeper that optimises (see reporting/objective.py). What the user can get
-    wrong is constructed, and so checked, before the work begins."""
+def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[float] | None, int]:
+    """One run: what it comes to for a sweeper that optimises (see reporting/objective.py), and how many of its tasks
+    failed. What the user can get wrong is constructed, and so checked, before the work begins."""
     import torch
     from hydra.utils import instantiate
 
@@ -52,6 +56,9 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
         raise InputError(f"compile={cfg.compile} is unknown: true or false")
     method = instantiate(cfg.method)
     source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
+    own = [name for name in ("image", "prompt", "source_prompt") if cfg[name] is not None]
+    if own and not source.single:
+        raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     metrics, wanted = instantiate(cfg.metrics), objective.names(cfg.objective)
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
@@ -104,7 +111,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> float | list[float]
         else:
             benchmark.edit_all(source, folder, settings | {"weights": fingerprint}, cfg.seed, edit_one, logger)
             rows = [row for entry in source.share for row in benchmark.read_rows(folder / entry.name)]
-    return objective.value(wanted, rows)
+    return objective.value(wanted, rows), sum("error" in row for row in rows)
 
 
 if __name__ == "__main__":

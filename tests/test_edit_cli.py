@@ -48,7 +48,7 @@ PHOTO = ["image=photo.jpg", "prompt=a red heart"]
 
 
 def run_here(user, folder, *settings):
-    """The same in this process, which spares loading everything; what `edit` returns, and errors are raised."""
+    """The same in this process, which spares loading everything; what the run comes to, and errors are raised."""
     import hydra
 
     import edit as command
@@ -59,7 +59,7 @@ def run_here(user, folder, *settings):
     try:
         with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
             cfg = hydra.compose("edit", ["model.weights=tiny", f"cache.dir={user / 'cache/tuning'}", *settings])
-            return command.edit(cfg, folder, "imagic")
+            return command.edit(cfg, folder, "imagic")[0]
     finally:
         os.chdir(before)
         torch.set_num_threads(threads)
@@ -118,6 +118,14 @@ def test_direct_inversion_with_wandb_offline(user):
     assert not (user / "wandb").exists()  # nothing is left where the user stands
 
 
+def test_a_run_whose_tasks_failed_says_so(user):
+    (user / "edits.csv").write_text("image,prompt\nphoto.jpg,a heart\nmissing.jpg,a heart\n")
+    quick = ["method=direct_inversion", "sampler.steps=2", "logger.mode=disabled", "hydra.run.dir=list"]
+    code, out, err = edit(user, "task=folder", "task.path=edits.csv", *quick)
+    assert code == 1 and "1 of 2 tasks done, 1 failed" in out
+    assert err[-1] == "error: 1 tasks failed: results.csv and their error.txt say why"
+
+
 WRONG = {
     "method=imagick": "choose from ddim_inversion",
     "method.etta=0.5": "there is no setting method.etta",
@@ -139,6 +147,7 @@ def test_more_mistakes_in_one_line(user, tmp_path):
     (user / "half" / "config.json").write_text((user / "tiny" / "config.json").read_text())
     wrong = {
         "prompt=": "prompt is empty",
+        "task=openmoji_edits": "image= is for one picture",
         "image=broken.png": "broken.png",
         "method.eta=1.5": "from 0 to 1",
         "method.tuning_lr=abc": "method.tuning_lr is abc",
