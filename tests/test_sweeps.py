@@ -6,6 +6,8 @@ sweepers as a user runs them."""
 import csv
 import itertools
 import json
+import re
+import shlex
 from pathlib import Path
 
 import hydra
@@ -68,6 +70,16 @@ def test_a_search_leads_each_metric_to_where_it_is_better(composed, name):
     for key in cfg.hydra.sweeper.params:
         assert OmegaConf.select(cfg, key) is not None
     assert composed(f"+experiment={name}", "task=folder").hydra.runtime.choices.task == "folder"  # what one says wins
+
+
+def test_a_search_for_another_method_as_the_preset_says(composed):
+    pytest.importorskip("optuna")
+    command = re.search("python edit.py -m (.*)", (CONF / "experiment" / "optuna_success.yaml").read_text())[1]
+    *settings, search = shlex.split(command)
+    cfg = composed(*settings)
+    (override,) = OverridesParser.create().parse_overrides([search])
+    assert cfg.hydra.sweeper.params is None and override.is_interval_sweep()
+    assert OmegaConf.select(cfg, override.key_or_group) is not None
 
 
 # The objective.
