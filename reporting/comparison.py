@@ -15,7 +15,7 @@ from files import whole_file
 from reporting.page import write_page
 from reporting.plots import plot_points
 from reporting.sheet import Cell, grid
-from reporting.sweep import Row, short, swept, value_of
+from reporting.sweep import Row, short, shown_as, swept, value_of
 from reporting.tables import HEADLINE, aligned, by_label, means, unique
 
 POOLED = ("seed", "task.shard", "edit.task", "edit.sample")  # axes that make no other method or setting of an edit
@@ -45,7 +45,7 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
         path.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     axes = [next((name for name in names if name in measured), "") for names in (PRESERVATION, SUCCESS)]
     points = [(label, *(mean[a] for a in axes)) for label, mean in numbers.items() if all(a in mean for a in axes)]
-    written = ["comparison.csv", "index.html"]
+    written = ["comparison.csv", "comparison.md", "index.html"]
     if points:
         with whole_file(folder / "comparison.png") as path:
             plot_points(points, axes, path)
@@ -60,6 +60,7 @@ def labelled(rows: Sequence[Row]) -> tuple[list[dict], dict[str, list[Row]]]:
     """The edits, each with a `label`, its method by name and then what else was swept ("imagic, eta 0.6"), and a
     `place`; and by label a row of each of its jobs. What failed counts for every label that its job has."""
     axes = [axis for axis in swept(list(rows)) if axis not in ("method", *POOLED)]
+    shown_by = {axis: shown_as(list(rows), axis) for axis in axes}
     by_job: dict[str, list[Row]] = {}
     for row in rows:
         by_job.setdefault(row.job, []).append(row)
@@ -69,7 +70,9 @@ def labelled(rows: Sequence[Row]) -> tuple[list[dict], dict[str, list[Row]]]:
     for job, here in by_job.items():
         method = known.get(job) or here[0].overrides.get("method", sole)
         names = [
-            ", ".join([method, *(f"{short(axis)} {value}" for axis in axes if (value := value_of(row, axis)))])
+            ", ".join(
+                [method, *(f"{short(axis)} {shown_by[axis][value]}" for axis in axes if (value := value_of(row, axis)))]
+            )
             for row in here
         ]
         every = unique(name for name, row in zip(names, here, strict=True) if not row.error) or names[:1]

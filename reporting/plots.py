@@ -5,6 +5,7 @@ methods of a sweep as points."""
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -65,25 +66,40 @@ def plot_tradeoff(records: list[dict], setting: str, scores: tuple[str, str], pa
 
 
 def plot_points(points: Sequence[tuple[str, float, float]], axes: Sequence[str], path: Path) -> None:
-    """A point for each (label, x, y). Labels that begin alike, up to a comma, are one method's settings: they share a
-    colour and a line."""
+    """A point for each (label, x, y). Labels that begin alike, up to a comma, are one method's settings and share a
+    colour; a line joins them in the order of the one number that they differ in. Many points have no labels."""
     figure, panel = plt.subplots(figsize=(7.5, 5))
-    families = defaultdict(list)
+    families, named = defaultdict(list), len(points) <= 20
     for label, x, y in points:
-        families[label.split(",")[0]].append((x, y, label))
+        families[label.split(",")[0]].append((label, x, y))
+    middle = (min(x for _, x, _ in points) + max(x for _, x, _ in points)) / 2
     below = {label: rank % 2 for rank, (label, *_) in enumerate(sorted(points, key=lambda point: point[1]))}
     for name, members in families.items():
-        xs, ys, labels = zip(*sorted(members), strict=True)
-        panel.plot(xs, ys, "o-", label=name, linewidth=0.8)
-        for x, y, label in zip(xs, ys, labels, strict=True):
+        settings = zip_longest(*(label.split(", ") for label, *_ in members))
+        try:
+            (differing,) = (values for values in settings if len(set(values)) > 1)
+            names, order = zip(*(value.rsplit(" ", 1) for value in differing), strict=True)
+            (_,) = set(names)
+            members = [member for _, member in sorted(zip(map(float, order), members, strict=True))]
+            line = "o-"
+        except (AttributeError, ValueError):  # none, several, or something else than a number
+            line = "o"
+        _, xs, ys = zip(*members, strict=True)
+        panel.plot(xs, ys, line, label=name, linewidth=0.8)
+        for label, x, y in members if named else ():
             text = label.partition(",")[2].strip() or label
-            panel.annotate(text, (x, y), (5, -11 if below[label] else 4), textcoords="offset points", fontsize=8)
-    if any("," in label for label, *_ in points) and len(families) > 1:
+            side, ha = (-5, "right") if x > middle else (5, "left")
+            offset = (side, -11 if below[label] else 4)
+            panel.annotate(text, (x, y), offset, textcoords="offset points", ha=ha, fontsize=8)
+    if not named or (len(families) > 1 and any("," in label for label, *_ in points)):
         panel.legend(fontsize=8)
-    panel.set(xlabel=axes[0].replace("_", " ").replace("psnr", "PSNR in dB"), ylabel=axes[1].replace("_", " "))
+    kept = {"psnr_to_input_kept": "PSNR to input, kept part (dB)", "psnr_to_input": "PSNR to input (dB)"}
+    panel.set(xlabel=kept.get(axes[0], axes[0]), ylabel=axes[1].replace("_", " "))
+    panel.margins(0.12)
     if axes[1] == "success":
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.margins(0.12)
+        low, high = panel.get_ylim()
+        panel.set_ylim(max(-0.015, min(low, high - 0.2)), min(1.015, max(high, low + 0.2)))
     panel.grid(alpha=0.3)
     _save(figure, path)
 

@@ -4,6 +4,7 @@ Text is drawn with Pillow's own scalable font, so a sheet looks the same, byte b
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ class Cell:
 
 
 def brief(value: object) -> str:
-    """A setting as a person writes it: 0.7, not 0.7000000000000001."""
+    """A setting as a person writes it: 0.7, not 0.7000000000000001; also one that was typed."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d*\.\d{4,}(e[+-]?\d+)?", value):
+        value = float(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

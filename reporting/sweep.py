@@ -164,6 +164,15 @@ def value_of(row: Row, axis: str) -> str:
     return row.overrides.get(axis, "")
 
 
+def shown_as(rows: list[Row], axis: str) -> dict[str, str]:
+    """The values of an axis, each with how it is shown: rounded, where no other becomes the same."""
+    from reporting.sheet import brief
+
+    values = unique(value_of(row, axis) for row in rows)
+    rounded = [brief(value) for value in values]
+    return {value: new if rounded.count(new) == 1 else value for value, new in zip(values, rounded, strict=True)}
+
+
 def lay_out(rows: list[Row], axes: list[str]):
     """The axis of most values runs over the columns, every combination of the others is a row; the input first."""
     from reporting.sheet import Cell, grid, scores
@@ -187,7 +196,7 @@ def lay_out(rows: list[Row], axes: list[str]):
     for row in lost:
         table[tuple(value_of(row, axis) for axis in across)][0] = Cell(None, [f"failed: {row.error}"])
 
-    names = [short(axis) for axis in axes]
+    names, shown_by = [short(axis) for axis in axes], {axis: shown_as(rows, axis) for axis in axes}
     same_input = len({path.read_bytes() for path in sources.values() if path}) == 1
     body, first = [], True
     for key in row_keys:
@@ -197,8 +206,10 @@ def lay_out(rows: list[Row], axes: list[str]):
     prompts = unique(row.prompt for row in rows if row.prompt)
     title = [f'"{prompts[0]}"' if len(prompts) == 1 else f"{len(prompts)} prompts"]
     title += [f"swept: {', '.join(names)}"] if names else []
-    labels = [", ".join(f"{short(a)} {v}" for a, v in zip(across, key, strict=True) if v) for key in row_keys]
-    heads = ["", *(f"{short(along)} {value}" if along else "" for value in columns)]
+    labels = [
+        ", ".join(f"{short(a)} {shown_by[a][v]}" for a, v in zip(across, key, strict=True) if v) for key in row_keys
+    ]
+    heads = ["", *(f"{short(along)} {shown_by[along][value]}" if along else "" for value in columns)]
     return grid(title, body, labels if across else None, heads)
 
 

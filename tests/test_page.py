@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from reporting import plots
 from reporting.comparison import compare
 from reporting.logger import WandbLogger
 from reporting.page import write_page
@@ -250,6 +251,43 @@ def test_a_comparison_tells_of_jobs_that_failed_and_of_tasks_that_are_missing(tm
         "imagic, a 4, task other": ["1", "0", "0"],
     }
     assert "| imagic, a 3 " in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_search_is_told_in_short_numbers(tmp_path, capsys):
+    values = ("0.6292881023563949", "0.6292881023563951", "0.7291136198234518", "0.30000000000000004")
+    for number, value in enumerate(values):
+        write_job(tmp_path, number, [f"method.strength={value}"], [record("t0", "pose", 0, 20.0)])
+    lines = compare(tmp_path, read_jobs(tmp_path))
+    with open(tmp_path / "comparison.csv", encoding="utf-8") as file:
+        labels = [row["edited_by"] for row in csv.DictReader(file)]
+    assert labels == [f"imagic, strength {v}" for v in (*values[:2], "0.7291", "0.3")]  # no two become the same
+    assert str(tmp_path / "comparison.md") in lines
+
+
+def drawn(points, axes, monkeypatch, tmp_path):
+    """The panel that `plot_points` makes."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.plot_points(points, axes, tmp_path / "a.png")
+    plots.plt.close(figures[0])
+    return figures[0].axes[0]
+
+
+def test_a_line_joins_points_only_along_one_number(monkeypatch, tmp_path):
+    points = [(f"imagic, eta {eta}", x, 0.0) for eta, x in ((10, 3.0), (0.4, 5.0), (2, 1.0))]
+    points += [(f"sdedit, strength {i / 10}, guidance {i}", 20.0 + i, 0.0) for i in range(3)]
+    points += [("ddpm, a 1", 1.0, 0.0), ("ddpm, b 2", 2.0, 0.0), ("x, on yes", 1.0, 0.0), ("x, on no", 2.0, 0.0)]
+    panel = drawn(points, ("psnr_to_input_kept", "success"), monkeypatch, tmp_path)
+    found = {line.get_label(): (line.get_linestyle(), list(line.get_xdata())) for line in panel.lines}
+    assert found["imagic"] == ("-", [5.0, 1.0, 3.0])  # in the order of eta
+    assert {name: style for name, (style, _) in found.items() if name != "imagic"} == dict.fromkeys(
+        ("sdedit", "ddpm", "x"), "None"
+    )
+    assert panel.get_xlabel() == "PSNR to input, kept part (dB)" and len(panel.texts) == len(points)
+    assert -0.05 < panel.get_ylim()[0] < 0 < 0.1 < panel.get_ylim()[1] <= 1.05
+    many = [(f"sdedit, strength {i}", float(i), i / 20) for i in range(21)]
+    panel = drawn(many, ("psnr_to_input", "success"), monkeypatch, tmp_path)
+    assert not panel.texts and panel.get_legend() and -0.05 < panel.get_ylim()[0] < panel.get_ylim()[1] < 1.05
 
 
 def test_tables_of_wandb_hold_the_pictures(tmp_path):
