@@ -85,7 +85,8 @@ class Tasks:
                 others[name] = fitted(other, size, multiple)
                 alike = abs(w * other.height - h * other.width) <= max(w, h, *other.size)  # but for a pixel
                 if not (alike or self.fit == "stretch") or others[name].shape[2:] != image.shape[2:]:
-                    raise InputError(f"task {entry.name}: its {name} has another shape than its image; try fit=stretch")
+                    theirs = f"{other.width} x {other.height} pixels"
+                    raise InputError(f"the {name} {path} has another shape, {theirs}, than its image, {w} x {h}")
         return EditTask(image, entry.prompt, entry.source_prompt, entry.name, category=entry.category, **others)
 
     def fitted(self, picture: Image.Image, size: int, multiple: int) -> Tensor:

@@ -251,9 +251,10 @@ def test_what_cannot_be_a_list_is_refused(pictures):
 def test_a_picture_of_another_shape_is_refused(pictures, name):
     Image.new("RGB", (64, 48)).save(pictures / FULL[name])
     (pictures / "edits.jsonl").write_text(json.dumps(FULL))
+    told = rf"^the {name} .*{FULL[name]} has another shape, 64 x 48 pixels, than its image, \d+ x \d+$"
     for fit in ("keep", "crop", "pad", "stretch"):
         source = ListOfEdits(str(pictures / "edits.jsonl"), fit=fit)
-        with nullcontext() if fit == "stretch" else pytest.raises(InputError, match=f"its {name} has another shape"):
+        with nullcontext() if fit == "stretch" else pytest.raises(InputError, match=told):
             source.load(source.entries[0], 32, 8)
     Image.new("RGB", (64, 63)).save(pictures / FULL[name])  # twice the size, but for a pixel
     source = ListOfEdits(str(pictures / "edits.jsonl"))
