@@ -32,9 +32,9 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
         group = found.get(label, {"overall": means([]), "by_category": {}})
         numbers[label] = group["overall"] | {"missing": lacking[label]}
         for category, mean in group["by_category"].items() if len(categories) > 1 else ():
-            numbers[label] |= {f"success_{category}": mean["success"]} if "success" in mean else {}
+            numbers[label] |= {f"success_{category or 'no category'}": mean["success"]} if "success" in mean else {}
     measured = unique(name for mean in numbers.values() for name in mean)
-    by_category = [name for category in categories if (name := f"success_{category}") in measured]
+    by_category = [name for category in categories if (name := f"success_{category or 'no category'}") in measured]
     with whole_file(folder / "comparison.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["edited_by", *measured])
         writer.writeheader()

@@ -47,7 +47,7 @@ def write_page(path: Path, title: str, rows: Sequence[dict]) -> None:
 
 
 def options(names: Sequence[str]) -> str:
-    return "".join(f'<option value="{escape(name)}">{escape(name) or "-"}</option>' for name in names)
+    return "".join(f'<option value="{escape(name)}">{escape(name) or "(none)"}</option>' for name in names)
 
 
 def truth_of(folder: Path, group: Sequence[dict]) -> str:
@@ -64,7 +64,7 @@ def task_row(folder: Path, name: str, group: Sequence[dict]) -> str:
     about = next((row for row in group if "prompt" in row), {"prompt": ""})
     source = next((row["place"] for row in group if (folder / row["place"] / name / "input.png").exists()), None)
     truth = truth_of(folder, group)
-    asked = [f"<b>{escape(name)}</b>", escape(group[0]["category"])]
+    asked = [f"<b>{escape(name)}</b>", *filter(None, [escape(group[0]["category"])])]
     for word, text in (("from", about.get("source_prompt")), ("to", about["prompt"])):
         asked += [f"{word}: {escape(text)}"] if text else []
     return (
@@ -102,7 +102,7 @@ def summary_table(rows: Sequence[dict], categories: Sequence[str]) -> str:
     numbers = by_label(rows)
     columns = [name for name in HEADLINE if any(name in found["overall"] for found in numbers.values())]
     kinds = categories if "success" in columns and len(categories) > 1 else []
-    head = [*columns, *(f"success: {category or '-'}" for category in kinds)]
+    head = [*columns, *(f"success: {category or 'no category'}" for category in kinds)]
     lines = ["<tr><th></th>" + "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in head) + "</tr>"]
     for label, found in numbers.items():
         cells = [show(name, found["overall"].get(name)) for name in columns]

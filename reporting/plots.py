@@ -67,9 +67,9 @@ def plot_tradeoff(records: list[dict], setting: str, scores: tuple[str, str], pa
 
 def plot_points(points: Sequence[tuple[str, float, float]], axes: Sequence[str], path: Path) -> None:
     """A point for each (label, x, y). Labels that begin alike, up to a comma, are one method's settings and share a
-    colour; a line joins them in the order of the one number that they differ in. Many points have no labels."""
+    colour; a line joins them in the order of the one number that they differ in. Too many labels are left out."""
     figure, panel = plt.subplots(figsize=(7.5, 5))
-    families, named = defaultdict(list), len(points) <= 20
+    families, named = defaultdict(list), len(points) <= 20 and sum(len(label) for label, *_ in points) <= 800
     for label, x, y in points:
         families[label.split(",")[0]].append((label, x, y))
     middle = (min(x for _, x, _ in points) + max(x for _, x, _ in points)) / 2

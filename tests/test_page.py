@@ -97,6 +97,14 @@ def test_small_numbers_keep_their_digits(tmp_path):
     assert "1.23457e-07" in (tmp_path / "index.html").read_text()
 
 
+def test_a_task_without_a_category_shows_none(tmp_path):
+    rows = [write_task(tmp_path, record(f"t{i}", "a" * i, 1, 2.0))[0] | {"label": "m", "place": ""} for i in (0, 1)]
+    write_page(tmp_path / "index.html", "two", rows)
+    text = (tmp_path / "index.html").read_text()
+    assert "<th>success: no category</th><th>success: a</th>" in text
+    assert "<b>t0</b><br>from:" in text and "<b>t1</b><br>a<br>from:" in text
+
+
 def test_tasks_of_one_name_in_two_lists_are_two(tmp_path):
     rows = [write_task(tmp_path / place, record("t0", "a", 1, 2.0))[0] | {"place": f"{place}/"} for place in "01"]
     rows = [row | {"label": "m", "prompt": prompt} for row, prompt in zip(rows, ("a cat", "a dog"), strict=True)]
@@ -125,7 +133,7 @@ def browser(page, address="", script=""):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_sorts_and_filters_in_a_browser(page):
     shown, text = browser(page)
-    assert shown == {f"t{i}": ["imagic", "sdedit"] for i in range(4)} and "4 of 4 tasks, 8 edits" in text
+    assert shown == {f"t{i}": ["imagic", "sdedit"] for i in range(4)} and "4 of 4 tasks, 7 edits, 1 failed" in text
     shown, text = browser(page, "#label=imagic&success=yes&sort=psnr_to_truth&order=-1")
     assert list(shown.items()) == [("t2", ["imagic"]), ("t0", ["imagic"])] and "psnr to truth 11" in text
     script = """
