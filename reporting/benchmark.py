@@ -196,6 +196,8 @@ def report(folder: Path, entries: Sequence[Entry]) -> dict:
     for written in itertools.count(1):
         summary = summarise(rows, len(entries)) | {"names": [entry.name for entry in entries]}
         table = "\n\n".join(table_of(group) for group in summary["edits"]) + "\n"
+        if summary["waiting"]:
+            table += f"\n{summary['waiting']} of {summary['tasks']} tasks are waiting.\n"
         with whole_file(folder / "results.csv") as path:
             write_csv(path, rows)
         for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("table.md", table)):

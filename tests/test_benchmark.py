@@ -284,6 +284,7 @@ def test_the_same_error_again_and_again_ends_the_run(tmp_path):
         run(tmp_path, editor)
     assert editor.names == ["t0", "t1", "t2", "t3"]
     assert json.loads((tmp_path / "summary.json").read_text())["failed"] == 3
+    assert (tmp_path / "table.md").read_text().endswith("\n2 of 6 tasks are waiting.\n")
 
 
 def test_a_run_in_which_everything_failed_is_an_error(tmp_path):
