@@ -110,7 +110,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
             rows = benchmark.rows_of(source.entries[0], folder, cfg.seed)
         else:
             benchmark.edit_all(source, folder, settings | {"weights": fingerprint}, cfg.seed, edit_one, logger)
-            rows = [row for entry in source.share for row in benchmark.read_rows(folder / entry.name)]
+            rows = benchmark.read_all(folder, source.share)
     return objective.value(wanted, rows), sum("error" in row for row in rows)
 
 

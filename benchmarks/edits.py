@@ -40,7 +40,6 @@ GROWTH = [
     *([*SHORT, "method.embedding_steps=20", f"size={n}"] for n in (64, 128, 192)),
     *([*SHORT, "method.embedding_steps=0", f"method.tuning_batch={n}"] for n in (1, 2, 4, 8)),
 ]
-PUBLISHED = [["method=imagic"], ["method=direct_inversion"]]
 FEW = [
     ["method=direct_inversion", "sampler.steps=2"],
     ["method=imagic", "method.embedding_steps=2", "method.tuning_steps=2", "method.tune=lora", "sampler.steps=2"],
@@ -104,7 +103,7 @@ def main() -> None:
                 found[part] = measure(GROWTH, 1, place / part)
             else:
                 weights = stable_diffusion(place)
-                cases = [["model=sd15", f"model.weights={weights}", *case] for case in (PUBLISHED if cuda else FEW)]
+                cases = [["model=sd15", f"model.weights={weights}", *case] for case in (DEFAULTS if cuda else FEW)]
                 found[part] = measure(cases, 1, place / part)
                 for row in found[part]:
                     row["settings"].remove(f"model.weights={weights}")

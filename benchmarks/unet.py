@@ -279,9 +279,8 @@ def profiled(name: str, dtype: torch.dtype, device: torch.device) -> str:
                 bench.timed(work)
             cuda = device.type == "cuda"
             time_of = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
-            operations = [
-                e for e in found.key_averages() if e.device_type == DeviceType.CPU
-            ]  # else kernels count twice
+            # An operation's time on the card is its kernels', which are listed as well.
+            operations = (e for e in found.key_averages() if e.device_type == DeviceType.CPU)
             events = sorted(operations, key=time_of, reverse=True)
             whole = sum(map(time_of, events))
             text.append(f"## {name}, {dtype}, {what}, {side}: {whole / 1e3:.0f} ms\n")

@@ -4,6 +4,7 @@ DDIM inversion without guidance gives a pivot, the path z*_T ... z*_0. Then, fro
 empty prompt is optimised at each step such that sampling with guidance stays on that path (algorithm 1).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,15 +56,16 @@ class NullText(PromptToPrompt):
                         eps_null = guided(model, found.to(source))(z, t)
                         lower = ddim.step(z, eps_null + w * (eps_source - eps_null), a, b)
                         loss = (pivot - lower).square().sum()
-                    if not loss.isfinite():
+                    error = float(loss) / z.numel()
+                    if not math.isfinite(error):
                         raise InputError(f"the loss of the null text is not finite at step {i}: lower method.null_lr")
-                    if n == self.inner_steps or float(loss) / z.numel() < self.stop_loss + i * 2e-5:
+                    if n == self.inner_steps or error < self.stop_loss + i * 2e-5:
                         break
                     adam.zero_grad()
                     loss.backward()
                     adam.step()
                 z = lower.detach()
-                losses.append(float(loss) / z.numel())
+                losses.append(error)
                 del eps_null, lower, loss  # the last pass's graph, which the next step's would else lie beside
                 reporter.scalar("null_text", i, loss=losses[-1])
                 nulls.append(found.detach().to(model.dtype))

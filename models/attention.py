@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from errors import InputError
-from models.layers import Linear, emulated
+from models.layers import Linear, constant, emulated
 
 BACKENDS = ("auto", "fused", "sdpa", "reference")
 WIDEST = 160  # channels per head that the fused kernels take
@@ -71,13 +71,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Te
     raise InputError(f"unknown attention backend {name!r}: choose one of {', '.join(BACKENDS)}")
 
 
+@constant
 def why_not_fused(device: torch.device) -> str | None:
     """Why the fused kernels cannot run on `device`, and what would do; None if they can."""
     return _why_not_fused(device)
-
-
-# What torch.compiler.assume_constant_result does, which would import torch._dynamo here and now, and take seconds.
-why_not_fused._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -66,14 +66,18 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
     return F.conv2d(x, weight.to(x.dtype), bias, stride, padding)
 
 
+def constant(function):
+    """Let a compiled network take for constant what `function` returns while it is compiled. As
+    torch.compiler.assume_constant_result, which would import torch._dynamo here and now, and take seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
 def emulated(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of `dtype` on `device` are made of steps so slow that those of float32 are several times
     faster."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and _emulated(dtype)
-
-
-# What torch.compiler.assume_constant_result does, which would import torch._dynamo here and now, and take seconds.
-emulated._dynamo_marked_constant = True
 
 
 @functools.cache

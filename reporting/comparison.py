@@ -15,7 +15,7 @@ from files import whole_file
 from reporting.page import write_page
 from reporting.plots import plot_points
 from reporting.sheet import Cell, grid
-from reporting.sweep import Row, short, shown_as, swept, value_of
+from reporting.sweep import Row, by_job, short, shown_as, swept, value_of
 from reporting.tables import HEADLINE, aligned, by_label, means, unique
 
 POOLED = ("seed", "task.shard", "edit.task", "edit.sample")  # axes that make no other method or setting of an edit
@@ -27,14 +27,15 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
     """Write the files for the `rows` of a sweep over benchmarks; the lines to print in the end."""
     edits, labels = labelled(rows)
     found, lacking, categories = by_label(edits), missing(labels, rows), unique(edit["category"] for edit in edits)
+    success = {category: f"success_{category or 'no category'}" for category in categories}
     numbers: dict[str, dict[str, float]] = {}
     for label in labels:
         group = found.get(label, {"overall": means([]), "by_category": {}})
         numbers[label] = group["overall"] | {"missing": lacking[label]}
         for category, mean in group["by_category"].items() if len(categories) > 1 else ():
-            numbers[label] |= {f"success_{category or 'no category'}": mean["success"]} if "success" in mean else {}
+            numbers[label] |= {success[category]: mean["success"]} if "success" in mean else {}
     measured = unique(name for mean in numbers.values() for name in mean)
-    by_category = [name for category in categories if (name := f"success_{category or 'no category'}") in measured]
+    by_category = [name for name in success.values() if name in measured]
     with whole_file(folder / "comparison.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["edited_by", *measured])
         writer.writeheader()
@@ -59,15 +60,12 @@ def compare(folder: Path, rows: Sequence[Row]) -> list[str]:
 def labelled(rows: Sequence[Row]) -> tuple[list[dict], dict[str, list[Row]]]:
     """The edits, each with a `label`, its method by name and then what else was swept ("imagic, eta 0.6"), and a
     `place`; and by label a row of each of its jobs. What failed counts for every label that its job has."""
-    axes = [axis for axis in swept(list(rows)) if axis not in ("method", *POOLED)]
-    shown_by = {axis: shown_as(list(rows), axis) for axis in axes}
-    by_job: dict[str, list[Row]] = {}
-    for row in rows:
-        by_job.setdefault(row.job, []).append(row)
+    axes = [axis for axis in swept(rows) if axis not in ("method", *POOLED)]
+    shown_by = {axis: shown_as(rows, axis) for axis in axes}
     known = {row.job: row.record["method"] for row in rows if row.record and "method" in row.record}
     sole = next(iter(known.values()), "edit")
     edits, labels = [], {}
-    for job, here in by_job.items():
+    for job, here in by_job(rows).items():
         method = known.get(job) or here[0].overrides.get("method", sole)
         names = [
             ", ".join(

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from errors import InputError
+from reporting.tables import unique
 
 TABLE_SIDE = 256
 MODES = ("online", "offline", "disabled")
@@ -87,7 +88,7 @@ class WandbLogger:
             return
         import wandb
 
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        columns = unique(key for row in rows for key in row)
         cells = [[row.get(key) for key in columns] for row in rows]
         pictures = {}  # W&B keeps them in memory until the run ends: each file once
         for path in (cell for line in cells for cell in line if isinstance(cell, Path)):

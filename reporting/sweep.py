@@ -5,7 +5,7 @@ folders, so any launcher may have run them."""
 import csv
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,17 +140,21 @@ def write_summary(folder: Path, rows: list[Row]) -> None:
             picture.save(path, format="PNG")
 
 
-def swept(rows: list[Row]) -> list[str]:
+def by_job(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    jobs: dict[str, list[Row]] = {}
+    for row in rows:
+        jobs.setdefault(row.job, []).append(row)
+    return jobs
+
+
+def swept(rows: Sequence[Row]) -> list[str]:
     """The names along which the edits differ: overrides that take several values over the jobs, then settings
     of edits that take several values within a job (a list of eta, several samples)."""
     overrides = unique(name for row in rows for name in row.overrides)
     axes = [name for name in overrides if len({row.overrides.get(name) for row in rows}) > 1]
-    by_job: dict[str, list[Row]] = {}
-    for row in rows:
-        by_job.setdefault(row.job, []).append(row)
     settings = unique(name for row in rows for name in row.settings)
     for name in settings:
-        values = ({row.settings[name] for row in job if name in row.settings} for job in by_job.values())
+        values = ({row.settings[name] for row in job if name in row.settings} for job in by_job(rows).values())
         if any(len(several) > 1 for several in values):
             axes.append(f"edit.{name}")
     return axes
@@ -164,7 +168,7 @@ def value_of(row: Row, axis: str) -> str:
     return row.overrides.get(axis, "")
 
 
-def shown_as(rows: list[Row], axis: str) -> dict[str, str]:
+def shown_as(rows: Sequence[Row], axis: str) -> dict[str, str]:
     """The values of an axis, each with how it is shown: rounded, where no other becomes the same."""
     from reporting.sheet import brief
 
