@@ -1,14 +1,13 @@
-"""What every editing method shares: its result, its reporter, seeded noise and one optimisation loop.
+"""What editing methods share: the contract, the run that serves them, seeded noise and one optimisation loop.
 
-A method is a class whose constructor takes the hyperparameters and whose `edit(model, task, reporter, seed)`
-returns an `EditResult`. It opens no files, and hands the model back unchanged.
+A method is a dataclass of hyperparameters whose `edit(model, task, z, run)` maps the latent of a picture to edited
+latents. It opens no files, draws noise from the run alone, and hands the model back unchanged.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,59 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
+
+RECONSTRUCTION = "reconstruction"  # in the place of settings: the input as the method gives it back
+
+Result = tuple[dict[str, float | int | str] | str, Tensor]  # settings that tell an edit from its siblings, and a latent
+
+
+class Run:
+    """What a method may ask for while it works. This one is silent and stores nothing; the runner's shows progress,
+    draws curves and caches tuned states."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.metrics: dict[str, float] = {}  # numbers of the method's own
+        self.tensors: dict[str, Tensor] = {}  # products worth keeping
+
+    def noise(self, *stage: str | int) -> torch.Generator:
+        """A generator for each (seed, stage), so that no stage's noise depends on whether another one ran. It lives
+        on the CPU, so that every device sees the same noise."""
+        digest = hashlib.sha256(repr((self.seed, *stage)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def progress(self, stage: str) -> Callable[[Iterable], Iterable]:
+        """A wrapper for the loop over a stage's steps, which shows how far along it is."""
+        return iter
+
+    def scalar(self, stage: str, step: int, **values: float) -> None:
+        """Add one point to the curves of a stage."""
+
+    def cached(self, stage: str, key: dict, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `build` gives, from an earlier run if one has stored them. `key` holds, in JSON's types, all
+        that they depend on apart from the model and the image."""
+        return build()
+
+
+class Method:
+    """The contract. Subclasses are dataclasses whose fields, with their defaults, are the settings `method.NAME`."""
+
+    def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
+        """Yield (settings, latent) for each edit of `z`, the latent (1, c, h, w) of the task's picture, in float64.
+
+        Where the method can give the input back it also yields (RECONSTRUCTION, latent). Networks are frozen and
+        gradients are off; the caller decodes each latent before it asks for the next one.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to edit")
+
+
+@torch.no_grad()
+def perform(method: Method, model, task, run: Run) -> Iterator[tuple[dict[str, Any] | str, Tensor, Tensor]]:
+    """Encode the task's picture, freeze the networks, and yield (settings, latent, picture) for each of the method's
+    results, with pictures (3, H, W) in [-1, 1]. Raises InputError where a result is not finite."""
+    with frozen(model), closing(method.edit(model, task, source_latent(model, task.image), run)) as results:
+        for settings, latent in results:
+            yield settings, latent, to_image(model, latent)
 
 
 def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -31,51 +83,6 @@ OPTIMIZERS = {
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "adafactor": adafactor,
 }
-
-
-@dataclass
-class Edit:
-    """One edited picture. `settings`, printed under it, is what distinguishes it from its siblings."""
-
-    image: Tensor  # (3, H, W) in [-1, 1]
-    settings: dict[str, float | int | str] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class EditResult:
-    """The edits, the input as the method can give it back, and products worth keeping."""
-
-    edits: list[Edit]
-    reconstruction: Tensor  # (3, H, W) in [-1, 1]
-    metrics: dict[str, float] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # float64 is kept as float32
-
-    def __post_init__(self) -> None:
-        self.tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in self.tensors.items()}
-
-
-class Reporter:
-    """What a method says while it works. This one is silent and keeps nothing; the runner's shows and
-    stores."""
-
-    def progress(self, iterable: Iterable, stage: str, total: int | None = None) -> Iterator:
-        """Pass the items on, showing how far along `stage` is."""
-        yield from iterable
-
-    def scalar(self, stage: str, step: int, **values: float) -> None:
-        """One point of the curves of `stage`."""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside. What belongs to "reconstruction" only shows what the method gives back of the
-        input, and is no part of an edit's cost."""
-        yield
-
-    def cached(self, key: dict, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that `build` gives, from an earlier run if one is kept. `key` holds, in JSON's types,
-        all that they depend on apart from the model and the image."""
-        return build()
 
 
 def check(
@@ -113,13 +120,6 @@ def check_invertible(method: Any) -> None:
         raise InputError("this method walks its path both ways, which takes sampler.kind=ddim and sampler.eta=0")
 
 
-def generator(seed: int, *stage: str | int) -> torch.Generator:
-    """A generator for each (seed, stage), so that no stage's noise depends on whether another one ran. It
-    lives on the CPU, so that every device sees the same noise."""
-    digest = hashlib.sha256(repr((seed, *stage)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
 def cosine(a: Tensor, b: Tensor) -> float:
     """The cosine of the angle between two tensors, taken as vectors."""
     a, b = a.detach().cpu().double().flatten(), b.detach().cpu().double().flatten()
@@ -127,33 +127,21 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def source_latent(model, image: Tensor) -> Tensor:
-    """An image (1, 3, H, W) -> its latent (1, c, h, w), in float64: walks are kept in it and only the network works in
-    the model's precision (see `guided`), so that a replay is exact whatever that is. Apple's GPUs have no float64."""
-    z = model.encode_image(image)
-    return z.to(torch.float32 if z.device.type == "mps" else torch.float64)
+    """An image (1, 3, H, W) -> its latent (1, c, h, w) in float64. Only the network works in the model's precision, so
+    that rounding does not add up along a path, and a replay is exact."""
+    return model.encode_image(image).double()
 
 
 def to_image(model, latent: Tensor) -> Tensor:
     """A latent (1, c, h, w) -> its picture (3, H, W) in [-1, 1], float32 on the CPU. Raises InputError where
     the latent or the picture is not finite."""
-    image = model.decode_latents(latent.to(model.dtype))[0].float().cpu()
+    image = model.decode_latents(latent)[0].float().cpu()
     if not image.isfinite().all():
         raise InputError(
             "the edit became NaN or infinite while sampling: lower the learning rates or "
             "method.guidance_scale, or use dtype=float32"
         )
     return image.clamp(-1, 1)
-
-
-@contextmanager
-def any_kernels() -> Iterator[None]:
-    """Inside, an operation that has no deterministic kernel is only warned of, where it would raise otherwise."""
-    mode = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode(min(mode, 1))
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
 
 
 @contextmanager
@@ -228,7 +216,7 @@ def minimise(
     optimizer: str,
     stage: str,
     setting: str,  # the learning rate's name, for the message
-    reporter: Reporter,
+    run: Run,
     lean: bool = False,  # move each parameter as soon as its gradient is there, so that no two need exist at once
 ) -> dict[str, Tensor]:
     """Minimise the sum of `terms` over `params`, in place.
@@ -247,7 +235,7 @@ def minimise(
             hooks.append(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
     curves: dict[str, list[float]] = {"loss": []}
     try:
-        for step in reporter.progress(range(steps), stage, steps):
+        for step in run.progress(stage)(range(steps)):
             with torch.enable_grad():
                 losses = terms()
                 loss = sum(losses.values())
@@ -258,7 +246,7 @@ def minimise(
                 values |= {name: float(term.detach()) for name, term in losses.items()}
             for name, value in values.items():
                 curves.setdefault(name, []).append(value)
-            reporter.scalar(stage, step, **values)
+            run.scalar(stage, step, **values)
             loss.backward()
             if not lean:
                 updates[0]()
@@ -281,26 +269,25 @@ def update(opt: torch.optim.Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 
 def cached_stage(
-    reporter: Reporter,
-    stage: str,
-    key: dict,
-    build: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The (tensors, curves) that `build` gives for `stage`, through `reporter.cached`. The curves are kept
-    with the tensors and told again on a hit, so that a run that reuses a tuning draws the same plots."""
+    run: Run, stage: str, key: dict, build: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """The tensors that `build` gives for `stage`, through `run.cached`. The curves, which it gives beside them, are
+    stored with the tensors and drawn again on a hit; the mean of the loss's last tenth becomes a metric."""
     fresh = False
 
-    def run() -> dict[str, Tensor]:
+    def stored() -> dict[str, Tensor]:
         nonlocal fresh
         fresh = True
-        with reporter.stage(stage):
-            tensors, curves = build()
-        kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        return kept | {f"curve/{name}": curve for name, curve in curves.items()}
+        tensors, curves = build()
+        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()} | {
+            f"curve/{name}": curve for name, curve in curves.items()
+        }
 
-    state = reporter.cached({"stage": stage, **key}, run)
-    curves = {name.removeprefix("curve/"): t for name, t in state.items() if name.startswith("curve/")}
+    state = run.cached(stage, key, stored)
+    curves = {name.removeprefix("curve/"): state.pop(name) for name in list(state) if name.startswith("curve/")}
     if not fresh:
         for step, values in enumerate(zip(*(curve.tolist() for curve in curves.values()), strict=True)):
-            reporter.scalar(stage, step, **dict(zip(curves, values, strict=True)))
-    return {name: t for name, t in state.items() if not name.startswith("curve/")}, curves
+            run.scalar(stage, step, **dict(zip(curves, values, strict=True)))
+    if len(loss := curves.get("loss", ())):
+        run.metrics[f"{stage}_loss"] = float(loss[-max(1, len(loss) // 10) :].mean())
+    return state

@@ -14,7 +14,7 @@ from errors import InputError
 from models.autoencoder import Autoencoder
 from models.text import Clip, TextEncoder, build_clip, build_text
 from models.unet import ProjectedContext, UNet
-from samplers import NoiseSchedule
+from samplers import Conditioning, NoiseSchedule
 
 
 class LatentDiffusion(nn.Module):
@@ -40,7 +40,6 @@ class LatentDiffusion(nn.Module):
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
         self.config: dict = {}  # the sizes it was built from, which `save` writes down
-        self.evaluations = 0  # latents that noise was predicted for so far: what an edit costs
 
     @property
     def device(self) -> torch.device:
@@ -78,22 +77,26 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.encode(x.to(self.device, self.dtype), generator)
 
     def decode_latents(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, c, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.autoencoder.decode(z)
+        """Scaled latents (B, c, h, w) of any dtype -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.autoencoder.decode(z.to(self.dtype))
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> hidden states (B, L, C) that condition the UNet."""
-        return self.text(prompts)
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts -> one row each, in the model's dtype."""
+        return Conditioning(self.text(prompts))
 
-    def project_context(self, context: Tensor) -> ProjectedContext:
-        """Hidden states -> keys and values for every layer of the UNet, to be reused over steps."""
-        return self.unet.project_context(context)
+    def project(self, conditioning: Conditioning) -> ProjectedContext:
+        """Keys and values of the text for every layer of the UNet, to be reused over steps."""
+        return self.unet.project_context(conditioning.states)
 
-    def predict_noise(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
-        """Epsilon (B, c, h, w) for the noisy latents x at timestep t (scalar or (B,)), whatever the UNet outputs."""
-        self.evaluations += len(x)
-        t = torch.as_tensor(t, device=x.device)  # a compiled network would be compiled anew for each number
-        out = self.unet(x, t, context)
+    def predict(self, x: Tensor, t: Tensor | int, conditioning: Conditioning | ProjectedContext) -> Tensor:
+        """The schedule's own prediction, epsilon (B, c, h, w), for noisy latents x at timestep t (an int or (B,)).
+
+        The network works in its own precision; the prediction is computed, and returned, in that of x.
+        """
+        context = conditioning.states if isinstance(conditioning, Conditioning) else conditioning
+        # As a tensor for the network, which would be compiled anew for each number; made without waiting for a device.
+        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        out = self.unet(x.to(self.dtype), timesteps, context).to(x.dtype)
         return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
 
 

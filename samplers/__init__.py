@@ -1,11 +1,11 @@
-"""Noise schedules, DDPM, DDIM and guidance.
+"""Noise schedules, trajectories, DDPM, DDIM and guidance.
 
-Knows no network and no text: a denoiser is a plain callable (x, t) -> eps.
+Knows no network: a denoiser is a plain callable (x, t) -> prediction, epsilon under a variance-preserving schedule.
 """
 
 from . import ddim, ddpm
-from .guidance import Denoiser, guided
+from .guidance import Conditioning, Denoiser, guided
 from .sampler import Sampler
 from .schedule import NoiseSchedule, Trajectory, noise_like
 
-__all__ = ["Denoiser", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "ddpm", "guided", "noise_like"]
+__all__ = ["Conditioning", "Denoiser", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "ddpm", "guided", "noise_like"]

@@ -1,7 +1,7 @@
 """DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert.
 
-Both walks take the same `Trajectory`. The walks run without gradients (a denoiser may switch them on for
-itself); `step` is differentiable, for methods that write a loop of their own.
+Both walks take the same `Trajectory`, and run without gradients (a denoiser may switch them on for itself). Steps are
+differentiable, for methods that write a loop of their own.
 """
 
 import math
@@ -50,6 +50,26 @@ def step(
 
 
 @torch.no_grad()
+def walk(
+    denoise: Denoiser,
+    x: Tensor,
+    trajectory: Trajectory,
+    move: Callable[[Tensor, Tensor, int], Tensor],
+    progress: Progress | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Noise -> clean: x (B, ...) at the first noise level is brought to the last, one network call a step.
+
+    `move(x, prediction, i)` takes step i. The denoiser gets t as an int. `callback(i, x)` sees x after step i and may
+    return a replacement.
+    """
+    for i in (progress or iter)(range(len(trajectory))):
+        x = move(x, denoise(x, int(trajectory.timesteps[i])), i)
+        replacement = None if callback is None else callback(i, x)
+        x = x if replacement is None else replacement
+    return x
+
+
 def sample(
     denoise: Denoiser,
     x: Tensor,
@@ -59,20 +79,16 @@ def sample(
     progress: Progress | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Noise -> clean: x (B, ...) at alpha_bars[0] is brought to alpha_bars[-1], one network call a step.
+    """`walk` by DDIM's steps. eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior
+    variance. The last step adds no noise, since no later one would remove it: it returns the mean."""
 
-    eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior variance. The last
-    step adds no noise, since no later one would remove it: it returns the mean (see `ddpm.sample`).
-    The denoiser gets t as an int. `callback(i, x)` sees x at alpha_bars[i + 1] and may return a replacement.
-    """
-    for i in (progress or iter)(range(len(trajectory))):
-        eps = denoise(x, int(trajectory.timesteps[i]))
-        noise = noise_like(x, generator) if eta > 0 and i + 1 < len(trajectory) else None
-        x = step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], eta, noise)
-        if callback is not None:
-            replacement = callback(i, x)
-            x = x if replacement is None else replacement
-    return x
+    def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
+        if eta == 0:
+            return trajectory.step(x, eps, i, i + 1)
+        noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
+        return step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], eta, noise)
+
+    return walk(denoise, x, trajectory, move, progress, callback)
 
 
 @dataclass
@@ -123,7 +139,7 @@ def record(
         i = len(trajectory) - 1 - done
         for _ in range(1 + fixed_point_steps):
             eps = denoise(x, int(trajectory.timesteps[i]))
-            x = step(latents[-1], eps, trajectory.alpha_bars[i + 1], trajectory.alpha_bars[i])
+            x = trajectory.step(latents[-1], eps, i + 1, i)
         latents.append(x)
         noises.append(eps)
     eps = torch.stack(noises[::-1]) if noises else x0.new_empty(0, *x0.shape)

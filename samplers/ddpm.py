@@ -10,11 +10,11 @@ from torch import Tensor
 
 from errors import InputError
 
-from .ddim import Callback, Progress
+from .ddim import Callback, Progress, walk
 from .guidance import Denoiser
 from .schedule import Trajectory, noise_like
 
-VARIANCES = ("posterior", "fixed_small", "fixed_large")
+VARIANCES = ("posterior", "fixed_large")
 
 
 def step(
@@ -29,8 +29,7 @@ def step(
 
     With alpha = alpha_bar_from / alpha_bar_to and beta = 1 - alpha the variance is
       posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, that of q(x_to | x_from, x0); exact for
-                   data that is a single point;
-      fixed_small  the same, by the name it has in Ho et al.'s code;
+                   data that is a single point ("fixed small" in Ho et al.'s code);
       fixed_large  beta; exact for data that is standard normal.
     x, eps, noise: (B, ...); 0 < alpha_bar_from <= alpha_bar_to <= 1. `noise` is a standard normal draw;
     without one the mean is returned. Raises InputError for an unknown variance.
@@ -46,7 +45,6 @@ def step(
     return mean + math.sqrt(sigma2) * noise
 
 
-@torch.no_grad()
 def sample(
     denoise: Denoiser,
     x: Tensor,
@@ -56,19 +54,16 @@ def sample(
     progress: Progress | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Noise -> clean, algorithm 2: x (B, ...) at alpha_bars[0] is brought to alpha_bars[-1].
+    """Noise -> clean, algorithm 2: `ddim.walk` by ancestral steps. With the posterior variance it equals `ddim.sample`
+    with eta 1 and the same generator.
 
     The last step returns its mean, as z = 0 at t = 1 in the paper. On a walk that ends at alpha_bar 1 the
     posterior has no variance there anyway. On one that ends at alpha_bar_0 (Stable Diffusion) it has a bit,
     but the result is handed on as clean, and noise that no later step removes would stay in the picture.
-    `progress` and `callback` are those of `ddim.sample`, which with eta 1, and the same generator, equals the
-    posterior variance here.
     """
-    for i in (progress or iter)(range(len(trajectory))):
-        eps = denoise(x, int(trajectory.timesteps[i]))
+
+    def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
         noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
-        x = step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], variance, noise)
-        if callback is not None:
-            replacement = callback(i, x)
-            x = x if replacement is None else replacement
-    return x
+        return step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], variance, noise)
+
+    return walk(denoise, x, trajectory, move, progress, callback)

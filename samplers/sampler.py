@@ -20,7 +20,7 @@ class Sampler:
 
     steps:    network calls, from 1 to the schedule's length.
     spacing:  leading, trailing or linspace; see `NoiseSchedule.trajectory`.
-    eta:      in [0, 1], for ddim.   variance: posterior, fixed_small or fixed_large, for ddpm.
+    eta:      in [0, 1], for ddim.   variance: posterior or fixed_large, for ddpm.
     """
 
     kind: str = "ddim"

@@ -35,11 +35,20 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def tail(self, n: int) -> "Trajectory":
-        """The last `n` steps, 0 <= n <= len(self): the walk from a half-noised image, as in SDEdit."""
-        if not 0 <= n <= len(self):
-            raise InputError(f"the last {n} steps were asked of a trajectory that has {len(self)}")
-        start = len(self) - n
+    def coefficients(self, i: int, j: int) -> tuple[float, float]:
+        """a and b of the linear step x_j = a x_i + b eps between two noise levels: with x = alpha x0 + sigma eps,
+        a = alpha_j / alpha_i and b = sigma_j - sigma_i alpha_j / alpha_i. What cancels in b cancels in float64."""
+        scale = math.sqrt(self.alpha_bars[j] / self.alpha_bars[i])
+        return scale, math.sqrt(1 - self.alpha_bars[j]) - scale * math.sqrt(1 - self.alpha_bars[i])
+
+    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
+        """Take x (B, ...) from noise level i to level j, either way, along the prediction made at level i or j."""
+        a, b = self.coefficients(i, j)
+        return a * x + b * prediction
+
+    def tail(self, share: float) -> "Trajectory":
+        """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
+        start = len(self) - max(1, round(share * len(self)))
         return Trajectory(self.timesteps[start:], self.alpha_bars[start:])
 
 
@@ -135,16 +144,6 @@ class NoiseSchedule:
         a, s = self._coefficients(t, x0)
         return a * x0 + s * noise
 
-    def x0_from_eps(self, x: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """The clean image that `eps` implies. Divides by sqrt(alpha_bar): loses precision near full noise."""
-        a, s = self._coefficients(t, x)
-        return (x - s * eps) / a
-
-    def eps_from_x0(self, x: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:
-        """The noise that `x0` implies. Divides by sqrt(1 - alpha_bar): loses precision near the clean end."""
-        a, s = self._coefficients(t, x)
-        return (x - a * x0) / s
-
     def v(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """What a v-predicting network learns: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
         a, s = self._coefficients(t, x0)
@@ -154,11 +153,6 @@ class NoiseSchedule:
         """The noise that `v` implies; exact at every t."""
         a, s = self._coefficients(t, x)
         return a * v + s * x
-
-    def v_from_eps(self, x: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """Inverse of `eps_from_v`. Divides by sqrt(alpha_bar): loses precision near full noise."""
-        a, s = self._coefficients(t, x)
-        return (eps - s * x) / a
 
     def snr(self, t: int | Tensor) -> Tensor:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float32, of t's shape and device."""

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():  # fused attention on the CPU: Triton reads th
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import models
+from data.tasks import EditTask
+from methods.base import RECONSTRUCTION, Run, perform
 
 TINY = {
     "image_size": 32,
@@ -49,6 +51,28 @@ def tiny_config():
 def tiny_model():
     """A model with random weights: 32x32 pixels, 8x8 latents, predicting v. Tests must leave it as it is."""
     return randomised(models.build(TINY, seed=0))
+
+
+@pytest.fixture
+def task():
+    """An edit of a random picture for the tiny model."""
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return EditTask(image, "a red heart", "a cat")
+
+
+@pytest.fixture
+def edit():
+    """A function (method, model, task, seed=0, run=None) -> (edits, reconstruction, run): each edit is
+    (settings, latent, picture), the reconstruction (latent, picture) or None."""
+
+    def of(method, model, task, seed=0, run=None):
+        run = run or Run(seed)
+        results = list(perform(method, model, task, run))
+        edits = [result for result in results if result[0] != RECONSTRUCTION]
+        again = [result[1:] for result in results if result[0] == RECONSTRUCTION]
+        return edits, again[0] if again else None, run
+
+    return of
 
 
 def pytest_collection_modifyitems(items):
