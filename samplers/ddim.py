@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import InputError
-
 from .guidance import Denoiser
 from .schedule import Trajectory, noise_like
 
@@ -21,26 +19,16 @@ Callback = Callable[[int, Tensor], Tensor | None]  # (i, x after step i) -> a re
 
 
 def step(
-    x: Tensor,
-    eps: Tensor,
-    alpha_bar_from: float | Tensor,
-    alpha_bar_to: float | Tensor,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
+    x: Tensor, eps: Tensor, alpha_bar_from: float, alpha_bar_to: float, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
     """x at alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, with sigma by eq. 16.
 
     With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only;
     `noise` is then the standard normal draw, and without one the step's mean is returned.
     x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors.
-    Raises ValueError for eta > 0 going up.
     """
     a, b = float(alpha_bar_from), float(alpha_bar_to)
-    sigma = 0.0
-    if eta > 0:
-        if a > b:
-            raise ValueError(f"a step up, from alpha_bar {a:g} to {b:g}, takes eta 0, not {eta}")
-        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)) if a < b else 0.0
+    sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)) if eta > 0 else 0.0
     # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in: what cancels
     # in the coefficient of eps then cancels in float64.
     scale = math.sqrt(b / a)
@@ -111,18 +99,14 @@ class Inversion:
 
     def replay(self, x: Tensor, t: int | Tensor) -> Tensor:
         """The recording as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
-        rounding error, whatever the network was, since each step down undoes the step up. At a timestep that was not
-        recorded it gives the noise of the nearest one."""
+        rounding error for any network, since each step down undoes the step up. At a timestep that was not recorded it
+        gives the noise of the nearest one."""
         return self.eps[int((self.timesteps - int(t)).abs().argmin())]
 
 
 @torch.no_grad()
 def record(
-    denoise: Denoiser,
-    x0: Tensor,
-    trajectory: Trajectory,
-    fixed_point_steps: int = 0,
-    progress: Progress | None = None,
+    denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
 ) -> Inversion:
     """Clean -> noise: from x0 (B, ...) at alpha_bars[-1] to the x at alpha_bars[0] from which `sample` with eta 0
     arrives at x0, keeping every latent and every noise on the way.
@@ -132,8 +116,6 @@ def record(
     1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without
     fixed-point steps, and geometrically with them, wherever the step is a contraction.
     """
-    if fixed_point_steps < 0:
-        raise InputError(f"fixed_point_steps must be 0 or more, not {fixed_point_steps}")
     x, latents, noises = x0, [x0], []
     for done in (progress or iter)(range(len(trajectory))):
         i = len(trajectory) - 1 - done
@@ -142,16 +124,11 @@ def record(
             x = trajectory.step(latents[-1], eps, i + 1, i)
         latents.append(x)
         noises.append(eps)
-    eps = torch.stack(noises[::-1]) if noises else x0.new_empty(0, *x0.shape)
-    return Inversion(torch.stack(latents[::-1]), eps, trajectory.timesteps)
+    return Inversion(torch.stack(latents[::-1]), torch.stack(noises[::-1]), trajectory.timesteps)
 
 
 def invert(
-    denoise: Denoiser,
-    x0: Tensor,
-    trajectory: Trajectory,
-    fixed_point_steps: int = 0,
-    progress: Progress | None = None,
+    denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
 ) -> Tensor:
     """`record`'s inverted latent alone."""
     return record(denoise, x0, trajectory, fixed_point_steps, progress).latent

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import repeat
@@ -68,21 +68,10 @@ class Conditioning:
         )
 
 
-class Predictor(Protocol):
-    """The part of a model that guidance needs: see `models.LatentDiffusion`."""
-
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning: ...
-
-    def project(self, conditioning: Conditioning) -> Any: ...
-
-    def predict(self, x: Tensor, t: int | Tensor, conditioning: Any) -> Tensor: ...
-
-
-def guided(
-    model: Predictor, text: str | Conditioning, scale: float = 1.0, null: str | Conditioning = ""
-) -> Denoiser:
+def guided(model, text: str | Conditioning, scale: float = 1.0, null: str | Conditioning = "") -> Denoiser:
     """Make the denoiser null + scale * (text - null), by one call of the network on the batch [null; text].
 
+    model: has `encode_text`, `project` and `predict`, as `models.LatentDiffusion`.
     text, null: a prompt, or a Conditioning of one row for all images or of one row each. Scale 1 runs the text branch
     alone and scale 0 the null branch alone, each on a batch of B.
 

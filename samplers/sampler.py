@@ -16,31 +16,20 @@ SAMPLERS = ("ddim", "ddpm")
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings of `ddim.sample` or `ddpm.sample`; a value that makes no sense raises InputError at once.
+    """Raises InputError for an unknown name and an eta out of range; `trajectory` does for `steps`."""
 
-    steps:    network calls, from 1 to the schedule's length.
-    spacing:  leading, trailing or linspace; see `NoiseSchedule.trajectory`.
-    eta:      in [0, 1], for ddim.   variance: posterior or fixed_large, for ddpm.
-    """
-
-    kind: str = "ddim"
-    steps: int = 50
-    spacing: str = "leading"
-    eta: float = 0.0
-    variance: str = "posterior"
+    kind: str = "ddim"  # ddim | ddpm
+    steps: int = 50  # network calls, from 1 to the schedule's length
+    spacing: str = "leading"  # leading | trailing | linspace; see `NoiseSchedule.trajectory`
+    eta: float = 0.0  # of ddim, in [0, 1]: 0 is deterministic, 1 equals ddpm
+    variance: str = "posterior"  # of ddpm: posterior | fixed_large
 
     def __post_init__(self) -> None:
-        if self.kind not in SAMPLERS:
-            raise InputError(f"unknown sampler {self.kind!r}; there are {', '.join(SAMPLERS)}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"sampler.steps must be a whole number, 1 or more, not {self.steps!r}")
-        if self.spacing not in SPACINGS:
-            raise InputError(f"unknown sampler.spacing {self.spacing!r}; there are {', '.join(SPACINGS)}")
+        for name, choices in (("kind", SAMPLERS), ("spacing", SPACINGS), ("variance", ddpm.VARIANCES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"sampler.{name} is {getattr(self, name)}: choose one of {', '.join(choices)}")
         if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
-            raise InputError(f"sampler.eta must be a number from 0 to 1, not {self.eta!r}")
-        if self.variance not in ddpm.VARIANCES:
-            known = ", ".join(ddpm.VARIANCES)
-            raise InputError(f"unknown sampler.variance {self.variance!r}; there are {known}")
+            raise InputError(f"sampler.eta is {self.eta}: it must be a number from 0 to 1")
 
     def trajectory(self, schedule: NoiseSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule."""

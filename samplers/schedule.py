@@ -1,4 +1,4 @@
-"""Noise schedules, the grids walked on them, and the three ways of saying what a network predicts.
+"""Noise schedules and the grids that are walked on them.
 
 Notation of Ho et al. (2020, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. The
 cosine schedule is Nichol & Dhariwal's (2021, arXiv 2102.09672, eq. 17), v-prediction Salimans & Ho's (2022,
@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from errors import InputError
@@ -71,22 +70,15 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"unknown noise schedule {self.kind!r}; there are {', '.join(KINDS)}")
+            raise InputError(f"unknown noise schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
         if self.final_alpha_bar not in ENDS:
-            raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}; there are {', '.join(ENDS)}")
-        if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise InputError(f"timesteps must be a whole number, 1 or more, not {self.timesteps!r}")
-        if not isinstance(self.steps_offset, int) or self.steps_offset < 0:
-            raise InputError(f"steps_offset must be a whole number, 0 or more, not {self.steps_offset!r}")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            given = f"{self.beta_start!r} and {self.beta_end!r}"
-            raise InputError(f"betas must satisfy 0 < beta_start <= beta_end < 1, not {given}")
+            raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}: choose one of {', '.join(ENDS)}")
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
         self._signal = self.alpha_bars.sqrt()
         self._noise = (1 - self.alpha_bars).sqrt()
 
     def _betas(self) -> Tensor:
-        exact = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's defaults are
+        exact = {"dtype": torch.float64, "device": "cpu"}  # a model may be built on the meta device
         if self.kind == "cosine":
             time = torch.arange(self.timesteps + 1, **exact) / self.timesteps
             alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -108,36 +100,34 @@ class NoiseSchedule:
                     (steps = T) the whole grid is lowered to fit, so that no timestep repeats.
           trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
           linspace  T - 1 down to 0, evenly. With final_alpha_bar="first" its last step changes nothing.
-        Raises InputError for a step count out of range or an unknown spacing.
+        Raises InputError for a step count out of range, or an unknown spacing.
         """
         T = self.timesteps
         if not isinstance(steps, int) or not 1 <= steps <= T:
-            raise InputError(f"steps must be a whole number from 1 to {T}, the schedule's, not {steps!r}")
+            raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {T}")
         if spacing == "leading":
             stride = T // steps
             offset = min(self.steps_offset, T - 1 - stride * (steps - 1))
             ascending = [i * stride + offset for i in range(steps)]
         elif spacing == "trailing":
             ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
-        elif spacing == "linspace":
-            # A single step starts from noise too, hence at T - 1.
+        elif spacing == "linspace":  # a single step starts from noise too, hence at T - 1
             ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
         else:
-            raise InputError(f"unknown spacing {spacing!r}; there are {', '.join(SPACINGS)}")
+            raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
         timesteps = torch.tensor(ascending[::-1], device="cpu")
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]))
 
     def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): numbers, or shaped to multiply `x` by sample."""
-        if isinstance(t, int) or t.ndim == 0:
-            return float(self._signal[int(t)]), float(self._noise[int(t)])
-        t = t.to(x.device)  # the table goes to the samples: asking a GPU for its t would make it wait
-        a, s = (table.to(x.dtype).to(x.device)[t] for table in (self._signal, self._noise))
-        singletons = " 1" * (x.ndim - 1)
-        return rearrange(a, f"b -> b{singletons}"), rearrange(s, f"b -> b{singletons}")
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for an int, tensors that multiply `x` by sample for (B,).
+        The tables go to t's device, because reading a GPU's t would make the CPU wait for it."""
+        if isinstance(t, int):
+            return float(self._signal[t]), float(self._noise[t])
+        t, shape = t.to(x.device), (-1, *[1] * (x.ndim - 1))
+        return tuple(table.to(x.dtype).to(x.device)[t].reshape(shape) for table in (self._signal, self._noise))
 
-    # Below, x, x0, eps and v have one shape (B, ...); t is an int, a 0-dim tensor or (B,), in [0, timesteps).
+    # Below, x, x0, noise and v have one shape (B, ...); t is an int or (B,), in [0, timesteps).
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """A draw of q(x_t | x0), given its noise. Ho et al., eq. 4."""
@@ -145,7 +135,7 @@ class NoiseSchedule:
         return a * x0 + s * noise
 
     def v(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """What a v-predicting network learns: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
+        """The target of a v-predicting network: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
         a, s = self._coefficients(t, x0)
         return a * noise - s * x0
 
