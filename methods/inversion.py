@@ -1,0 +1,167 @@
+"""Inversions: the source branch, beside which an editor such as Prompt-to-Prompt works.
+
+Each inverts the picture by DDIM under its source prompt, without guidance. They differ in the way in which sampling
+with guidance then comes back to the picture.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from errors import InputError
+from methods.base import Run, cached_stage, check
+from samplers import Conditioning, Trajectory, ddim, guided
+
+
+@dataclass
+class Source:
+    """The source branch of an edit: the inversion's path, and the way back along it.
+
+    trajectory:  the grid of both ways.
+    path:        the inversion of one picture, step by step.
+    text:        the source prompt, one row.
+    nulls:       the conditionings that guidance leads away from, one row each: a single one for all steps, or one for
+                 each step in the order of sampling.
+    rectified:   whether the branch is put back onto the path after each step.
+    """
+
+    trajectory: Trajectory
+    path: ddim.Inversion
+    text: Conditioning
+    nulls: Sequence[Conditioning]
+    rectified: bool = False
+
+    def sample(
+        self, model, target: Conditioning, scale: float, control: Callable[[int], AbstractContextManager], run: Run
+    ) -> tuple[Tensor, Tensor]:
+        """Sample the source branch and, beside it, a branch under `target`, one row, from the same latent.
+
+        `control(i)` surrounds the network's call at step i, whose batch is (source, target), or under guidance (null,
+        null, source, target). Returns the reconstruction and the edit, latents (1, c, h, w).
+        """
+        trajectory, prompts = self.trajectory, Conditioning.cat([self.text, target])
+        x = repeat(self.path.latent, "1 ... -> branch ...", branch=2)
+        for i in run.progress("editing")(range(len(trajectory))):
+            if i < len(self.nulls):  # else that of the step before, whose texts are projected already
+                denoise = guided(model, prompts, scale, self.nulls[i])
+            with control(i):
+                eps = denoise(x, int(trajectory.timesteps[i]))
+            x = trajectory.step(x, eps, i, i + 1)
+            if self.rectified:
+                x = torch.cat([self.path.latents[i + 1], x[1:]])
+        again, edit = x.split(1)
+        run.metrics["reconstruction_error"] = float((again - self.path.latents[-1]).square().mean().sqrt())
+        return again, edit
+
+
+@dataclass
+class Inversion:
+    """DDIM inversion (Song, Meng & Ermon, 2020, arXiv 2010.02502, eq. 13 backwards).
+
+    Sampling leads away from the empty prompt, so guidance leaves the path.
+    """
+
+    fixed_point_steps: int = 0  # further network calls per step of the inversion, which make it exact
+
+    def __post_init__(self) -> None:
+        check(self, "fixed_point_steps", whole=True)
+
+    def invert(self, model, task, z: Tensor, trajectory: Trajectory, guidance_scale: float, run: Run) -> Source:
+        """Invert z (1, c, h, w), float64, under `task.source_prompt`; `guidance_scale` is that of the sampling."""
+        text = model.encode_text([task.source_prompt])
+        path = ddim.record(guided(model, text), z, trajectory, self.fixed_point_steps, run.progress("inversion"))
+        run.tensors["inverted_latent"] = path.latent
+        return Source(trajectory, path, text, [model.encode_text([""])])
+
+
+@dataclass
+class NegativePrompt(Inversion):
+    """Negative-prompt inversion (Miyake et al., 2023, arXiv 2305.16807, eq. 9).
+
+    The null text that null-text inversion finds is nearly the source prompt. With that in the place of the empty one,
+    guidance vanishes in the source branch, eps_source + w (eps_source - eps_source), whatever w is.
+    """
+
+    def invert(self, *args) -> Source:
+        source = super().invert(*args)
+        return replace(source, nulls=[source.text])
+
+
+@dataclass
+class PnP(Inversion):
+    """PnP inversion, "direct inversion in three lines" (Ju et al., 2023, arXiv 2310.01506, algorithm 1).
+
+    After each step the source branch is corrected by its distance to the path, and the target branch is left alone:
+    o = z*_{t-1} - DDIM(z_t, t, source), and z_{t-1} = DDIM(z_t, t, source) + o, which is z*_{t-1}.
+    """
+
+    def invert(self, *args) -> Source:
+        return replace(super().invert(*args), rectified=True)
+
+
+@dataclass
+class NullText(Inversion):
+    """Null-text inversion (Mokady et al., 2022, arXiv 2211.09794, algorithm 1).
+
+    From the top down, the embedding of the empty prompt is optimised at each step, such that sampling with guidance
+    stays on the path. A pooled vector, where the model has one, stays the empty prompt's.
+    """
+
+    inner_steps: int = 10  # [N] optimisation steps for each step of sampling, at most; 0 keeps the empty prompt
+    null_lr: float = 1e-2  # [eta] their learning rate, which falls to half over the sampling
+    stop_loss: float = 1e-5  # mean square error of the latent that ends them; rises by 2e-5 with each step of sampling
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "inner_steps", whole=True)
+        check(self, "null_lr", "stop_loss")
+
+    def invert(self, model, task, z: Tensor, trajectory: Trajectory, guidance_scale: float, run: Run) -> Source:
+        source = super().invert(model, task, z, trajectory, guidance_scale, run)
+        if guidance_scale == 1:  # the null text has no weight
+            return source
+        null = source.nulls[0]
+        key = {"method": "null_text", "source_prompt": task.source_prompt, "timesteps": trajectory.timesteps.tolist()}
+        key |= {"guidance_scale": guidance_scale, **vars(self)}
+        stored = cached_stage(run, "null_text", key, lambda: self.optimise(model, source, guidance_scale, run))
+        return replace(source, nulls=[Conditioning(states, null.vector) for states in stored["nulls"].to(null.states)])
+
+    def optimise(self, model, source: Source, w: float, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """For t = T ... 1, `inner_steps` times: null_t <- null_t - lr grad ||z*_{t-1} - z_{t-1}(z_t, null_t, text)||^2.
+        The next step begins with the null text that this one found. Returns {"nulls": (steps, 1, L, C)} and
+        {"loss": (steps,)}. Raises InputError for a loss that is not finite.
+
+        The authors' code also uses Adam and ends early. It updates first and checks afterwards, and it gives Adam the
+        mean over elements, not the sum; those gradients are so small that Adam's eps of 1e-8 damps the updates.
+        """
+        trajectory, as_source, null = source.trajectory, guided(model, source.text), source.nulls[0]
+        steps, z, states, nulls, losses = len(trajectory), source.path.latent, null.states.float(), [], []
+        for i in run.progress("null_text")(range(steps)):
+            t, pivot = int(trajectory.timesteps[i]), source.path.latents[i + 1]
+            eps_source = as_source(z, t)
+            states = states.detach().clone().requires_grad_()
+            adam = torch.optim.Adam([states], self.null_lr * (1 - i / (2 * steps)))
+            for n in range(self.inner_steps + 1):
+                with torch.enable_grad():
+                    eps_null = guided(model, Conditioning(states.to(null.states), null.vector))(z, t)
+                    lower = trajectory.step(z, eps_null + w * (eps_source - eps_null), i, i + 1)
+                    loss = (pivot - lower).square().sum()
+                error = float(loss) / z.numel()
+                if not math.isfinite(error):
+                    raise InputError(f"the loss of the null text is not finite at step {i}: lower inversion.null_lr")
+                if n == self.inner_steps or error < self.stop_loss + i * 2e-5:
+                    break
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            z = lower.detach()
+            losses.append(error)
+            nulls.append(states.detach().to(null.states))
+            run.scalar("null_text", i, loss=error)
+            del eps_null, lower, loss  # the graph, which would lie in memory beside the next step's
+        return {"nulls": torch.stack(nulls)}, {"loss": torch.tensor(losses)}
