@@ -1,0 +1,80 @@
+"""The ends of a sweep: the metrics that a sweeper optimises, and the report on all jobs when the last one is done.
+
+Everything is read from the jobs' own folders, so that any launcher may have run them.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from errors import InputError
+
+LESS_IS_BETTER = (
+    "mse", "lpips", "structure_distance", "latent_distance", "change_error", "seconds", "evaluations", "peak_memory_gb",
+)  # fmt: skip
+
+
+def objective_names(objective: str | Sequence[str] | None) -> list[str]:
+    """The metrics that the setting `objective` names, none for null. Raises InputError for another kind of value."""
+    if objective is None:
+        return []
+    names = [objective] if isinstance(objective, str) or not isinstance(objective, Sequence) else list(objective)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"objective={objective}: name a metric, or a list such as [success,psnr_to_input_kept]")
+    return names
+
+
+def check_directions(names: Sequence[str], directions: Sequence[str]) -> None:
+    """Raise InputError unless a sweeper moves each metric to where it is better; Optuna minimises by default."""
+    if not names:
+        raise InputError("this sweeper needs something to optimise, for example objective=success")
+    best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]
+    if list(directions) != best:
+        raise InputError(f"objective={','.join(names)} needs hydra.sweeper.direction=[{','.join(best)}]")
+
+
+class Summary(Callback):
+    """Hydra's callback for `--multirun`: checks the objective first, and reports on all jobs in the end. Exits with 1
+    if a job failed."""
+
+    def __init__(self) -> None:
+        self.older: dict[Path, float] = {}  # jobs of an earlier sweep in the same folder, and when they began
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        self.older = jobs(Path(config.hydra.sweep.dir))
+        directions = OmegaConf.select(config, "hydra.sweeper.direction")
+        if directions is None:  # this sweeper optimises nothing
+            return
+        directions = directions if isinstance(directions, ListConfig) else [directions]
+        try:
+            check_directions(objective_names(config.objective), [getattr(each, "name", each) for each in directions])
+        except InputError as error:  # Hydra would only log it
+            sys.exit(f"error: {error}")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        from evaluation import report
+        from evaluation.cli import explain
+
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            # Compared by equality, since the clocks of a cluster's machines differ.
+            skip = {job for job, time in jobs(folder).items() if self.older.get(job) == time}
+            rows = report.read(folder, skip)
+            text = report.write(folder, rows, rows["task"].nunique())
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                raise
+            sys.exit(f"error: {line}")
+        failed = rows[rows["error"].notna() & rows["task"].isna()]["job"].unique()
+        print(f"{text}\n{rows['job'].nunique()} jobs, {len(failed)} failed")
+        if len(failed):
+            sys.exit(1)
+
+
+def jobs(folder: Path) -> dict[Path, float]:
+    """The folders of the jobs below `folder`, and the times at which they began."""
+    return {path.parent.parent: path.stat().st_mtime for path in folder.rglob(".hydra/overrides.yaml")}
