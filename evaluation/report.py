@@ -84,7 +84,7 @@ def records(rows) -> list[dict]:
 
 def swept(rows) -> list[str]:
     """The settings in which edits differ: overrides between jobs, and settings of edits within a job."""
-    names = [name for name in rows if "." in name or (name not in ABOUT and name not in measured(rows))]
+    names = [name for name in rows if "." in name or name not in (*ABOUT, "label", *measured(rows))]
     in_a_job = rows.groupby("job")[names].nunique().max() if len(rows) else {}
     edits = [name for name in names if name.startswith("edit.") and in_a_job[name] > 1]
     overrides = [name for name in names if not name.startswith("edit.") and in_a_job[name] <= 1]
@@ -281,7 +281,8 @@ def sheet(folder: Path, rows) -> Image.Image:
         return [edit_cell(folder, cells[name], name) if name in cells else None for name in columns]
 
     if single:
-        first, title = references(good[0]), [f'"{good[0]["prompt"]}"', good[0]["source_prompt"]]
+        first, source = references(good[0]), good[0]["source_prompt"]
+        title = [f'"{good[0]["prompt"]}"', f'from "{source}"' if source else ""]
         table = [(heading, edits(cells)) for (_, heading), cells in grid.items()]
         if len(table) == 1:
             ((_, row),) = table

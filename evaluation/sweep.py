@@ -1,4 +1,4 @@
-"""The ends of a sweep: the metrics that a sweeper optimises, and the report on all jobs when the last one is done.
+"""The two ends of a sweep: the check of its objective, and the report on all jobs.
 
 Everything is read from the jobs' own folders, so that any launcher may have run them.
 """
@@ -17,18 +17,8 @@ LESS_IS_BETTER = (
 )  # fmt: skip
 
 
-def objective_names(objective: str | Sequence[str] | None) -> list[str]:
-    """The metrics that the setting `objective` names, none for null. Raises InputError for another kind of value."""
-    if objective is None:
-        return []
-    names = [objective] if isinstance(objective, str) or not isinstance(objective, Sequence) else list(objective)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"objective={objective}: name a metric, or a list such as [success,psnr_to_input_kept]")
-    return names
-
-
 def check_directions(names: Sequence[str], directions: Sequence[str]) -> None:
-    """Raise InputError unless a sweeper moves each metric to where it is better; Optuna minimises by default."""
+    """Raise InputError unless a sweeper moves each metric to where it is better. Optuna minimises by default."""
     if not names:
         raise InputError("this sweeper needs something to optimise, for example objective=success")
     best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]
@@ -48,9 +38,11 @@ class Summary(Callback):
         directions = OmegaConf.select(config, "hydra.sweeper.direction")
         if directions is None:  # this sweeper optimises nothing
             return
+        from evaluation.runner import names  # not above: --help would wait for torch
+
         directions = directions if isinstance(directions, ListConfig) else [directions]
         try:
-            check_directions(objective_names(config.objective), [getattr(each, "name", each) for each in directions])
+            check_directions(names(config.objective), [getattr(each, "name", each) for each in directions])
         except InputError as error:  # Hydra would only log it
             sys.exit(f"error: {error}")
 
