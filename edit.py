@@ -1,4 +1,4 @@
-"""Edit one image, or every task of a benchmark, with one method. Wiring only; see conf/edit.yaml.
+"""Edit one picture, or every task of a benchmark, with one method. Wiring only; see conf/edit.yaml.
 
 python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
 """
@@ -13,107 +13,83 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError
-from reporting import outcome
+from evaluation import cli, config
+
+config.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="edit")
 def main(cfg: DictConfig) -> float | list[float] | None:
-    with outcome.job():
+    with cli.job():
         hydra_config = HydraConfig.get()
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if shared and hydra_config.mode == RunMode.MULTIRUN:
-            outcome.end("error: torchrun shares the tasks of one run: start a sweep, --multirun, without it", 1)
+            cli.end("error: torchrun shares the tasks of one run: start a sweep, --multirun, without it", 1)
         if shared and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
             raise InputError("the processes of torchrun must share a folder: name it, for example hydra.run.dir=runs/a")
         value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
         # A sweep says so in its own end, and torchrun would stop the other processes.
         if failed and hydra_config.mode == RunMode.RUN and not shared:
-            outcome.end(f"error: {failed} tasks failed: results.csv and their error.txt say why", 1)
+            cli.end(f"error: {failed} tasks failed: results.csv says why", 1)
         return value
 
 
 def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[float] | None, int]:
-    """One run: what it comes to for a sweeper that optimises (see reporting/objective.py), and how many of its tasks
-    failed. What the user can get wrong is constructed, and so checked, before the work begins."""
+    """Run one job. Returns the means that a sweeper optimises, and the number of failed tasks. The user's settings are
+    checked before the model is loaded."""
     import torch
     from hydra.utils import instantiate
 
-    import models.attention
+    import models
     from data.images import check_size, find
     from data.tasks import Entry
-    from models.placement import choose_channels_last, choose_device, choose_dtype, keep_memory
-    from reporting import benchmark, objective
-    from reporting.logger import WandbLogger
-    from reporting.reporter import RunReporter
+    from evaluation import runner
+    from models.placement import choose_channels_last, choose_device, choose_dtype
 
+    for name in ("compile", "deterministic"):
+        if not isinstance(cfg[name], bool):
+            raise InputError(f"{name}={cfg[name]} is unknown: true or false")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
+        raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(cfg.deterministic)
     device = choose_device(cfg.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: the cards in turn
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     dtype = choose_dtype(cfg.dtype, device)
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)
-    if not isinstance(cfg.compile, bool):
-        raise InputError(f"compile={cfg.compile} is unknown: true or false")
-    method = instantiate(cfg.method)
-    source, cache, logger = instantiate(cfg.task), instantiate(cfg.cache), instantiate(cfg.logger)
+    method = instantiate(cfg.method, _convert_="all")
+    source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
     own = [name for name in ("image", "prompt", "source_prompt") if cfg[name] is not None]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
-    metrics, wanted = instantiate(cfg.metrics), objective.names(cfg.objective)
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
-        raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
-    ema, slices = cfg.model.get("ema"), cfg.model.get("vae_slices", 1)
-    if ema not in (None, True, False):
-        raise InputError(f"model.ema is {ema}: choose null, true or false")
-    if not isinstance(slices, int) or slices < 1:
-        raise InputError(f"model.vae_slices is {slices}: it must be a whole number, 1 or more")
-    # On CUDA the same seed gives the same bytes (with attention=fused, where timing chose the same block sizes): an
-    # operation that cannot give them raises. (With warn_only=True the backward pass of PyTorch's fused attention would
-    # quietly use its faster kernel, which cannot.)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, which costs a pass over each tensor
-    if cfg.attention == "fused" and (reason := models.attention.why_not_fused(device)):
-        raise InputError(reason)
-    models.attention.set_backend(cfg.attention)
+    wanted = runner.names(cfg.objective)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    weights = find(cfg.model.weights)
-    if arch is None and not (weights / "config.json").exists() and weights.exists():
-        warnings.warn(f"{weights} comes with the settings for another model: name its kind, model=sd15", stacklevel=1)
-    model = models.load(weights, arch=arch, device=device, dtype=dtype, ema=ema)
+    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
+    model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.unet.compile()
-    keep_memory()  # not before: what loading leaves behind would be kept too
-    model.autoencoder.slices = slices
-    kernels = [cfg.attention, channels_last, cfg.compile]
     multiple = model.autoencoder.downsampling * model.unet.downsampling
     size = model.image_size if cfg.size is None else cfg.size
     check_size(size, multiple)
-    settings = OmegaConf.to_container(cfg, resolve=True)
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
-    if wanted:
-        first = objective.example(source.load(source.entries[0], size, multiple), source.entries).to(device)
-        objective.check(wanted, *metrics.measure(model, -first.image, first))
+    kernels = [cfg.attention, channels_last, cfg.compile, cfg.deterministic]
+    editor = runner.Editor(model, method, method_name, metrics, cache, logger, kernels, fingerprint)
 
-    def edit_one(entry: Entry, place: Path, seed: int) -> list[str]:
+    def edit_one(entry: Entry, place: Path, seed: int) -> tuple[list[dict], dict]:
         task = source.load(entry, size, multiple).to(device)
-        torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
-        log = logger if source.single else WandbLogger("disabled")  # a benchmark's tasks are logged together
-        reporter = RunReporter(place, model, task, method_name, cache, log, kernels, metrics, fingerprint)
-        return reporter.finish(method.edit(model, task, reporter, seed))
+        return editor.edit_task(task, place, seed, alone=source.single)
 
+    settings = OmegaConf.to_container(cfg, resolve=True) | {"weights": fingerprint}
+    if int(os.environ.get("RANK", 0)) > 0:
+        logger.mode = "disabled"  # the first process of torchrun logs the whole run
     with logger.run(folder, settings):
-        if source.single:
-            print("\n".join(edit_one(source.entries[0], folder, cfg.seed)))
-            rows = benchmark.rows_of(source.entries[0], folder, cfg.seed)
-        else:
-            benchmark.edit_all(source, folder, settings | {"weights": fingerprint}, cfg.seed, edit_one, logger)
-            rows = benchmark.read_all(folder, source.share)
-    return objective.value(wanted, rows), sum("error" in row for row in rows)
+        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings, wanted)
+        logger.report(folder, rows)
+    return runner.objective(wanted, rows), len({row["task"] for row in rows if "error" in row})
 
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # for users: no line of code
-    outcome.run(main)
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""Weights & Biases: one run for each job, offline unless asked otherwise. `mode=disabled` never imports it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from errors import InputError
+
+MODES = ("online", "offline", "disabled")
+TABLE_SIDE = 256  # pixels, at most, of a picture in a table
+
+
+class WandbLogger:
+    """Outside of `run`, and in mode disabled, nothing is logged."""
+
+    def __init__(
+        self,
+        mode: str = "offline",
+        project: str = "palimpsest",
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+    ):
+        if mode not in MODES:
+            raise InputError(f"logger.mode={mode} is unknown: choose from {', '.join(MODES)}")
+        self.mode, self.active = mode, None
+        self.about = dict(project=project, entity=entity, name=name, group=group, tags=list(tags))
+
+    @contextmanager
+    def run(self, folder: Path, config: dict) -> Iterator[None]:
+        """Inside, a W&B run with this config is active; its files are in `folder`/wandb. Raises InputError where W&B
+        cannot start."""
+        if self.mode == "disabled":
+            yield
+            return
+        import wandb
+
+        quiet = wandb.Settings(silent=True, console="off", x_disable_stats=self.mode == "offline")
+        try:
+            self.active = wandb.init(
+                mode=self.mode, dir=folder, config=config, settings=quiet, reinit="finish_previous", **self.about
+            )
+        except wandb.errors.Error as error:
+            raise InputError(f"W&B could not start: {error} (logger.mode=offline needs no account)") from error
+        self.stages, code = set(), 1
+        try:
+            yield
+            code = 0
+        finally:
+            self.active.finish(exit_code=code)
+            self.active = None
+
+    def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Add a point to the curves of a stage, which have a step axis of their own."""
+        if self.active is None:
+            return
+        if stage not in self.stages:
+            self.stages.add(stage)
+            self.active.define_metric(f"{stage}/step", hidden=True)
+            self.active.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self.active.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    def pictures(self, pictures: dict[str, Image.Image | Path]) -> None:
+        """Pictures, or files of them, by name."""
+        if self.active is None:
+            return
+        import wandb
+
+        self.active.log({name: wandb.Image(str(p) if isinstance(p, Path) else p) for name, p in pictures.items()})
+
+    def report(self, folder: Path, rows: Sequence[dict]) -> None:
+        """Log the results of a run in `folder`: its tables, with the pictures of each edit, its sheet and plots, and as
+        the summary the means of all numbers. `rows` are not empty."""
+        if self.active is None:
+            return
+        import pandas as pd
+        import wandb
+
+        from evaluation import report
+
+        shown = {}  # W&B keeps pictures in memory until the run ends: each file once
+
+        def small(name: str) -> wandb.Image:
+            if name not in shown:
+                with Image.open(folder / name) as picture:
+                    picture = picture.convert("RGB")
+                picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
+                shown[name] = wandb.Image(picture)
+            return shown[name]
+
+        tables = report.tables(pd.DataFrame(rows))
+        for name, table in tables.items():
+            table = table.astype(object).where(table.notna(), None)
+            for column in (column for column in report.FILES if column in table):
+                table[column] = [small(file) if file else None for file in table[column]]
+            self.active.log({name: wandb.Table(dataframe=table, allow_mixed_types=True)})
+        files = [folder / "sheet.png", *folder.glob("plots/*.png")]
+        self.pictures({file.stem: file for file in files if file.exists()})
+        for line in report.records(tables["overall"]):
+            prefix = f"{line['label']}/" if len(tables["overall"]) > 1 else ""
+            self.active.summary.update({prefix + name: value for name, value in line.items() if name != "label"})
