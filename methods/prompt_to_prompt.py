@@ -45,6 +45,9 @@ class PromptToPrompt(Method):
         check_invertible(self)
         if self.guidance_scale == 0:
             raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")
+        factors = self.reweight or {}
+        if not isinstance(factors, Mapping) or not all(isinstance(c, int | float) for c in factors.values()):
+            raise InputError(f"method.reweight is {factors}: it must give words and their factors, such as {{blue: 2}}")
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         if not task.source_prompt:
