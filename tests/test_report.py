@@ -1,0 +1,245 @@
+"""Reports as a function of rows: reading, means, tables, the sheet and plots. No edit and no failure vanishes."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from evaluation import report
+
+GREY = (235, 235, 235)  # what failed, on a sheet
+
+
+def edit(task="t0", category="", method="imagic", colour="blue", **about):
+    """The row of an edit; `colour` is that of its picture, which `write_run` draws."""
+    row = {"task": task, "category": category, "method": method, "prompt": f"a red {task}", "source_prompt": ""}
+    row |= {"seed": 0, "sample": 0, "file": f"{task}/edits/{colour}.png", "input": f"{task}/input.png"}
+    row |= {"clip_score": 0.25, "clip_similarity_to_input": 0.9, "seconds": 2.0}
+    return row | {"left_out": {"lpips_to_input": "no weights"}} | about
+
+
+def failure(task, category="", **about):
+    row = {"task": task, "category": category, "prompt": f"a red {task}", "source_prompt": ""}
+    return row | {"error": "too <b>large"} | about
+
+
+def write_run(folder, rows):
+    """A run's folder as the runner leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        for name in ("file", "input", "truth"):
+            if name in row:
+                (folder / row[name]).parent.mkdir(parents=True, exist_ok=True)
+                colour = (folder / row[name]).stem if name == "file" else {"input": "black", "truth": "yellow"}[name]
+                Image.new("RGB", (64, 64), colour).save(folder / row[name])
+    return folder
+
+
+def write_job(sweep, number, overrides, rows):
+    """A job of a sweep: the runner puts the overrides, as texts, in every row."""
+    folder = sweep / str(number)
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {k}={v}\n" for k, v in overrides.items()))
+    return write_run(folder, [overrides | row for row in rows]) if rows else folder
+
+
+def labels(rows):
+    return list(dict.fromkeys(report.labelled(rows)["label"]))
+
+
+# Reading.
+
+
+def test_reading_keeps_the_last_attempt_of_each_task(tmp_path):
+    rows = [failure("t0"), failure("t1"), failure("t1"), edit("t0", success=0.0), edit("t0", success=1.0), edit("t2")]
+    write_run(tmp_path, rows)
+    unfinished = '{"task": "t4", "pro'  # killed while writing
+    (tmp_path / "rows-1.jsonl").write_text(json.dumps(edit("t3")) + "\n" + unfinished)
+    found = report.read(tmp_path).set_index("task").sort_index()
+    assert found["error"].notna().to_dict() == {"t0": False, "t1": True, "t2": False, "t3": False}
+    assert found["success"]["t0"] == 1 and set(found["job"]) == {""}
+
+
+def test_reading_a_sweep(tmp_path):
+    """Jobs in the order of their numbers, with files relative to the sweep; a job without rows has failed."""
+    for number in (2, 10, 9):
+        write_job(tmp_path, number, {"method.eta": str(number)}, [edit("edit")])
+    write_job(tmp_path, 11, {}, [])
+    write_job(tmp_path, 12, {"task": "folder"}, [{"error": "no such list"}])
+    write_job(tmp_path, 13, {}, [edit()])
+    rows = report.read(tmp_path, skip={tmp_path / "13"})
+    assert rows["job"].tolist() == ["2", "9", "10", "11", "12"]
+    assert rows["task"].isna().tolist() == [False, False, False, True, True]
+    assert rows["file"][2] == "10/edit/edits/blue.png" and rows["error"][3:].notna().all()
+
+
+# Labels and means.
+
+
+def test_labels_are_the_settings_in_which_edits_differ():
+    settings = {"imagic": "edit.eta", "sdedit": "edit.strength"}
+    rows = [
+        edit(method=method, job=method, **{"method.steps": "9", name: value})
+        for method, name in settings.items()
+        for value in (0.4, 0.8)
+    ]
+    expected = ["imagic, eta 0.4", "imagic, eta 0.8", "sdedit, strength 0.4", "sdedit, strength 0.8"]
+    assert labels(pd.DataFrame(rows)) == expected
+    same = [edit(job=str(i), seed=i, sample=i, **{"edit.eta": 0.4, "task.shard": f"{i}/2"}) for i in range(2)]
+    assert labels(pd.DataFrame(same)) == ["imagic"]  # seeds, samples and shards are averaged
+    typed = ("0.62928810236", "0.30000000000000004", "true")
+    search = pd.DataFrame([edit(job=str(i), **{"method.eta": text}) for i, text in enumerate(typed)])
+    assert labels(search) == ["imagic, eta 0.629288", "imagic, eta 0.3", "imagic, eta true"]
+    models = pd.DataFrame([edit(job=name, model=name) for name in ("sd15", "sd21")])
+    assert labels(models) == ["imagic, model sd15", "imagic, model sd21"]
+
+
+def test_a_failed_task_counts_for_every_label_of_its_job():
+    rows = [edit(job="0", **{"edit.eta": eta}) for eta in (0.4, 0.8)] + [failure("t1", job="0")]
+    found = report.means(report.labelled(pd.DataFrame(rows)), ["label"])
+    assert found[["edits", "failed"]].to_numpy().tolist() == [[1, 1], [1, 1]]
+
+
+def test_means_and_standard_errors_by_hand():
+    """Edits of one task are not independent: the error is that of the tasks' means."""
+    values = {"t0": (0.0, 1.0), "t1": (1.0, 1.0), "t2": (0.0, 0.0)}
+    rows = [edit(task, success=v, sample=i) for task, pair in values.items() for i, v in enumerate(pair)]
+    rows += [edit("t3", psnr_to_truth=20.0), failure("t4")]  # a task without a truth has no success
+    line = report.means(report.labelled(pd.DataFrame(rows)), ["label"]).iloc[0]
+    assert (line["edits"], line["failed"], line["success"], line["psnr_to_truth"]) == (7, 1, 0.5, 20)
+    assert line["success_se"] == pytest.approx(np.std([0.5, 1, 0], ddof=1) / math.sqrt(3))
+    seeds = pd.DataFrame([edit(success=v, seed=i) for i, v in enumerate((0.0, 1.0, 1.0))])
+    line = report.means(report.labelled(seeds), ["label"]).iloc[0]
+    assert line["success_se"] == pytest.approx(np.std([0, 1, 1], ddof=1) / math.sqrt(3))  # one task: of the edits
+
+
+def test_numbers_that_are_left_out_are_counted():
+    reasons = {"a": "no mask", "b": "no mask"}, {"a": "no mask", "c": "0/0"}
+    rows = [edit(f"t{i}", left_out=names) for i, names in enumerate(reasons)]
+    lines = report.left_out(report.complete(pd.DataFrame([*rows, failure("t2")])))
+    assert [(line.split()[3], line.rsplit(": ", 1)[1]) for line in lines] == [("2", "a"), ("1", "b"), ("1", "c")]
+    assert all("of 2 edits" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("success", 0.254, math.nan, "25%"), ("success", 0.254, 0.04, "25% ± 4%"),
+        ("psnr_to_input", 20.06, 0.5, "20.1 ± 0.5"), ("clip_score", 0.1234, math.nan, "0.123"),
+        ("edits", 3, math.nan, "3"), ("lpips", math.nan, math.nan, ""),
+        ("edit.eta", 0.7000000000000001, math.nan, "0.7"),
+        ("sampler.steps", "100", math.nan, "100"), ("fit", "pad", math.nan, "pad"),
+    ],
+)  # fmt: skip
+def test_every_value_is_written_in_one_way(name, value, error, text):
+    assert report.show(name, value, error) == text
+
+
+def test_tables_line_up():
+    lines = report.markdown(pd.DataFrame([{"name": "a", "edits": "100"}, {"name": "b", "edits": ""}])).split("\n")
+    assert lines == ["| name | edits |", "| ---- | ----- |", "| a    | 100   |", "| b    |       |"]
+
+
+# Files.
+
+
+def test_the_report_on_a_benchmark(tmp_path):
+    rows = [edit(f"t{i}", "ab"[i % 2], success=float(i > 1), truth=f"t{i}/truth.png") for i in range(4)]
+    write_run(tmp_path, rows := [*rows, failure("t4", "b")])
+    text = report.write(tmp_path, pd.DataFrame(rows), 6)
+    table = (tmp_path / "table.md").read_text()
+    assert "| a        | 2     | 0      | 50% ± 50%" in table and "| b        | 2     | 1      | 50% ± 50%" in table
+    assert "| all      | 4     | 1      | 50% ± 29%" in table and "1 of 6 tasks are waiting" in table
+    assert "no number for 4 of 4 edits (no weights): lpips_to_input" in table
+    assert "4 of 6 tasks done, 1 failed" in text and str(tmp_path / "index.html") in text
+    written = pd.read_csv(tmp_path / "results.csv")
+    assert len(written) == 5 and written["error"].notna().sum() == 1 and written["success"].sum() == 2
+    assert Image.open(tmp_path / "sheet.png").width > 192 * 3 and not (tmp_path / "plots").exists()
+
+
+def test_the_report_on_one_picture(tmp_path):
+    rows = [edit("edit", **{"edit.eta": eta, "clip_score": eta}) for eta in (0.2, 0.8)]
+    write_run(tmp_path, rows)
+    curves = {"embedding": {"loss": [0.5, 0.4, 0.3], "clip": [1.0, 0.9, 0.8]}, "tuning": {"loss": [0.2]}}
+    text = report.write(tmp_path, pd.DataFrame(rows), 1, curves)
+    assert {path.name for path in tmp_path.iterdir()} >= {"results.csv", "sheet.png", "plots"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss.png", "tradeoff.png"}
+    assert "imagic, eta 0.8" in text and not (tmp_path / "index.html").exists()
+
+
+def test_a_run_in_which_all_failed_has_a_report(tmp_path):
+    text = report.write(tmp_path, pd.DataFrame([failure("t0"), failure("t1")]), 2)
+    assert "0 of 2 tasks done, 2 failed" in text and not (tmp_path / "sheet.png").exists()
+
+
+def test_a_comparison_of_methods_over_a_benchmark(tmp_path):
+    for number, (method, seed) in enumerate((m, s) for m in ("imagic", "sdedit") for s in (0, 1)):
+        rows = [edit(f"t{i}", "ab"[i], method, success=float(i == seed), psnr_to_input_kept=20.0 + i) for i in range(2)]
+        rows = [rows[0], failure("t1", "b")] if number == 3 else rows
+        write_job(tmp_path, number, {"method": method, "seed": str(seed)}, rows)
+    rows = report.read(tmp_path)
+    report.write(tmp_path, rows, 2)
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| imagic    | 4     | 0      | 50% ± 0%" in table and "| sdedit    | 3     | 1      | " in table
+    assert "| success in | a" in table and {"sheet.png", "index.html", "plots"} <= {p.name for p in tmp_path.iterdir()}
+    tables = report.tables(rows)
+    assert len(tables["results"]) == 8 and len(tables["overall"]) == 2 and len(tables["by_category"]) == 4
+
+
+# The sheet and the plots.
+
+
+def test_a_sweep_is_laid_out_over_its_settings(tmp_path):
+    """Three eta along the columns, two seeds down the lines; the input first; a job that failed is grey."""
+    palette = iter(["red", "lime", "blue", "cyan", "magenta"])
+    for number, (seed, eta) in enumerate((s, e) for s in (0, 1) for e in ("0.2", "0.4", "0.6")):
+        typed = {"method.eta": eta, "seed": str(seed), "prompt": "a red edit"}
+        made = [edit("edit", seed=seed, colour=next(palette))] if number < 5 else [{"error": "out of memory"}]
+        write_job(tmp_path, number, typed, made)
+    sheet = report.sheet(tmp_path, report.labelled(report.read(tmp_path)))
+    columns = [16 + 96 + i * 204 for i in range(3)]
+    white, lines = (255, 255, 255), [[sheet.getpixel((x, y)) for x in columns] for y in range(sheet.height)]
+    positions = [
+        lines.index([(0, 0, 0), white, white]),  # the input, alone
+        lines.index([(255, 0, 0), (0, 255, 0), (0, 0, 255)]),
+        lines.index([(0, 255, 255), (255, 0, 255), GREY]),
+    ]
+    assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("edits", [1, 4, 11])
+def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits):
+    palette = [(20 * i + 10, 255 - 20 * i, 100) for i in range(edits)]
+    rows = [edit("edit", colour=f"c{i}", **{"edit.eta": i / 10}) for i in range(edits)]
+    for i, colour in enumerate(palette):
+        (tmp_path / "edit" / "edits").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "edit" / "edits" / f"c{i}.png")
+    Image.new("RGB", (64, 48), "black").save(tmp_path / "edit" / "input.png")
+    sheet = report.sheet(tmp_path, report.labelled(pd.DataFrame(rows)))
+    counts = dict((colour, n) for n, colour in sheet.getcolors(sheet.width * sheet.height))
+    assert all(counts[colour] == 192 * 144 for colour in palette) and sheet.width <= 16 * 2 + 6 * 204
+
+
+def test_a_line_joins_points_only_along_one_number(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    axes = []
+    monkeypatch.setattr(plt, "close", lambda figure: axes.extend(figure.axes))
+    points = [("imagic", {"method.eta": eta}, x) for eta, x in (("10", 3.0), ("0.4", 5.0), ("2", 1.0))]
+    points += [("sdedit", {"method.strength": f"0.{i}", "method.scale": str(i)}, 20.0 + i) for i in range(3)]
+    rows = [
+        edit(task, method=method, job=str(i), psnr_to_input_kept=x, success=0.5, **settings)
+        for i, (method, settings, x) in enumerate(points)
+        for task in ("t0", "t1")
+    ]
+    report.plot(tmp_path, report.labelled(pd.DataFrame(rows)), {})
+    monkeypatch.undo()
+    (panel,) = axes
+    found = {c.get_label(): (c.lines[0].get_linestyle(), list(c.lines[0].get_xdata())) for c in panel.containers}
+    assert found["imagic"] == ("-", [5.0, 1.0, 3.0]) and found["sdedit"][0] == "None"  # in the order of eta
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("psnr to input kept", "success") and len(panel.texts) == 6
+    plt.close("all")
