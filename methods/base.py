@@ -6,7 +6,7 @@ latents. It opens no files, draws noise from the run alone, and hands the model 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
@@ -86,25 +86,19 @@ OPTIMIZERS = {
 
 
 def check(
-    method: Any,
-    *settings: str,
-    low: float = 0,
-    high: float = math.inf,
-    whole: bool = False,
-    many: bool = False,
+    method: Any, *settings: str, low: float = 0, high: float = math.inf, whole: bool = False, many: bool = False
 ) -> None:
-    """Raise InputError unless each named setting is a finite number in [low, high], an integer where
-    `whole`, or where `many` a list of such."""
+    """Raise InputError unless each named setting is a number in [low, high], an integer where `whole`, or where `many`
+    a number or a list of at least one. None passes where it is the default."""
     for setting in settings:
         value = getattr(method, setting)
-        values = value if many and isinstance(value, Iterable) and not isinstance(value, str) else [value]
-        kind = "a whole number" if whole else "a number"
-        allowed = f"{kind} from {low} to {high}" if math.isfinite(high) else f"{kind}, {low} or more"
-        allowed += ", or a list of them such as [0.4,0.6]" if many else ""
-        for v in values:
-            number = isinstance(v, int if whole else (int, float)) and not isinstance(v, bool)
-            if not (number and math.isfinite(v) and low <= v <= high):
-                raise InputError(f"method.{setting} is {value}: it must be {allowed}")
+        if value is None and getattr(type(method), setting) is None:
+            continue
+        values = value if many and isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for v in values or [None]:
+            if not isinstance(v, int if whole else (int, float)) or not low <= v <= high or math.isinf(v):
+                kind = "whole number" if whole else "number"
+                raise InputError(f"method.{setting} is {value}: it must be a {kind} from {low} to {high}")
 
 
 def check_choice(method: Any, choices: Iterable[str], *settings: str) -> None:
@@ -112,6 +106,12 @@ def check_choice(method: Any, choices: Iterable[str], *settings: str) -> None:
     for setting in settings:
         if (value := getattr(method, setting)) not in choices:
             raise InputError(f"method.{setting} is {value}: choose one of {', '.join(choices)}")
+
+
+def check_samples(method: Any, differ: bool) -> None:
+    """Raise InputError for several samples that would not `differ`."""
+    if method.num_samples > 1 and not differ:
+        raise InputError(f"method.num_samples={method.num_samples} gives one picture again: set sampler.eta above 0")
 
 
 def check_invertible(method: Any) -> None:
@@ -169,96 +169,68 @@ def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, the named parameters of `module` hold `values` and are handed out; afterwards they hold their own again.
-    Values are used as they are if they fit, else as copies. On an accelerator the parameters' own values wait in the
-    CPU's memory, so that the card holds one set of weights."""
-    parameters = {name: module.get_parameter(name) for name in values}
-    own = {name: parameter.data.cpu() for name, parameter in parameters.items()}  # the very same on the CPU
+def restored(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, the named parameters may be changed in place; afterwards they hold their own values again and are frozen.
+    The values to restore wait in the CPU's memory, so that an accelerator holds one set of weights."""
+    parameters = {name: module.get_parameter(name) for name in names}
+    own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = fitted(values[name], parameter.data)
-        del values  # those used as they are would stay on the card while the parameters' own come back
         yield parameters
     finally:
         for name, parameter in parameters.items():
-            parameter.data = own[name].to(parameter.device)
+            parameter.grad = None
+            parameter.requires_grad_(False).copy_(own[name])
 
 
-def fitted(value: Tensor, like: Tensor) -> Tensor:
-    """`value` in the dtype, device and memory layout of `like`, and aligned as torch aligns what it allocates (a file
-    mapped into memory is not): the kernels that are chosen depend on these, and so the last bit of a result."""
-    fits = (value.dtype, value.device, value.stride()) == (like.dtype, like.device, like.stride())
-    return value if fits and value.data_ptr() % 64 == 0 else torch.empty_like(like).copy_(value)
+class Descent:
+    """Minimise a loss over `params`, in place: call `step` with the loss's terms, evaluated with gradients on.
 
-
-@contextmanager
-def trainable(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """`replaced` by copies of the named parameters' own values, which ask for gradients."""
-    copies = {name: module.get_parameter(name).data.to("cpu", copy=True) for name in names}
-    with replaced(module, copies) as parameters:
-        del copies
-        try:
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            yield parameters
-        finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
-                parameter.grad = None  # left over from a backward pass that failed
-
-
-def minimise(
-    terms: Callable[[], dict[str, Tensor]],  # the terms of the loss, drawn anew at each call
-    params: Sequence[Tensor],  # leaves that ask for gradients and have none yet
-    steps: int,
-    lr: float,
-    optimizer: str,
-    stage: str,
-    setting: str,  # the learning rate's name, for the message
-    run: Run,
-    lean: bool = False,  # move each parameter as soon as its gradient is there, so that no two need exist at once
-) -> dict[str, Tensor]:
-    """Minimise the sum of `terms` over `params`, in place.
-
-    Returns the curves, each (steps,): "loss", and the single terms where there are several. Parameters of
-    less than 32 bits are optimised as float32 copies, since updates of 5e-7 would vanish in them. Raises
-    InputError, naming stage and step, if the loss is NaN or infinite; no parameter has then moved at that step.
+    Parameters of less than 32 bits are optimised as float32 masters, since updates of 5e-7 would vanish in them.
+    `lean` moves each parameter during the backward pass and frees its gradient at once; the result is the same.
+    `curves` holds the loss at each step and, where there are several, its terms.
     """
-    masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in params]
-    pairs = list(zip(params, masters, strict=True))
-    groups = [[pair] for pair in pairs] if lean else [pairs]  # one call for all parameters is faster than one for each
-    updates = [partial(update, OPTIMIZERS[optimizer]([m for _, m in group], lr), group) for group in groups]
-    hooks = []
-    if lean:
-        for param, move in zip(params, updates, strict=True):
-            hooks.append(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
-    curves: dict[str, list[float]] = {"loss": []}
-    try:
-        for step in run.progress(stage)(range(steps)):
-            with torch.enable_grad():
-                losses = terms()
-                loss = sum(losses.values())
-            values = {"loss": float(loss.detach())}
-            if not math.isfinite(values["loss"]):
-                raise InputError(f"the loss became {values['loss']} in stage '{stage}' at step {step}: lower {setting}")
-            if len(losses) > 1:
-                values |= {name: float(term.detach()) for name, term in losses.items()}
-            for name, value in values.items():
-                curves.setdefault(name, []).append(value)
-            run.scalar(stage, step, **values)
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, optimizer: str, stage: str, run: Run, lean: bool = False
+    ):
+        self.params = [param.requires_grad_() for param in params]
+        self.stage, self.run, self.lean = stage, run, lean
+        self.curves: dict[str, list[float]] = {"loss": []}
+        masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.params]
+        pairs = list(zip(self.params, masters, strict=True))
+        groups = [[pair] for pair in pairs] if lean else [pairs]  # one call for all is faster than one for each
+        self.updates = [partial(update, OPTIMIZERS[optimizer]([m for _, m in group], lr), group) for group in groups]
+
+    def step(self, **terms: Tensor) -> None:
+        """Move the parameters against the gradient of the sum of `terms`. Raises InputError, before a parameter has
+        moved, if the sum is NaN or infinite."""
+        loss, step = sum(terms.values()), len(self.curves["loss"])
+        values = {"loss": float(loss.detach())}
+        if not math.isfinite(values["loss"]):
+            raise InputError(
+                f"the loss became {values['loss']} in stage '{self.stage}' at step {step}: lower its learning rate"
+            )
+        if len(terms) > 1:
+            values |= {name: float(term.detach()) for name, term in terms.items()}
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append(value)
+        self.run.scalar(self.stage, step, **values)
+        hooks = []
+        try:
+            if self.lean:
+                for param, move in zip(self.params, self.updates, strict=True):
+                    hooks.append(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
             loss.backward()
-            if not lean:
-                updates[0]()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.tensor(curve) for name, curve in curves.items()}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not self.lean:
+            self.updates[0]()
 
 
 @torch.no_grad()
 def update(opt: torch.optim.Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """A step of `opt`, which holds the masters, for (parameter, master) pairs. It uses up the parameters' gradients."""
+    """Take a step of `opt`, which holds the masters, for (parameter, master) pairs; free the parameters' gradients."""
     for param, master in pairs:
         master.grad, param.grad = param.grad.float(), None
     opt.step()
@@ -269,25 +241,23 @@ def update(opt: torch.optim.Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 
 def cached_stage(
-    run: Run, stage: str, key: dict, build: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    run: Run, stage: str, key: dict, build: Callable[[], tuple[dict[str, Tensor], dict[str, list[float] | Tensor]]]
 ) -> dict[str, Tensor]:
     """The tensors that `build` gives for `stage`, through `run.cached`. The curves, which it gives beside them, are
     stored with the tensors and drawn again on a hit; the mean of the loss's last tenth becomes a metric."""
-    fresh = False
+    fresh = []
 
-    def stored() -> dict[str, Tensor]:
-        nonlocal fresh
-        fresh = True
+    def build_and_draw() -> dict[str, Tensor]:
+        fresh.append(stage)
         tensors, curves = build()
-        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()} | {
-            f"curve/{name}": curve for name, curve in curves.items()
-        }
+        stored = {f"curve/{name}": torch.as_tensor(curve) for name, curve in curves.items()}
+        return stored | {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
-    state = run.cached(stage, key, stored)
-    curves = {name.removeprefix("curve/"): state.pop(name) for name in list(state) if name.startswith("curve/")}
-    if not fresh:
-        for step, values in enumerate(zip(*(curve.tolist() for curve in curves.values()), strict=True)):
-            run.scalar(stage, step, **dict(zip(curves, values, strict=True)))
-    if len(loss := curves.get("loss", ())):
-        run.metrics[f"{stage}_loss"] = float(loss[-max(1, len(loss) // 10) :].mean())
+    state = dict(run.cached(stage, key, build_and_draw))
+    curves = {name.removeprefix("curve/"): state.pop(name).tolist() for name in list(state) if "curve/" in name}
+    for step, values in enumerate([] if fresh else zip(*curves.values(), strict=True)):
+        run.scalar(stage, step, **dict(zip(curves, values, strict=True)))
+    if loss := curves.get("loss"):
+        last = loss[-max(1, len(loss) // 10) :]
+        run.metrics[f"{stage}_loss"] = sum(last) / len(last)
     return state

@@ -1,30 +1,15 @@
-"""Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685, eq. 3) of the UNet's attention: W' = W + B A, W
-frozen.
+"""Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685, eq. 3) of a network's attention: h = W x + B A x, W frozen.
 
-While tuning, the sum stands in for each weight through PyTorch's own parametrisation; for sampling it is
-formed once, so that an adapted network costs no more than the plain one.
+The products stay apart, in tuning and in sampling: in half precision a small B A would be lost in the sum W + B A.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-
-
-class LowRank(nn.Module):
-    """W (out, in) -> W + B A. A (rank, in) starts at random and B (out, rank) at zero: nothing changes at
-    first."""
-
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
-        super().__init__()
-        n_out, n_in = weight.shape
-        self.a = nn.Parameter((torch.randn(rank, n_in, generator=generator) * n_in**-0.5).to(weight))
-        self.b = nn.Parameter(weight.new_zeros(n_out, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.b @ self.a
 
 
 def in_attention(names: Iterable[str]) -> list[str]:
@@ -33,30 +18,29 @@ def in_attention(names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def adapters(unet: nn.Module, rank: int, generator: torch.Generator) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, every linear layer of the attentions carries a `LowRank`, and their matrices are handed out, by
-    "<layer>.a" (rank, in) and "<layer>.b" (out, rank); afterwards the layers are as before. The rank is
-    capped by a layer's smaller side, beyond which it would add nothing."""
-    linear = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear)}
-    layers = {name: linear[name] for name in in_attention(linear)}
-    matrices = {}
+def adapters(network: nn.Module, rank: int, generator: torch.Generator) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, every linear layer of the attentions carries an adapter; afterwards the layers are as before.
+
+    Yields the matrices, in float32: "<layer>.a" (rank, in), random, and "<layer>.b" (out, rank), zero, so that nothing
+    changes at first. The rank is capped by a layer's smaller side, beyond which it would add nothing.
+    """
+    linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    matrices, hooks = {}, []
     try:
-        for name, layer in layers.items():
-            low_rank = LowRank(layer.weight, min(rank, *layer.weight.shape), generator)
-            parametrize.register_parametrization(layer, "weight", low_rank)
-            matrices |= {f"{name}.a": low_rank.a, f"{name}.b": low_rank.b}
+        for name in in_attention(linear):
+            n_out, n_in = linear[name].weight.shape
+            r, device = min(rank, n_in, n_out), linear[name].weight.device
+            a = nn.Parameter((torch.randn(r, n_in, generator=generator) * n_in**-0.5).to(device))
+            b = nn.Parameter(torch.zeros(n_out, r, device=device))
+            hooks.append(linear[name].register_forward_hook(partial(adapted, a, b)))
+            matrices |= {f"{name}.a": a, f"{name}.b": b}
         yield matrices
     finally:
-        for layer in layers.values():
-            if parametrize.is_parametrized(layer):
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for hook in hooks:
+            hook.remove()
 
 
-def merged(unet: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums W + B A of all layers in `matrices`, by parameter name."""
-    weights = {}
-    for name in [key.removesuffix(".a") for key in matrices if key.endswith(".a")]:
-        weight = unet.get_parameter(f"{name}.weight").detach()
-        a, b = matrices[f"{name}.a"].to(weight), matrices[f"{name}.b"].to(weight)
-        weights[f"{name}.weight"] = weight + b @ a
-    return weights
+def adapted(a: Tensor, b: Tensor, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """The forward hook: `output` + B A x, the products in the dtype of x."""
+    (x,) = inputs
+    return output + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))

@@ -1,4 +1,4 @@
-"""The optimisation loop's ways of saving memory, and what it hands back."""
+"""What methods share: checks of settings, seeded noise, borrowed weights and the optimisation loop."""
 
 import math
 
@@ -6,46 +6,72 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import Calculated, calculating
 from errors import InputError
-from methods.base import OPTIMIZERS, Reporter, fitted, minimise, replaced, trainable
+from methods.base import OPTIMIZERS, Descent, Run, cosine, restored, to_image
+from methods.direct_inversion import DirectInversion
+from methods.imagic import Imagic
+from samplers import Sampler
 
 
-def network(dtype=torch.float32):
+def descend(loss, params, steps, lr, optimizer="adam", lean=False):
+    """Take `steps` steps; loss() gives a term or a dictionary of them. Returns the curves."""
+    descent = Descent(params, lr, optimizer, "fit", Run(), lean)
+    for _ in range(steps):
+        terms = loss()
+        descent.step(**terms if isinstance(terms, dict) else {"term": terms})
+    return descent.curves
+
+
+def fit(dtype, optimizer, lean):
+    """Six steps of a small network in `dtype`: (curves, its parameters, the most gradients that existed at once)."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(20, 24, 3), nn.SiLU(), nn.Flatten(), nn.Linear(24, 18)).to(dtype)
-
-
-def fit(model, optimizer, lean, steps=6, lr=1e-2):
-    x, y = (
-        torch.randn(4, n, generator=torch.Generator().manual_seed(n)).to(next(model.parameters())) for n in (180, 18)
-    )
+    net = nn.Sequential(nn.Conv2d(20, 24, 3), nn.SiLU(), nn.Flatten(), nn.Linear(24, 18)).to(dtype)
+    x, y = torch.randn(4, 20, 3, 3).to(dtype), torch.randn(4, 18)
+    params, alive = list(net.parameters()), []
 
     def terms():
-        error = model(x.view(4, 20, 3, 3)).float() - y.float()
+        error = net(x).float() - y
         return {"square": error.square().mean(), "size": error.abs().mean()}
 
-    params = list(model.parameters())
-    return minimise(terms, params, steps, lr, optimizer, "fit", "lr", Reporter(), lean)
+    for p in params:
+        p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(q.grad is not None for q in params)))
+    return descend(terms, params, 6, 1e-2, optimizer, lean), params, max(alive)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_by_one_gives_the_very_same_bits(optimizer, dtype):
-    models = [network(dtype) for _ in range(3)]
-    curves = [fit(model, optimizer, lean) for model, lean in zip(models, (False, True), strict=False)]
-    assert all(torch.equal(curves[0][name], curves[1][name]) for name in ("loss", "square", "size"))
-    for plain, lean, start in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(plain, lean) and not torch.equal(plain, start)
-        assert plain.grad is None and lean.grad is None and not lean._post_accumulate_grad_hooks
+def test_lean_has_one_gradient_at_a_time_and_the_very_same_bits(optimizer, dtype):
+    curves, params, gradients = fit(dtype, optimizer, False)
+    lean_curves, lean_params, lean_gradients = fit(dtype, optimizer, True)
+    assert curves == lean_curves and list(curves) == ["loss", "square", "size"]
+    assert all(torch.equal(a, b) and a.grad is b.grad is None for a, b in zip(params, lean_params, strict=True))
+    assert gradients == 4 and lean_gradients == 1
+
+
+def test_the_optimisers_update_rules():
+    # momentum 0.9: v <- 0.9 v + grad, p <- p - lr v, with grad = 2 p
+    p, v, losses = 2.0, 0.0, []
+    for _ in range(5):
+        losses.append(p * p)
+        v = 0.9 * v + 2 * p
+        p -= 0.1 * v
+
+    def run(optimizer, steps, lr, dtype=torch.float32):
+        x = torch.tensor([2.0], dtype=dtype)
+        return descend(lambda: (x**2).sum(), [x], steps, lr, optimizer)["loss"], float(x.detach())
+
+    assert run("sgd", 5, 0.1)[0] == pytest.approx(losses, rel=1e-5) and run("sgd", 5, 0.1)[1] == pytest.approx(p)
+    assert run("adam", 1, 0.1)[1] == pytest.approx(1.9, rel=1e-5)  # Adam's first step is lr long
+    # Steps that bfloat16 cannot tell from nothing add up all the same.
+    assert run("adam", 40, 1e-3, torch.bfloat16)[1] == pytest.approx(1.96, abs=0.01)
 
 
 def test_adafactor_is_the_papers_without_its_relative_step():
     """Algorithm 4 of Shazeer & Stern with eps_1 = 1e-30, d = 1, beta_2t = 1 - t^-0.8, and a fixed step length."""
     w = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).double()
     target = torch.randn(20, 30, generator=torch.Generator().manual_seed(1)).double()
-    p, lr = w.float().requires_grad_(), 0.03
-    minimise(lambda: {"l": (p - target.float()).square().sum()}, [p], 5, lr, "adafactor", "s", "lr", Reporter())
+    p, lr = w.float(), 0.03
+    descend(lambda: (p - target.float()).square().sum(), [p], 5, lr, "adafactor")
     r, c = torch.zeros(20, 1).double(), torch.zeros(1, 30).double()
     for t in range(1, 6):
         grad, beta = 2 * (w - target), 1 - t**-0.8
@@ -56,85 +82,96 @@ def test_adafactor_is_the_papers_without_its_relative_step():
     torch.testing.assert_close(p.detach().double(), w, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
-def test_the_learning_rate_is_the_length_of_a_step(optimizer):
-    """Of the first step, in root mean square, whatever the size of weights and gradients."""
-    for size in (1e-2, 1e3):
-        p = torch.full((20, 20), size, requires_grad=True)
-        minimise(lambda p=p, s=size: {"l": s * p.sum()}, [p], 1, 1e-3, optimizer, "s", "lr", Reporter())
-        assert float((p.detach() - size).square().mean().sqrt()) == pytest.approx(1e-3, rel=0.05)
-
-
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_no_parameter_moves_for_a_loss_that_is_no_number(lean, value):
-    p, hooks = torch.ones(3, requires_grad=True), []
-
-    def terms():
-        hooks.append(p._post_accumulate_grad_hooks)
-        return {"l": p.sum() * value}
-
-    with pytest.raises(InputError, match="at step 0"):
-        minimise(terms, [p], 3, 0.1, "adam", "s", "lr", Reporter(), lean)
-    assert torch.equal(p, torch.ones(3)) and p.grad is None
-    assert bool(hooks[0]) is False if not lean else not p._post_accumulate_grad_hooks
+def test_no_parameter_moves_for_a_loss_that_is_not_finite(lean, value):
+    p = torch.ones(3)
+    with pytest.raises(InputError, match="'fit' at step 0"):
+        descend(lambda: p.sum() * value, [p], 3, 0.1, lean=lean)
+    assert torch.equal(p, torch.ones(3)) and p.grad is None and not p._post_accumulate_grad_hooks
 
 
-def test_adafactor_and_one_by_one_take_as_little_as_they_say():
-    """Sixteen layers of 256 x 256 in bfloat16, in units of their bytes in float32. The peak holds the weights (1/2),
-    the float32 copies (1), Adam's two moments (2), and the gradients: all (1), or of one layer at a time."""
-    unit = 16 * 256 * 256 * 4
-
-    def peak(optimizer, lean):
-        memory = Calculated()
-        with calculating(memory), torch.device("meta"):
-            layers = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(16))).bfloat16()
-            x = torch.empty(1, 256, dtype=torch.bfloat16)
-            terms = lambda: {"l": layers(x).float().square().mean()}
-            minimise(terms, list(layers.parameters()), 2, 1e-3, optimizer, "s", "lr", Reporter(), lean)
-        return memory.peak() / unit
-
-    assert peak("adam", False) == pytest.approx(4.5, abs=0.4)
-    assert peak("adam", True) == pytest.approx(3.5, abs=0.4)
-    assert peak("adafactor", True) == pytest.approx(1.5, abs=0.4)
-
-
-def test_values_that_fit_are_used_and_others_copied():
-    layer = nn.Linear(64, 64).requires_grad_(False)
-    own = layer.weight.data_ptr()
-    for value, used in [
-        (torch.zeros(64, 64), True),
-        (torch.zeros(64, 64, dtype=torch.float64), False),
-        (torch.zeros(64, 64).T, False),
-        (torch.zeros(64 * 64 + 1)[1:].view(64, 64), False),  # not aligned, as in a file mapped into memory
-    ]:
-        assert (fitted(value, layer.weight).data_ptr() == value.data_ptr()) is used
-        with replaced(layer, {"weight": value}) as parameters:
-            assert parameters["weight"] is layer.weight
-            assert (layer.weight.data_ptr() == value.data_ptr()) is used
-            assert layer.weight.dtype == torch.float32 and layer.weight.stride() == (64, 1) and not layer.weight.any()
-        assert layer.weight.data_ptr() == own and layer.weight.any()
-
-
-def test_an_accelerator_holds_one_set_of_weights():
-    """The meta device stands in for the card."""
-    memory = Calculated()
-    with memory, torch.device("meta"):
-        layers = nn.Sequential(*(nn.Linear(500, 500, bias=False) for _ in range(10))).requires_grad_(False)
-        names = [name for name, _ in layers.named_parameters()]
-        memory.reset()
-        with trainable(layers, names) as parameters:
-            assert memory.now() == 10_000_000 and all(p.requires_grad for p in parameters.values())
-        assert memory.now() == 10_000_000 and memory.peak() == 11_000_000
-        memory.reset()
-        with replaced(layers, {name: torch.zeros(500, 500, device="cpu") for name in names}):
-            assert memory.now() == 10_000_000
-        assert memory.now() == 10_000_000 and memory.peak() == 11_000_000
-
-
-def test_what_a_failed_backward_pass_left_is_cleared():
+def test_restored_weights_come_back_even_after_an_error():
     layer = nn.Linear(4, 4).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="midway"), trainable(layer, ["weight", "bias"]):
+    before = {name: (p.data_ptr(), p.clone()) for name, p in layer.named_parameters()}
+    with pytest.raises(RuntimeError, match="midway"), restored(layer, ["weight"]) as weights:
+        weights["weight"].copy_(torch.eye(4))
+        assert torch.equal(layer(torch.ones(1, 4))[0], 1 + layer.bias)
+        weights["weight"].requires_grad_()
         layer(torch.ones(1, 4)).sum().backward()
         raise RuntimeError("midway")
-    assert layer.weight.grad is None and layer.bias.grad is None
+    assert list(weights) == ["weight"] and layer.weight.grad is None and not layer.weight.requires_grad
+    assert all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in layer.named_parameters())
+
+
+def test_noise_depends_on_seed_and_stage_alone():
+    draws = [torch.randn(4, generator=Run(s).noise(*key)) for s, key in [(0, "a"), (0, "b"), (1, "a"), (0, ("a", 1))]]
+    assert all(not torch.equal(draws[i], draws[j]) for i in range(4) for j in range(i))
+    assert torch.equal(draws[0], torch.randn(4, generator=Run(0).noise("a")))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_picture_that_is_not_finite_is_refused(value):
+    """Clamped first, an infinite one would pass for white."""
+
+    class Decoder:
+        def decode_latents(self, z):
+            return torch.full((1, 3, 4, 4), value)
+
+    with pytest.raises(InputError, match="NaN or infinite"):
+        to_image(Decoder(), torch.zeros(1, 4, 2, 2))
+
+
+def test_cosine():
+    assert cosine(torch.tensor([1.0, 1.0]), torch.tensor([[2.0], [0.0]])) == pytest.approx(0.5**0.5)
+    assert cosine(torch.zeros(2), torch.ones(2)) == 0
+
+
+OUT_OF_RANGE = {
+    Imagic: [
+        *({"eta": value} for value in (1.2, [0.5, -0.1], [], "much", None, math.nan)),
+        *({name: -1} for name in ("embedding_steps", "decoder_steps", "embedding_lr", "clip_weight")),
+        *({name: 0} for name in ("num_embeddings", "tuning_batch", "lora_rank", "num_samples")),
+        *({name: 2} for name in ("style_eta", "style_from")),
+        {"tuning_steps": 1.5},
+        {"tuning_lr": math.inf},
+        {"lora_lr": "x"},
+        {"guidance_scale": -1},
+        *({name: "lion"} for name in ("embedding_optimizer", "tuning_optimizer", "embedding_init", "tune", "start")),
+        {"num_samples": 2},  # from one inversion, without noise
+    ],
+    DirectInversion: [
+        *({name: 1.1} for name in ("edit_strength", "blend_fraction", "structural_similarity", "diversity")),
+        {"edit_strength": [0.3, 0.6]},
+        {"alpha": 1.5, "mix": "linear"},
+        {"beta": -0.5, "mix": "gaussian"},
+        *({name: 0.5} for name in ("alpha", "beta")),  # which mix=cosine ignores
+        {"structural_similarity": 0.5, "mix": "linear"},
+        *({name: -1} for name in ("semantic_coherence", "coherence_lr", "coherence_steps", "fixed_point_steps")),
+        {"inversion_steps": 0},
+        {"inversion_steps": 6, "blend": "path"},
+        *({name: "other"} for name in ("blend", "mix", "guidance_scale")),
+        {"num_samples": 2},
+        {"num_samples": 2, "mix": "gaussian", "alpha": 1.0, "beta": 1.0},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [(m, s) for m, table in OUT_OF_RANGE.items() for s in table], ids=lambda x: str(x)
+)
+def test_settings_out_of_range_are_named(method, settings):
+    with pytest.raises(InputError, match=rf"method\.{next(iter(settings))}") as error:
+        method(Sampler(), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_samples_that_differ_are_welcome():
+    for settings in ({"start": "noise"}, {"num_embeddings": 2}):
+        Imagic(Sampler(), num_samples=2, **settings)
+    for sampler in (Sampler(eta=0.5), Sampler("ddpm")):
+        Imagic(sampler, num_samples=2)
+    DirectInversion(Sampler(), num_samples=2, mix="gaussian", alpha=1.0, beta=0.5)
+    DirectInversion(Sampler(), num_samples=2, diversity=0.1)
+    with pytest.raises(InputError, match=r"sampler\.kind"):
+        DirectInversion(Sampler("ddpm"))
