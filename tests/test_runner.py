@@ -1,0 +1,289 @@
+"""The runner: the cost of an edit, its files and rows. And each task is edited once in the end, although some fail, the
+run stops, or processes share it."""
+
+import errno
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data.tasks import Entry, Tasks
+from errors import InputError
+from evaluation import report, runner
+from evaluation.cache import TuningCache
+from evaluation.cli import explain
+from evaluation.metrics import Metrics
+from evaluation.runner import Counted, Editor, TaskRun
+from evaluation.wandb_log import WandbLogger
+from methods.base import RECONSTRUCTION, Method
+from methods.imagic import Imagic
+from methods.prompt_to_prompt import PromptToPrompt
+from methods.sdedit import SDEdit
+from samplers import Sampler
+
+SAMPLER = Sampler("ddpm", 4)
+
+
+def editor(model, method, cache=None, **settings):
+    cache = cache or TuningCache(enabled=False)
+    return Editor(model, method, "mine", Metrics(), cache, WandbLogger("disabled"), fingerprint="f", **settings)
+
+
+# One task.
+
+
+@dataclass
+class Tuned(Method):
+    """Tunes for 10 seconds and 3 evaluations, edits for 1 second and 1 evaluation, before and after a reconstruction of
+    100 seconds and 5 evaluations. `seconds` is the clock."""
+
+    seconds: list
+
+    def edit(self, model, task, z, run):
+        def work(seconds, evaluations):
+            self.seconds[0] += seconds
+            model.predict(torch.zeros(evaluations, 4, 8, 8), 0, model.encode_text([""]).expand(evaluations))
+
+        def build():
+            work(10, 3)
+            return {"a": torch.ones(1)}
+
+        run.cached("tuning", {}, build)
+        work(1, 1)
+        run.metrics["own"] = 1.0
+        yield {"eta": 0.5}, z
+        work(100, 5)
+        yield RECONSTRUCTION, z
+        work(1, 1)
+        run.metrics["own"] = 2.0
+        run.metrics["infinite"] = math.inf
+        yield {"eta": 1.0, "by": "a/b c"}, z
+
+
+def test_an_edit_costs_its_tuning_wherever_it_was_done_and_no_reconstruction(tmp_path, tiny_model, task, monkeypatch):
+    """Into a new cache, from the cache, and without one. The cache's own work, 1000 seconds each, costs nothing."""
+    clock, get = [0.0], TuningCache.get
+    monkeypatch.setattr(TaskRun, "now", lambda self: clock[0])
+    monkeypatch.setattr(runner, "peak_memory", lambda device: 2.0)
+
+    def slow(self, *arguments):
+        clock[0] += 1000
+        return get(self, *arguments)
+
+    monkeypatch.setattr(TuningCache, "get", slow)
+    for cache in (TuningCache(dir=tmp_path / "cache"), TuningCache(dir=tmp_path / "cache"), TuningCache(enabled=False)):
+        rows, _ = editor(tiny_model, Tuned(clock), cache).edit_task(task, tmp_path / "run", 0)
+        assert [(row["seconds"], row["evaluations"], row["peak_memory_gb"]) for row in rows] == [(11, 4, 2), (12, 5, 2)]
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+
+
+def test_a_tuning_is_reused_for_the_same_picture_device_and_settings_only(tmp_path, tiny_model, task, monkeypatch):
+    cache, entries = TuningCache(dir=tmp_path / "cache"), []
+
+    def edit(image=task.image, **settings):
+        editor(tiny_model, Tuned([0.0]), cache, **settings).edit_task(replace(task, image=image), tmp_path / "run", 0)
+        entries.append(len(list(cache.dir.glob("*.safetensors"))))
+
+    edit()
+    edit()
+    edit(image=-task.image)
+    edit(kernels=["sdpa", True])
+    monkeypatch.setattr(runner, "device_name", lambda device: "another card")
+    edit()
+    assert entries == [1, 1, 2, 3, 4]
+
+
+def test_rows_are_flat_and_name_their_files(tmp_path, tiny_model, task):
+    task = replace(task, truth=task.image, category="colour", name="heart")
+    rows, _ = editor(tiny_model, Tuned([0.0])).edit_task(task, tmp_path, 3)
+    assert [row["file"] for row in rows] == ["edits/00_eta-0.5.png", "edits/01_eta-1_by-a-b-c.png"]
+    first, second = rows
+    about = {"task": "heart", "category": "colour", "method": "mine", "prompt": "a red heart", "seed": 3, "sample": 0}
+    assert first.items() >= about.items() and first["source_prompt"] == "a cat"
+    assert (first["edit.eta"], second["edit.eta"], second["edit.by"]) == (0.5, 1.0, "a/b c")
+    assert (first["own"], second["own"]) == (1.0, 2.0)  # each edit has the numbers that were there with it
+    assert "infinite" not in second and "inf" in second["left_out"]["infinite"]
+    assert first["edit_source_cosine"] == pytest.approx(1) and first["reconstruction_psnr"] == first["psnr_to_input"]
+    assert first["input_clip_score"] == first["truth_clip_score"]
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert not any(isinstance(value, dict | list) for name, value in first.items() if name != "left_out")
+    for name in ("file", "input", "reconstruction", "truth"):
+        assert Image.open(tmp_path / first[name]).size == (32, 32)
+
+
+def test_a_run_leaves_no_file_of_an_earlier_one(tmp_path, tiny_model, task, monkeypatch):
+    truth, method = replace(task, truth=task.image), SDEdit(SAMPLER, num_samples=2)
+    editor(tiny_model, method).edit_task(truth, tmp_path, 0)
+    (tmp_path / "results.csv").write_text("of the report")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(runner, "save_file", full)
+        with pytest.raises(OSError) as error:
+            editor(tiny_model, method).edit_task(truth, tmp_path, 1)
+        assert "disk is full" in explain(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    editor(tiny_model, SDEdit(SAMPLER)).edit_task(task, tmp_path, 0)
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    edits = {"edits/00_strength-0.7_sample-0.png"}
+    assert names == edits | {"input.png", "reconstruction.png", "tensors.safetensors", "results.csv"}
+
+
+def test_progress_and_curves(tiny_model, capsys):
+    class Logger:
+        points = []
+
+        def scalars(self, *point):
+            self.points.append(point)
+
+    run = TaskRun(Counted(tiny_model), 0, TuningCache(enabled=False), {}, Logger())
+    for i in run.progress("tuning")(range(3)):
+        run.scalar("tuning", i, loss=1 / (i + 1))
+    assert run.curves == {"tuning": {"loss": [1, 1 / 2, 1 / 3]}}
+    assert Logger.points[1] == ("tuning", 1, {"loss": 0.5})
+    assert "tuning" in (told := capsys.readouterr().err) and "loss=" in told
+
+
+def test_the_code_of_a_tuning_is_that_of_its_method_and_parts():
+    from methods.inversion import NullText
+
+    names = {file.name for file in runner.files_of(PromptToPrompt(Sampler(), NullText()))}
+    assert names == {"prompt_to_prompt.py", "inversion.py", "base.py"}
+    names = {file.name for file in runner.files_of(Imagic(Sampler()))}
+    assert names == {"imagic.py", "imagic_extras.py", "lora.py", "base.py"}  # and not sdedit.py, which is loaded too
+
+
+# All tasks.
+
+ENTRIES = [Entry(f"t{i}", f"prompt {i}", category="ab"[i % 2], image=Path(f"{i}.png")) for i in range(6)]
+SETTINGS = {"method": {"eta": 0.6}, "task": {"path": "x", "limit": None}, "seed": 0, "device": "cpu"}
+
+
+class Edit:
+    """Stands in for an edit: counts its tasks, and fails for the `broken` ones."""
+
+    def __init__(self, broken=(), error=lambda name: ValueError(f"{name} is broken")):
+        self.broken, self.error, self.given = broken, error, []
+
+    def __call__(self, entry, place, seed):
+        self.given.append((entry.name, seed))
+        if entry.name in self.broken:
+            raise self.error(entry.name)
+        row = {"task": entry.name, "method": "m", "left_out": {"lpips": "off"}}
+        return [row | {"sample": i, "psnr": int(entry.name[1:]) + i / 2, "file": f"{i}.png"} for i in range(2)], {}
+
+    @property
+    def names(self):
+        return [name for name, _ in self.given]
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """What `report.write` was given, in its place: (tasks, rows, tasks with edits, failed rows)."""
+    calls = []
+
+    def write(folder, rows, tasks, curves=None):
+        failed = int(rows["error"].notna().sum()) if "error" in rows else 0
+        calls.append((tasks, len(rows), rows[rows["psnr"].notna()]["task"].nunique() if "psnr" in rows else 0, failed))
+        return "the table"
+
+    monkeypatch.setattr(report, "write", write)
+    return calls
+
+
+def run(folder, edit=None, shard=None, settings=SETTINGS, entries=ENTRIES, **more):
+    return runner.edit_all(Tasks(entries, shard=shard), folder, edit or Edit(), 7, settings, **more)
+
+
+def test_every_task_has_its_rows_and_a_seed_of_its_own(tmp_path, reports):
+    edit = Edit()
+    rows = run(tmp_path, edit)
+    assert [(row["task"], row["sample"]) for row in rows[:3]] == [("t0", 0), ("t0", 1), ("t1", 0)]
+    assert rows[2]["file"] == "t1/0.png" and rows[2]["category"] == "b" and rows[2]["prompt"] == "prompt 1"
+    assert edit.given == [(f"t{i}", runner.task_seed(7, f"t{i}")) for i in range(6)]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    assert reports == [(6, 12, 6, 0)]
+    assert runner.task_seed(0, "colour_00") == 320021889  # for ever, so that results can be made again
+
+
+def test_a_failure_is_a_row_and_tried_again_after_those_never_tried(tmp_path, reports, capsys):
+    run(tmp_path, Edit({"t1", "t4"}))
+    assert reports[-1] == (6, 10, 4, 2)
+    told = capsys.readouterr()
+    assert "t4 failed: ValueError: t4 is broken" in told.err and f"hydra.run.dir={tmp_path}" in told.out
+    assert "Traceback" in (tmp_path / "t1" / "error.txt").read_text()
+    again = Edit()
+    rows = run(tmp_path, again, entries=[*ENTRIES, Entry("t6", "new")])
+    assert again.names == ["t6", "t1", "t4"] and len(rows) == 14 and not any("error" in row for row in rows)
+    assert list(dict.fromkeys(row["task"] for row in rows)) == [f"t{i}" for i in range(7)]
+    assert "hydra.run.dir" not in capsys.readouterr().out
+
+
+def test_the_same_error_again_and_again_ends_the_run(tmp_path, reports):
+    edit = Edit({f"t{i}" for i in range(1, 6)}, lambda name: RuntimeError("the GPU is gone"))
+    with pytest.raises(InputError, match="the GPU is gone"):
+        run(tmp_path, edit)
+    assert edit.names == ["t0", "t1", "t2", "t3"] and reports == [(6, 5, 1, 3)]
+
+
+def test_ctrl_c_loses_only_the_task_at_work(tmp_path, reports):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Edit({"t3"}, lambda name: KeyboardInterrupt()))
+    assert reports == [(6, 6, 3, 0)]
+    rest = Edit()
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"task": "t3", "psn')  # and a process that is killed, less than the line that it writes
+    (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "\n")
+    assert len(run(tmp_path, rest)) == 12 and rest.names == ["t3", "t4", "t5"]
+
+
+def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
+    """Names may be line numbers, so a list that was changed has other tasks of the same names."""
+    run(tmp_path)
+    changes = {"prompt": "other"}, {"source_prompt": "s"}, {"category": "c"}, {"image": Path("a")}, {"truth": Path("a")}
+    changed = [ENTRIES[0], *(replace(entry, **change) for entry, change in zip(ENTRIES[1:], changes, strict=True))]
+    again = Edit()
+    rows = run(tmp_path, again, entries=changed)
+    assert again.names == ["t1", "t2", "t3", "t4", "t5"] and len(rows) == 12 and rows[2]["prompt"] == "other"
+
+
+def test_shares_of_a_folder_merge(tmp_path, reports):
+    edits = [Edit() for _ in range(3)]
+    rows = [run(tmp_path, edit, shard=f"{i}/3") for i, edit in enumerate(edits)]
+    assert [edit.names for edit in edits] == [["t0", "t3"], ["t1", "t4"], ["t2", "t5"]]
+    assert rows[-1] == run(tmp_path / "whole") and reports[2] == (6, 12, 6, 0)
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"rows-0.jsonl", "rows-1.jsonl", "rows-2.jsonl"}
+    idle = Edit()
+    run(tmp_path, idle)
+    assert idle.names == []
+
+
+def test_a_folder_is_not_continued_with_other_settings(tmp_path, reports):
+    run(tmp_path)
+    for change in ({"method": {"eta": 0.7}}, {"seed": 1}, {"sampler": {"steps": 5}}, {"weights": "other"}):
+        with pytest.raises(InputError, match="other settings"):
+            run(tmp_path, settings=SETTINGS | change)
+    same = {"device": "cuda", "task": {"path": "x", "limit": 3, "shard": "0/2"}, "logger": {"mode": "online"}}
+    run(tmp_path, settings=SETTINGS | same)  # where it runs, and which tasks are chosen, make no other results
+
+
+def test_the_objective_is_a_mean_over_edits(tmp_path, reports):
+    rows = run(tmp_path, wanted=["psnr"])
+    assert runner.objective(["psnr"], rows) == 2.75 and runner.objective([], rows) is None
+    assert runner.objective(["psnr", "sample"], rows) == [2.75, 0.5]
+    with pytest.raises(InputError, match="off"):
+        runner.objective(["lpips"], rows)
+    with pytest.raises(InputError, match="1 tasks failed"):
+        runner.objective(["psnr"], [*rows, {"task": "t9", "error": "x"}])
+    unknown = Edit({"t0"})  # a broken first task does not end the run, an unknown metric does, once it can be known
+    with pytest.raises(InputError, match="psnrr"):
+        run(tmp_path / "unknown", unknown, wanted=["psnrr"])
+    assert unknown.names == ["t0", "t1"]
