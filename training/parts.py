@@ -12,7 +12,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from metrics import psnr
+from evaluation.metrics import psnr
 from models.checkpoints import export_part
 from models.latent_diffusion import LatentDiffusion
 from models.text import BEGIN, END, UNKNOWN, Clip
