@@ -19,9 +19,9 @@ stage() { # name, seconds, command
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-stage "GPU tests" 140 "$python" -m pytest -q tests -m gpu
-stage "attention" 90 "$python" -m benchmarks.attention
-stage "steps" 130 "$python" -m benchmarks.unet --models sd15 --modes eager graph
-stage "steps, shipped model" 50 "$python" -m benchmarks.unet --models openmoji64 --modes eager graph
-stage "steps, compiled" 160 "$python" -m benchmarks.unet --models sd15 --steps guided --modes compiled
+stage "GPU tests" 200 "$python" -m pytest -q tests/test_gpu.py tests/test_fused_attention.py
+stage "attention" 70 "$python" -m benchmarks.attention
+stage "steps" 100 "$python" -m benchmarks.unet --models sd15 --modes eager graph
+stage "steps, shipped model" 40 "$python" -m benchmarks.unet --models openmoji64 --modes eager graph
+stage "steps, compiled" 150 "$python" -m benchmarks.unet --models sd15 --steps guided --modes compiled
 exit $failed
