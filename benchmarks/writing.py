@@ -1,4 +1,4 @@
-"""How every benchmark names the machine and keeps what it found: a table to read and JSON to compute with."""
+"""How every benchmark names the machine and stores its results: a table to read and JSON to compute with."""
 
 import json
 import platform
@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-
-from files import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,21 +29,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def results(name: str, ending: str) -> Path:
     """Where the results called `name` lie: benchmarks/results/NAME.md or .json."""
-    stem = re.sub(r"\W+", "-", name).strip("-").lower()
-    return RESULTS / f"{stem}.{ending}"
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.{ending}"
 
 
 def kept(name: str, about: str) -> dict:
-    """The data of an earlier run under that name, if it was made by `about`, its "machine"; else an empty dict."""
+    """The data of an earlier run under that name, if its "machine" is `about`; else an empty dict."""
     path = results(name, "json")
     data = json.loads(path.read_text()) if path.exists() else {}
     return data if data.get("machine") == about else {}
 
 
-def keep(name: str, text: str, data: dict | None = None) -> None:
-    """Write `text` to NAME.md and `data`, where there is any beyond it, to NAME.json."""
+def keep(name: str, text: str, data: dict) -> None:
+    """Write `text` to NAME.md and `data` to NAME.json."""
     RESULTS.mkdir(exist_ok=True)
-    for ending, content in {"md": text, "json": data and json.dumps(data, indent=1) + "\n"}.items():
-        if content:
-            with whole_file(results(name, ending)) as partial:
-                Path(partial).write_text(content)
+    results(name, "md").write_text(text)
+    results(name, "json").write_text(json.dumps(data, indent=1) + "\n")
