@@ -38,17 +38,17 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     import torch
     from hydra.utils import instantiate
 
-    import models.attention
+    import models
     from data.images import check_size, find
     from data.tasks import Entry
-    from models.placement import choose_channels_last, choose_device, choose_dtype, keep_memory
+    from models.attention import why_not_fused
+    from models.device import choose_channels_last, choose_device, choose_dtype
     from reporting import benchmark, objective
     from reporting.logger import WandbLogger
     from reporting.reporter import RunReporter
 
     device = choose_device(cfg.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: the cards in turn
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = choose_dtype(cfg.dtype, device)
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)
@@ -62,31 +62,27 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     metrics, wanted = instantiate(cfg.metrics), objective.names(cfg.objective)
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
-    ema, slices = cfg.model.get("ema"), cfg.model.get("vae_slices", 1)
+    ema = cfg.model.get("ema")
     if ema not in (None, True, False):
         raise InputError(f"model.ema is {ema}: choose null, true or false")
-    if not isinstance(slices, int) or slices < 1:
-        raise InputError(f"model.vae_slices is {slices}: it must be a whole number, 1 or more")
     # On CUDA the same seed gives the same bytes (with attention=fused, where timing chose the same block sizes): an
     # operation that cannot give them raises. (With warn_only=True the backward pass of PyTorch's fused attention would
     # quietly use its faster kernel, which cannot.)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs, which costs a pass over each tensor
-    if cfg.attention == "fused" and (reason := models.attention.why_not_fused(device)):
+    if cfg.attention == "fused" and (reason := why_not_fused(device)):
         raise InputError(reason)
-    models.attention.set_backend(cfg.attention)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     weights = find(cfg.model.weights)
     if arch is None and not (weights / "config.json").exists() and weights.exists():
         warnings.warn(f"{weights} comes with the settings for another model: name its kind, model=sd15", stacklevel=1)
     model = models.load(weights, arch=arch, device=device, dtype=dtype, ema=ema)
+    model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.unet.compile()
-    keep_memory()  # not before: what loading leaves behind would be kept too
-    model.autoencoder.slices = slices
     kernels = [cfg.attention, channels_last, cfg.compile]
     multiple = model.autoencoder.downsampling * model.unet.downsampling
     size = model.image_size if cfg.size is None else cfg.size

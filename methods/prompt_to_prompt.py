@@ -31,7 +31,7 @@ from methods.base import (
     source_latent,
     to_image,
 )
-from models.attention import Hook, attention, attention_map, hooked
+from models.attention import Hook, attention, attention_map
 from samplers import Sampler, ddim, guided
 
 # Larger self-attention maps are left alone, as in the code of null-text inversion and of PnP inversion;
@@ -90,7 +90,7 @@ class PromptToPrompt:
                 for i in reporter.progress(range(steps), "editing", steps):
                     if i == 0 or nulls[i] is not nulls[i - 1]:  # a denoiser projects its texts once
                         denoise = guided(model, prompts, nulls[i], self.guidance_scale)
-                    with hooked(self.control(i / steps, *tables)):
+                    with model.unet.attention.hooked(self.control(i / steps, *tables, model.unet.attention.backend)):
                         eps = denoise(x, int(trajectory.timesteps[i]))
                     x = ddim.step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1])
                     x = self.rectified(x, recording.latents[i + 1])
@@ -112,7 +112,7 @@ class PromptToPrompt:
         """The branches' latents after a step, x (2, c, h, w); `recorded` is what the inversion passed there."""
         return x
 
-    def control(self, done: float, words: Tensor, own: Tensor, factors: Tensor) -> Hook:
+    def control(self, done: float, words: Tensor, own: Tensor, factors: Tensor, backend: str = "auto") -> Hook:
         """Edit(M_t, M*_t, t) of algorithm 1, for the step after a share `done` of them: what the attention layers give
         for batches that end in (source, target), both with their text; what comes before, without it, is left alone.
 
@@ -122,14 +122,14 @@ class PromptToPrompt:
 
         def hook(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> Tensor | None:
             if cross and done < self.cross_replace:
-                out = attention(q, k, v)
+                out = attention(q, k, v, backend)
                 of_source, of_target = attention_map(q[-2:], k[-2:])  # (heads, N, L)
                 edited = (of_source @ words + of_target * own) * factors
                 out[-1] = edited @ v[-1].float()
                 return out
             if not cross and done < self.self_replace and q.shape[-2] <= SELF_PLACES:
                 q, k = (torch.cat([x[:-1], x[-2:-1]]) for x in (q, k))
-                return attention(q, k, v)
+                return attention(q, k, v, backend)
             return None
 
         return hook

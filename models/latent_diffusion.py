@@ -79,11 +79,11 @@ class LatentDiffusion(nn.Module):
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.autoencoder.decode(z)
+        return self.autoencoder.decode(z.to(self.device, self.dtype))
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> hidden states (B, L, C) that condition the UNet."""
-        return self.text(prompts)
+        return self.text(prompts).to(self.dtype)
 
     def project_context(self, context: Tensor) -> ProjectedContext:
         """Hidden states -> keys and values for every layer of the UNet, to be reused over steps."""
@@ -92,8 +92,10 @@ class LatentDiffusion(nn.Module):
     def predict_noise(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
         """Epsilon (B, c, h, w) for the noisy latents x at timestep t (scalar or (B,)), whatever the UNet outputs."""
         self.evaluations += len(x)
-        t = torch.as_tensor(t, device=x.device)  # a compiled network would be compiled anew for each number
-        out = self.unet(x, t, context)
+        # The network takes t as a tensor (compiled, it would be compiled again for each number), the schedule as it is:
+        # neither copies to a GPU nor reads from one, so that no step waits for the device.
+        steps = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+        out = self.unet(x, steps, context)
         return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
 
 

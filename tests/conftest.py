@@ -21,7 +21,6 @@ TINY = {
         "num_res_blocks": 1,
         "num_head_channels": 16,
         "context_dim": 32,
-        "use_linear_projection": True,
     },
     "vae": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "patch": 2, "scale_factor": 1.0},
     "text": {"width": 32, "heads": 2, "layers": 2, "context_length": 24, "embed_dim": 32},
