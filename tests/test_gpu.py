@@ -7,7 +7,7 @@ import models
 from data.tasks import EditTask
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
-from models.attention import attention, use_backend
+from models.attention import attention
 from samplers import Sampler
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +56,17 @@ def test_replay_is_exact_in_bfloat16(on_gpu):
     model = on_gpu(torch.bfloat16)
     result = DirectInversion(Sampler(steps=5), edit_strength=0.0).edit(model, task_on(model))
     assert result.metrics["replay_error"] < 1e-9
+
+
+def test_a_step_does_not_wait_for_the_device(on_gpu):
+    model = on_gpu(torch.float32)
+    x, context = torch.randn(2, *model.latent_shape, device="cuda"), model.encode_text(["a cat", "a dog"])
+    model.predict_noise(x, 500, context)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.predict_noise(x, 501, context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ‖actual - exact‖ / ‖exact‖, as in test_fused_attention.py: a few units in the last place, float32's for long sums
@@ -132,8 +143,8 @@ def test_the_unet_agrees_with_every_backend(on_gpu):
     context = model.encode_text(["a cat", "a red heart"])
     outputs = []
     for backend in ("fused", "reference"):
-        with use_backend(backend):
-            outputs.append(model.unet(x, 500, context))
+        model.unet.attention.backend = backend
+        outputs.append(model.unet(x, 500, context))
     torch.testing.assert_close(*outputs, atol=1e-2, rtol=1e-2)
 
 

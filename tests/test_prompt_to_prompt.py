@@ -1,5 +1,6 @@
 """Prompt-to-Prompt and the three inversions edited by it: words, maps, and what each source branch returns to."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,6 @@ from methods.negative_prompt import NegativePrompt
 from methods.null_text import NullText
 from methods.pnp_inversion import PnPInversion
 from methods.prompt_to_prompt import PromptToPrompt, word_factors, word_map
-from models import attention
 from samplers import Sampler
 
 METHODS = [PromptToPrompt, NegativePrompt, NullText, PnPInversion]
@@ -37,38 +37,6 @@ def made(kind=PromptToPrompt, steps=4, **settings):
 
 def close(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
-# The hook in the attention layers.
-
-
-def test_a_hook_is_asked_by_every_layer_and_may_decline(tiny_model):
-    x, context = torch.randn(2, 4, 8, 8), tiny_model.encode_text(["a cat", "a dog"])
-    plain, seen = tiny_model.unet(x, 3, context), []
-    with attention.hooked(lambda q, k, v, cross: seen.append((cross, q.shape[-2], k.shape[-2]))):
-        assert torch.equal(tiny_model.unet(x, 3, context), plain)
-    layers = [m for m in tiny_model.unet.modules() if isinstance(m, attention.SelfAttention | attention.CrossAttention)]
-    assert len(seen) == len(layers) and [cross for cross, *_ in seen] == [False, True] * (len(layers) // 2)
-    assert all(keys == (context.shape[1] if cross else places) for cross, places, keys in seen)
-    assert {places for _, places, _ in seen} == {64, 16}
-    with attention.hooked(lambda q, k, v, cross: torch.zeros_like(q)):
-        assert not torch.equal(tiny_model.unet(x, 3, context), plain)
-    with pytest.raises(ZeroDivisionError), attention.hooked(lambda *_: 1 / 0):
-        tiny_model.unet(x, 3, context)
-    assert torch.equal(tiny_model.unet(x, 3, context), plain)
-
-
-def test_a_compiled_network_asks_the_hook_too_and_is_not_compiled_for_it():
-    from torch._dynamo.utils import counters
-
-    model = randomised(models.build(TINY, seed=0))
-    x, context, seen = torch.randn(1, 4, 8, 8), model.encode_text(["a cat"]), []
-    plain = model.unet(x, 3, context)
-    model.unet.compile(backend="eager")
-    counters.clear()
-    with attention.hooked(lambda q, k, v, cross: seen.append(cross)):
-        assert torch.equal(model.unet(x, 3, context), plain)
-    assert seen and not counters["stats"]
 
 
 # Which words take whose maps.
@@ -195,8 +163,9 @@ def test_texts_are_projected_anew_only_where_the_null_text_is_another(tiny_model
 def test_the_backend_is_the_chosen_one_and_makes_no_difference(tiny_model, task):
     results = []
     for backend in ("sdpa", "reference"):
-        with attention.use_backend(backend):
-            results.append(made().edit(tiny_model, task).tensors["edited_latents"])
+        model = copy.deepcopy(tiny_model)
+        model.unet.attention.backend = backend
+        results.append(made().edit(model, task).tensors["edited_latents"])
     close(*results)
 
 
@@ -207,7 +176,7 @@ def test_a_source_prompt_is_needed_and_the_model_is_handed_back(tiny_model, task
     before = tiny_model.fingerprint
     made(kind, steps=2).edit(tiny_model, task)
     assert tiny_model.fingerprint == before and not any(p.requires_grad for p in tiny_model.parameters())
-    assert attention._hook is None
+    assert tiny_model.unet.attention.hook is None
 
 
 @pytest.mark.parametrize(
