@@ -330,7 +330,10 @@ def test_truncated_files(state, tmp_path, suffix, share):
     refused(file)
 
 
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html></html>", b"PK\x03\x04" + bytes(300), b"\x80\x02}q\x00.", bytes(8) + b"{}"])  # fmt: skip
+NO_TENSORS = [b"<!DOCTYPE html><html></html>", b"PK\x03\x04" + bytes(300), b"\x80\x02}q\x00.", bytes(8) + b"{}"]
+
+
+@pytest.mark.parametrize("content", NO_TENSORS)
 def test_files_without_tensors(tmp_path, content):
     (tmp_path / "model.ckpt").write_bytes(content)
     refused(tmp_path / "model.ckpt")
@@ -433,7 +436,8 @@ def test_a_hub_id_is_fetched_once_and_only_in_part(plain, tmp_path, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     same(models.load("org/name@v1"), plain)
-    assert asked == [("org/name", "v1", end) for end in ("cache", "unet/*model.safetensors", "unet/*model*.safetensors")]
+    patterns = ("cache", "unet/*model.safetensors", "unet/*model*.safetensors")
+    assert asked == [("org/name", "v1", pattern) for pattern in patterns]
     asked.clear()
     models.load("org/name")
     assert asked == [("org/name", None, "cache")]
