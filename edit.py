@@ -44,7 +44,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from data.images import check_size, find
     from data.tasks import Entry
     from evaluation import runner
-    from models.placement import choose_channels_last, choose_device, choose_dtype
+    from models.device import choose_channels_last, choose_device, choose_dtype
 
     for name in ("compile", "deterministic"):
         if not isinstance(cfg[name], bool):

@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> bool:
     """Train or evaluate; False if a SIGTERM cut it short."""
     import torch
 
-    from models.placement import choose_device, keep_memory
+    from models.device import choose_device
     from training.logger import TrainingLogger
     from training.loop import Settings, train
     from training.setup import assemble, evaluate
@@ -39,7 +39,6 @@ def run(cfg: DictConfig) -> bool:
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
-    keep_memory()
     settings = Settings(**OmegaConf.to_container(cfg.part.training, resolve=True), seed=cfg.seed)
     with process_group(cfg.device) as (rank, device):
         torch.set_float32_matmul_precision("high")
@@ -57,14 +56,13 @@ def process_group(device_name: str):
     import torch
     import torch.distributed as dist
 
-    from models.placement import choose_device
+    from models.device import choose_device
 
     device = choose_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         yield 0, device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from errors import InputError
 from models.attention import attention
-from models.blocks import Downsample, ResBlock, Upsample, group_norm, norm_silu_conv, zero_init
-from models.layers import Conv2d, Linear
+from models.unet import Downsample, ResBlock, Upsample, group_norm, zero_init
 
 
 class AttentionBlock(nn.Module):
@@ -22,8 +22,8 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
-        self.to_qkv = Linear(channels, 3 * channels)
-        self.to_out = zero_init(Linear(channels, channels))
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
@@ -40,29 +40,28 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(channels)
         self.block_2 = ResBlock(channels, channels, eps=1e-6)
 
-    def forward(self, x: Tensor, slices: int) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x, slices=slices)), slices=slices)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution or none; in this order when iterated. (Were they
-    called from here, the caller would hold the first one's input to the end.)"""
+    """Residual blocks at one resolution, then a change of resolution or none."""
 
     def __init__(self, blocks: list[ResBlock], resample: Downsample | Upsample | None):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.resample = resample
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield from self.block
-        if self.resample:
-            yield self.resample
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
 
 
 class Encoder(nn.Module):
     def __init__(self, in_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
-        self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = ch
         for i, mult in enumerate(ch_mult):
@@ -73,20 +72,20 @@ class Encoder(nn.Module):
             self.down.append(Level(blocks, None if last else Downsample(width, asymmetric=True)))
         self.mid = Middle(width)
         self.norm_out = group_norm(width, eps=1e-6)
-        self.conv_out = Conv2d(width, 2 * z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, slices: int = 1) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for layer in chain.from_iterable(self.down):
-            h = layer(h, slices=slices)
-        return norm_silu_conv(self.norm_out, self.conv_out, self.mid(h, slices), slices)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
     def __init__(self, out_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
         width = ch * ch_mult[-1]
-        self.conv_in = Conv2d(z_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
         self.mid = Middle(width)
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
@@ -96,22 +95,20 @@ class Decoder(nn.Module):
             levels.append(Level(blocks, Upsample(width) if i > 0 else None))
         self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest
         self.norm_out = group_norm(width, eps=1e-6)
-        self.conv_out = Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, slices: int = 1) -> Tensor:
-        h = self.mid(self.conv_in(z), slices)
-        for layer in chain.from_iterable(reversed(self.up)):
-            h = layer(h, slices=slices)
-        return norm_silu_conv(self.norm_out, self.conv_out, h, slices)
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Autoencoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, z_channels, H/f, W/f), f = patch * 2 ** (levels - 1), and back.
 
     `patch` folds patch x patch pixels into channels before the first convolution, which saves the costly work at
-    full resolution; Stable Diffusion has 1. `scale_factor` brings latents to about unit variance. With `slices`
-    above 1 the networks work through one image at a time, each in that many horizontal strips: less memory, more
-    time, and the same result up to rounding.
+    full resolution; Stable Diffusion has 1. `scale_factor` brings latents to about unit variance.
     """
 
     def __init__(
@@ -128,17 +125,16 @@ class Autoencoder(nn.Module):
             raise InputError(f"vae.scale_factor is {scale_factor!r}: it must be a number above 0")
         self.patch, self.scale_factor, self.z_channels = patch, scale_factor, z_channels
         self.downsampling = patch * 2 ** (len(ch_mult) - 1)
-        self.slices = 1
         pixels = 3 * patch**2
         self.encoder = Encoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
-        self.quant_conv = Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = Conv2d(z_channels, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         self.decoder = Decoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), unscaled, each (B, z_channels, h, w); log-variance within [-30, 20]."""
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)
-        mean, logvar = self.quant_conv(self._run(self.encoder, x)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -151,10 +147,10 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, z_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        x = self._run(self.decoder, self.post_quant_conv(z / self.scale_factor))
+        x = self.decoder(self.post_quant_conv(z / self.scale_factor))
         return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
-    def _run(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
-        if self.slices == 1:
-            return network(x)
-        return torch.cat([network(one, self.slices) for one in x.split(1)])
+
+# The autoencoder of Stable Diffusion 1.x and 2.x. Later families go below.
+
+KL_F8 = dict(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, scale_factor=0.18215)

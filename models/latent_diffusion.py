@@ -78,11 +78,11 @@ class LatentDiffusion(nn.Module):
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) of any dtype -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.autoencoder.decode(z.to(self.dtype))
+        return self.autoencoder.decode(z.to(self.device, self.dtype))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> one row each, in the model's dtype."""
-        return Conditioning(self.text(prompts))
+        return Conditioning(self.text(prompts).to(self.dtype))
 
     def project(self, conditioning: Conditioning) -> ProjectedContext:
         """Keys and values of the text for every layer of the UNet, to be reused over steps."""

@@ -17,14 +17,14 @@ from errors import InputError
 
 VOCABULARY = 49408  # entries of CLIP's tokenizer: 256 bytes, each inside and at the end of a word, merges, begin, end
 BEGIN, END = VOCABULARY - 2, VOCABULARY - 1
-UNKNOWN = 1  # row of a compact vocabulary that stands for every token it lacks
+UNKNOWN = 1  # every token that a compact vocabulary lacks: a row of its embedding, and an id that it never has
 
 
 class TextEncoder(nn.Module):
     """Prompts to hidden states (B, L, C) of an open_clip text tower, after its final layer norm.
 
-    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is END for 1.x and 0 for
-    2.x and for open_clip itself. `vocabulary`, where given, lists in ascending order the tokenizer's ids that the
+    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is the end token for 1.x ("end")
+    and 0 for 2.x and for open_clip. `vocabulary`, where given, lists in ascending order the tokenizer's ids that the
     tower knows; its embedding then has one row for each, behind a row for padding (0) and one for all other tokens
     (`UNKNOWN`), so that a small model carries no rows that were never trained. Without one, a tower of n embeddings
     knows the first n - 514 of the tokenizer's merges, and begins and ends prompts with n - 2 and n - 1.
@@ -34,15 +34,16 @@ class TextEncoder(nn.Module):
         self,
         tower: nn.Module,  # an open_clip.TextTransformer
         hidden_layer: str = "last",
-        pad_token: int = 0,
+        pad_token: int | str = 0,  # an id, or "end"
         vocabulary: Tensor | None = None,
     ):
         super().__init__()
         if hidden_layer not in ("last", "penultimate"):
             raise InputError(f"text.hidden_layer is {hidden_layer!r}: choose last or penultimate")
-        size = min(tower.vocab_size, VOCABULARY) if vocabulary is None else VOCABULARY  # rows beyond are no words
+        size = min(tower.vocab_size, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
+        pad_token = size - 1 if pad_token == "end" else pad_token
         if not isinstance(pad_token, int) or not 0 <= pad_token < size:
-            raise InputError(f"text.pad_token is {pad_token!r}: it must be a whole number from 0 to {size - 1}")
+            raise InputError(f"text.pad_token is {pad_token!r}: choose end, or a whole number from 0 to {size - 1}")
         self.tower = tower
         self.hidden_layer, self.pad_token = hidden_layer, pad_token
         self.context_length = tower.context_length
@@ -106,7 +107,7 @@ class TextEncoder(nn.Module):
                 "set the weight of the CLIP term to 0"
             )
         end = ids.argmax(dim=-1).to(hidden.device)  # end is the largest id, and argmax takes the first of several
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), end] @ projection
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), end].to(projection.dtype) @ projection
         return F.normalize(pooled.float(), dim=-1)
 
 
@@ -123,7 +124,7 @@ def compact_vocabulary(texts: Sequence[str]) -> Tensor:
     import open_clip
 
     tokenizer = open_clip.SimpleTokenizer()
-    ids = {t for text in texts for t in tokenizer.encode(text)} - {0}
+    ids = {t for text in texts for t in tokenizer.encode(text)} - {0, UNKNOWN}
     return torch.tensor(sorted(ids | {BEGIN, END}))
 
 
@@ -162,7 +163,7 @@ def build_text(
     context_length: int = 77,
     quick_gelu: bool = False,
     hidden_layer: str = "last",
-    pad_token: int = 0,
+    pad_token: int | str = 0,
     embed_dim: int | None = None,
     vocabulary: Tensor | None = None,
 ) -> TextEncoder:
@@ -199,3 +200,10 @@ def build_clip(text: TextEncoder, embed_dim: int, image_size: int, width: int, h
         norm_layer=LayerNorm,
     )
     return Clip(visual, text, image_size)
+
+
+# Named sizes: the text tower of OpenAI's CLIP ViT-L/14 (Stable Diffusion 1.x), and OpenCLIP's ViT-H/14 without its last
+# layer (2.x), which has no part in the states of the second-to-last one. Later families go below.
+
+CLIP_L = dict(width=768, heads=12, layers=12, quick_gelu=True, hidden_layer="last", pad_token="end")
+OPEN_CLIP_H = dict(width=1024, heads=16, layers=23, quick_gelu=False, hidden_layer="last", pad_token=0)

@@ -1,7 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x and 2.x are sizes.
 
 Module names follow the released checkpoints (`input_blocks`, `middle_block`, `output_blocks`), so that weights are
-carried over by the few rules in `models/layouts.py`.
+carried over by the few rules in `models/names.py`. The named sizes stand at the end.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
-from models.attention import CrossAttention, SelfAttention, hooked
-from models.blocks import Downsample, ResBlock, Upsample, group_norm, zero_init
-from models.layers import Conv2d, Linear
+from models.attention import Attention, CrossAttention, SelfAttention
 
 
 @dataclass
@@ -37,13 +35,74 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set all parameters of a last layer to zero, so that its block starts out as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=eps)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))), with a 1x1 convolution on the skip where widths differ.
+
+    (B, in, H, W) -> (B, out, H, W). `time_dim` is the width of the time embedding that is added between the two
+    convolutions, or None for a block without one (the autoencoder's).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.norm2 = group_norm(out_channels, eps)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """`time` (B, time_dim) is the embedding after its SiLU, which all blocks share."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time is not None:
+            h = h + self.time(time)[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """A strided 3x3 convolution: (B, C, H, W) -> (B, C, H/2, W/2).
+
+    The UNet pads all four sides by one; the autoencoder pads right and bottom only (`asymmetric`).
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
 class GEGLU(nn.Module):
     """Feed-forward of Shazeer (2020): (x W) * gelu(x V), with the exact GELU, then a projection back."""
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()
-        self.proj_in = Linear(dim, 2 * mult * dim)
-        self.proj_out = Linear(mult * dim, dim)
+        self.proj_in = nn.Linear(dim, 2 * mult * dim)
+        self.proj_out = nn.Linear(mult * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)
@@ -53,12 +112,12 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention on the text, feed-forward; each on the normalised input, each residual."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int, attention: Attention):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = SelfAttention(dim, heads, head_dim)
+        self.attn1 = SelfAttention(dim, heads, head_dim, attention)
         self.norm2 = nn.LayerNorm(dim)
-        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim, attention)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = GEGLU(dim)
 
@@ -69,40 +128,35 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, (B, C, H, W) -> (B, C, H, W).
+    """Transformer blocks over the pixels of a feature map, residual: (B, C, H, W) -> (B, C, H, W)."""
 
-    `linear` projects in and out with linear layers (Stable Diffusion 2.x) instead of 1x1 convolutions (1.x).
-    """
-
-    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int, depth: int, linear: bool):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int,  # width of the text states
+        depth: int,  # transformer blocks
+        attention: Attention,  # the network's
+        slot: int,  # place of the first block's keys and values in ProjectedContext.kv; the others follow
+    ):
         super().__init__()
-        inner = heads * head_dim
-        self.linear = linear
+        self.slot = slot
         self.norm = group_norm(channels, eps=1e-6)
-        self.proj_in = Linear(channels, inner) if linear else Conv2d(channels, inner, 1)
+        self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, heads, head_dim, context_dim) for _ in range(depth)
+            TransformerBlock(channels, heads, channels // heads, context_dim, attention) for _ in range(depth)
         )
-        self.proj_out = zero_init(Linear(inner, channels) if linear else Conv2d(inner, channels, 1))
+        self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
-        h, w = x.shape[-2:]
-        y = self.norm(x)
-        if not self.linear:
-            y = self.proj_in(y)
-        y = rearrange(y, "b c h w -> b (h w) c")
-        if self.linear:
-            y = self.proj_in(y)
-        for block in self.transformer_blocks:
-            y = block(y, context.kv[block.attn2.index])
-        if self.linear:
-            y = self.proj_out(y)
-        y = rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
-        return x + (y if self.linear else self.proj_out(y))
+        y = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for i, block in enumerate(self.transformer_blocks):
+            y = block(y, context.kv[self.slot + i])
+        return x + rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=x.shape[-2])
 
 
 class Stage(nn.Sequential):
-    """A sequence whose members take what they need: residual blocks the time, transformers the text."""
+    """Sequential that passes the time to residual blocks and the text to transformers."""
 
     def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
         for module in self:
@@ -115,13 +169,6 @@ class Stage(nn.Sequential):
         return x
 
 
-class StandIn:
-    """Until the attention object lands."""
-
-    hooked = staticmethod(hooked)
-    backend = "auto"
-
-
 def at_level(value: int | Sequence[int] | None, level: int) -> int | None:
     return value[level] if isinstance(value, Sequence) else value
 
@@ -129,8 +176,9 @@ def at_level(value: int | Sequence[int] | None, level: int) -> int | None:
 class UNet(nn.Module):
     """x (B, in_channels, h, w), t (B,) or a scalar, context (B, L, context_dim) -> (B, out_channels, h, w).
 
-    h and w must be multiples of 2 ** (levels - 1). What the output means (noise or v) is the model's affair. The
-    switch `gradient_checkpointing` trades a second forward pass for the memory of the activations.
+    h and w must be multiples of 2 ** (levels - 1). The output is raw: noise or v, see `LatentDiffusion.prediction`. The
+    switch `gradient_checkpointing` trades a second forward pass for the memory of the activations. `attention` is
+    shared by all attention layers.
 
     Raises InputError if both or neither of `num_heads` and `num_head_channels` are given.
     """
@@ -147,7 +195,6 @@ class UNet(nn.Module):
         num_head_channels: int | None = None,  # ... or channels per head (Stable Diffusion 2.x: 64)
         transformer_depth: int | Sequence[int] = 1,  # transformer blocks per spatial transformer, likewise
         context_dim: int = 768,  # width of the text states
-        use_linear_projection: bool = False,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
@@ -158,6 +205,7 @@ class UNet(nn.Module):
         self.model_channels = model_channels
         self.downsampling = 2 ** (levels - 1)
         self.gradient_checkpointing = gradient_checkpointing
+        self.attention = Attention()
         time_dim = 4 * model_channels
 
         def res_block(c_in: int, c_out: int) -> ResBlock:
@@ -168,12 +216,15 @@ class UNet(nn.Module):
             depth = at_level(transformer_depth, level)
             if not heads >= 1 or c % heads:
                 raise InputError(f"the UNet's width {c} cannot be split into {heads} heads")
-            return SpatialTransformer(c, heads, c // heads, context_dim, depth, use_linear_projection)
+            slot = sum(isinstance(m, CrossAttention) for m in self.modules())
+            return SpatialTransformer(c, heads, context_dim, depth, self.attention, slot)
 
-        self.time_embed = nn.Sequential(Linear(model_channels, time_dim), nn.SiLU(), Linear(time_dim, time_dim))
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
 
         channels = model_channels
-        self.input_blocks = nn.ModuleList([Stage(Conv2d(in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
@@ -203,18 +254,13 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(Conv2d(channels, out_channels, 3, padding=1))
+            group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
-        for index, layer in enumerate(self._cross_attentions()):
-            layer.index = index
-        self.attention = StandIn()
-
-    def _cross_attentions(self) -> list[CrossAttention]:
-        return [m for m in self.modules() if isinstance(m, CrossAttention)]
 
     def project_context(self, context: Tensor) -> ProjectedContext:
         """Text states (B, L, context_dim) -> keys and values of every layer, to pass as `context` at each step."""
-        return ProjectedContext([layer.project(context) for layer in self._cross_attentions()])
+        layers = [m for m in self.modules() if isinstance(m, CrossAttention)]
+        return ProjectedContext([layer.project(context) for layer in layers])
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
@@ -238,3 +284,25 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             h = run(stage, torch.cat([h, skips.pop()], dim=1))
         return self.out(h)
+
+
+# Named sizes: of Stable Diffusion 1.x and of 2.x (Rombach et al., 2022). Later families go below.
+
+SD1 = dict(
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    channel_mult=[1, 2, 4, 4],
+    num_res_blocks=2,
+    num_heads=8,
+    context_dim=768,
+)
+SD2 = dict(
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    channel_mult=[1, 2, 4, 4],
+    num_res_blocks=2,
+    num_head_channels=64,
+    context_dim=1024,
+)

@@ -1,11 +1,14 @@
 """Shared fixtures: a model small enough that every test can afford it, and the marks for what not every run can."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from threads; subprocesses inherit it
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 if not torch.cuda.is_available():  # fused attention on the CPU: Triton reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,13 +26,37 @@ TINY = {
         "num_res_blocks": 1,
         "num_head_channels": 16,
         "context_dim": 32,
-        "use_linear_projection": True,
     },
     "vae": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "patch": 2, "scale_factor": 1.0},
     "text": {"width": 32, "heads": 2, "layers": 2, "context_length": 24, "embed_dim": 32},
     "vision": {"image_size": 32, "width": 32, "heads": 2, "layers": 2, "patch": 8},
     "schedule": {"kind": "cosine"},
 }
+
+
+# Tiny Stable Diffusion checkpoints with outputs of an independent implementation.
+FIXTURES = Path(__file__).parent / "fixtures"
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def fixture_arch(name):
+    """The sizes of a checkpoint in `FIXTURES`, for `models.load`."""
+    arch = json.loads((FIXTURES / name / "arch.json").read_text())
+    return {section: values for section, values in arch.items() if section != "guidance_scale"}
+
+
+def hub_folder(path, ending=".safetensors"):
+    """sd1_tiny in the hub's layout: its configs, and the single file's tensors under the names of its hub folder."""
+    single, parts = load_file(FIXTURES / "sd1_tiny" / "model.safetensors"), {part: {} for part in WEIGHTS}
+    for line in (FIXTURES / "sd1_tiny" / "hub" / "names.txt").read_text().splitlines():
+        (part, name), key = line.split()[0].split("/"), line.split()[1]
+        linear = part == "vae" and ".attentions." in name and single[key].ndim == 4
+        parts[part][name] = single[key].flatten(1) if linear else single[key]
+    for part, tensors in parts.items():
+        (path / part).mkdir(parents=True)
+        (path / part / "config.json").write_bytes((FIXTURES / "sd1_tiny" / "hub" / part / "config.json").read_bytes())
+        save_file(tensors, path / part / f"{WEIGHTS[part]}{ending}")
+    return path
 
 
 def randomised(model):

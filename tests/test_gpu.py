@@ -72,6 +72,17 @@ def test_replay_is_exact_in_bfloat16(on_gpu):
     assert result.metrics["replay_error"] < 1e-9
 
 
+def test_a_step_does_not_wait_for_the_device(on_gpu):
+    model = on_gpu(torch.float32)
+    x, context = torch.randn(2, *model.latent_shape, device="cuda"), model.encode_text(["a cat", "a dog"])
+    model.predict_noise(x, 500, context)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.predict_noise(x, 501, context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ‖actual - exact‖ / ‖exact‖, as in test_fused_attention.py: a few units in the last place, float32's for long sums
 FUSED_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FUSED_SHAPES = [  # batch, heads, queries, keys, width: Stable Diffusion's, and odd ones

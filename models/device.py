@@ -1,0 +1,66 @@
+"""Where a model computes, in what precision and in what memory layout, from the names that users type."""
+
+import os
+import re
+
+import torch
+
+from errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA where there is a device for it, else the CPU. Under torchrun, auto and cuda are this process's own
+    card: the cards are dealt out in turn, by LOCAL_RANK.
+
+    Raises InputError for a device that is not there, and for other kinds of torch's (mps, xpu, meta).
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    known = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d*))?", str(name))
+    if not known:
+        raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N")
+    # Counted before torch reads the name: it takes cuda:256 for cuda:0.
+    if name != "cpu" and int(known[1] or 0) >= count:
+        raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % count}"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32, bfloat16 or float16. auto: float32 on a CPU; on CUDA bfloat16, or float16 on cards that only emulate it.
+
+    Raises InputError for another name, and for half precision that a CPU has no instructions for.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    name = "float32" if name == "auto" else name
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype={name} is unknown: auto, float32, bfloat16 or float16")
+    if name != "float32" and device.type == "cpu" and not cpu_computes_in(name):
+        raise InputError(f"dtype={name}: this CPU has no instructions for it, and would be slow; choose float32")
+    return getattr(torch, name)
+
+
+def cpu_computes_in(name: str) -> bool:
+    """Whether the CPU multiplies matrices of this half precision by itself, rather than step by step."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return supported[name]()
+
+
+def choose_channels_last(name: str | bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether feature maps lie channels last. auto: on CUDA in half precision, whose convolutions want it.
+
+    Raises InputError for another name.
+    """
+    if name == "auto":
+        return device.type == "cuda" and dtype != torch.float32
+    if not isinstance(name, bool):
+        raise InputError(f"channels_last={name} is unknown: auto, true or false")
+    return name

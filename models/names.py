@@ -1,0 +1,183 @@
+"""Published checkpoints in this project's names: one table of rules for each network and layout.
+
+Two layouts are in use: the single file of the original release, whose keys begin with the network, and the model hub's
+folder, with a sub-folder for each network. A rule is a regular expression and its replacement; a key passes through all
+rules of its table, in order. A name of ours begins with the part that stores it: `unet.`, `autoencoder.` or `clip.`.
+
+A new family takes three steps: named sizes at the end of its networks' files, tables of rules here, and an entry in
+`FAMILIES` with the keys that tell it apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from errors import InputError
+from models.autoencoder import KL_F8
+from models.text import CLIP_L, OPEN_CLIP_H
+from models.unet import SD1, SD2
+
+TRANSFORMER = [
+    (r"\.to_out\.0\.", ".to_out."),
+    (r"\.ff\.net\.0\.proj\.", ".ff.proj_in."),
+    (r"\.ff\.net\.2\.", ".ff.proj_out."),
+]
+UNET = [
+    (r"^model\.diffusion_model\.", "unet."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.", ".skip."),
+    (r"\.0\.op\.", ".0.conv."),
+    *TRANSFORMER,
+]
+HUB_UNET = [
+    (r"^", "unet."),
+    (r"^unet\.conv_in\.", "unet.input_blocks.0.0."),
+    (r"^unet\.conv_norm_out\.", "unet.out.0."),
+    (r"^unet\.conv_out\.", "unet.out.2."),
+    (r"\.time_embedding\.linear_1\.", ".time_embed.0."),
+    (r"\.time_embedding\.linear_2\.", ".time_embed.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle_block.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle_block.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle_block.2."),
+    (r"\.time_emb_proj\.", ".time."),
+    (r"\.conv_shortcut\.", ".skip."),
+    *TRANSFORMER,
+]
+AUTOENCODER = [
+    (r"^first_stage_model\.", "autoencoder."),
+    (r"\.nin_shortcut\.", ".skip."),
+    (r"\.(down|up)sample\.conv\.", ".resample.conv."),
+    (r"\.attn_1\.(q|k|v)\.", r".attn_1.to_\1."),
+    (r"\.attn_1\.proj_out\.", ".attn_1.to_out."),
+]
+HUB_AUTOENCODER = [
+    (r"^", "autoencoder."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
+    (r"\.attn_1\.(?:to_out\.0|proj_attn)\.", ".attn_1.to_out."),
+    (r"\.attn_1\.(q)uery\.|\.attn_1\.(k)ey\.|\.attn_1\.(v)alue\.", r".attn_1.to_\1\2\3."),  # until 2023
+    (r"\.down_blocks\.(\d+)\.", r".down.\1."),
+    (r"\.resnets\.", ".block."),
+    (r"\.(down|up)samplers\.0\.", ".resample."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.conv_shortcut\.", ".skip."),
+]
+CLIP_TEXT = [  # 1.x's single file, and any hub folder
+    (r"^(?:cond_stage_model\.transformer\.)?(?:text_model\.)?", "clip.text.tower."),
+    (r"\.embeddings\.position_embedding\.weight", ".positional_embedding"),
+    (r"\.embeddings\.token_embedding\.", ".token_embedding."),
+    (r"\.final_layer_norm\.", ".ln_final."),
+    (r"\.encoder\.layers\.(\d+)\.", r".transformer.resblocks.\1."),
+    (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.self_attn\.(q|k|v)_proj\.", r".attn.to_\1."),
+]
+OPEN_CLIP_TEXT = [(r"^cond_stage_model\.model\.", "clip.text.tower.")]
+
+SINGLE_FILE = {  # where a key begins like this
+    "model.diffusion_model.": UNET,
+    "first_stage_model.": AUTOENCODER,
+    "cond_stage_model.transformer.": CLIP_TEXT,
+    "cond_stage_model.model.": OPEN_CLIP_TEXT,
+}
+HUB = {"unet": HUB_UNET, "vae": HUB_AUTOENCODER, "text_encoder": CLIP_TEXT}  # by sub-folder
+HUB_SIZES = {  # sub-folder -> (our section of the config, the hub's names and ours)
+    "unet": ("unet", {
+        "in_channels": "in_channels", "out_channels": "out_channels", "layers_per_block": "num_res_blocks",
+        "cross_attention_dim": "context_dim", "transformer_layers_per_block": "transformer_depth",
+    }),
+    "vae": ("vae", {
+        "layers_per_block": "num_res_blocks", "latent_channels": "z_channels", "scaling_factor": "scale_factor",
+    }),
+    "text_encoder": ("text", {
+        "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+        "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+    }),
+}  # fmt: skip
+STACKS = [  # the files keep q, k and v apart, and the networks multiply them in one product
+    (r"(.*\.(?:attn1|attn_1)\.)to_([qkv])\.(.*)", r"\1to_qkv.\3", "qkv"),
+    (r"(.*\.attn2\.)to_([kv])\.(.*)", r"\1to_kv.\3", "kv"),
+    (r"(.*\.attn\.)to_([qkv])\.(.*)", r"\1in_proj_\3", "qkv"),
+]
+# The losses of training, constants, and CLIP's head, which conditioning does not use.
+NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|text_projection(\.weight)?)$"
+
+
+def from_single_file(key: str) -> str | None:
+    """Our name for a key of a single file; None for one outside the networks."""
+    rules = next((rules for prefix, rules in SINGLE_FILE.items() if key.startswith(prefix)), None)
+    return None if rules is None or re.search(NO_WEIGHTS, key) else renamed(key, rules)
+
+
+def from_hub(folder: str, key: str, sizes: Mapping[str, Any]) -> str | None:
+    """Our name for a key of one of the hub's sub-folders. `sizes` of the whole model: the folder numbers blocks within
+    levels, and its decoder's levels from the coarsest; ours are numbered one after the other, and from the finest."""
+    if re.search(NO_WEIGHTS, key):
+        return None
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", key):
+        key = unet_block(*match.groups(), sizes["unet"]) + key[match.end() :]
+    if match := re.match(r"decoder\.up_blocks\.(\d+)\.", key):
+        key = f"decoder.up.{len(sizes['vae']['ch_mult']) - 1 - int(match[1])}.{key[match.end() :]}"
+    return renamed(key, HUB[folder])
+
+
+def unet_block(way: str, level: str, kind: str, number: str, sizes: Mapping[str, Any]) -> str:
+    """With n residual blocks, a level takes n + 1 places on the way down, the last one a downsampling, and n + 1 on the
+    way up, where upsampling comes after the residual block and the transformer."""
+    n, level, blocks = int(number), int(level), sizes["num_res_blocks"]
+    place, layer = level * (blocks + 1) + n, int(kind == "attentions")
+    if way == "down":
+        return f"input_blocks.{place + 1 + (blocks if kind == 'downsamplers' else 0)}.{layer}."
+    if kind == "upsamplers":
+        from_finest = len(sizes["channel_mult"]) - 1 - level
+        place, layer = place + blocks, 1 + (from_finest in sizes["attention_levels"])
+    return f"output_blocks.{place}.{layer}."
+
+
+def renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def stacked(name: str) -> tuple[str, int, int]:
+    """(name of the stack, place in it, number of its members), as (attn1.to_qkv.weight, 1, 3) for attn1.to_k.weight;
+    (name, 0, 1) for a tensor that stands alone."""
+    for pattern, target, letters in STACKS:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(target), letters.index(match[2]), len(letters)
+    return name, 0, 1
+
+
+FAMILIES = {  # by the keys of its text encoder in a single file
+    "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
+    "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
+}
+FOREIGN = [  # (a pattern of keys, the file's kind); the first that fits is named
+    (r"lora|hada_w|lokr_", "a LoRA, which adds to a model"),
+    (r"^conditioner\.embedders\.", "an SDXL, which is not supported"),
+    (r"joint_blocks\.|double_blocks\.|add_q_proj\.", "a diffusion transformer such as SD3, which is not supported"),
+    (r"^(conv_in|down_blocks|text_model|encoder|decoder|text\.tower|visual|input_blocks)\.", "one part of a model"),
+]
+
+
+def family(keys: Iterable[str]) -> dict[str, Any]:
+    """The sizes of the family that a single file with these keys belongs to. Raises InputError for other files."""
+    keys = list(keys)
+    for prefix, sizes in FAMILIES.items():
+        wanted = ("model.diffusion_model.input_blocks.", "first_stage_model.", prefix)
+        if all(any(key.startswith(start) for key in keys) for start in wanted):
+            return sizes
+    kinds = (kind for pattern, kind in FOREIGN if any(re.search(pattern, key) for key in keys))
+    kind = next(kinds, f"no Stable Diffusion: its keys are {', '.join(sorted(keys)[:3])}")
+    raise InputError(f"it seems to be {kind}; give a whole Stable Diffusion 1.x or 2.x, as a file or a folder")
