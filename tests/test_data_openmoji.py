@@ -125,7 +125,7 @@ def test_a_caption_names_what_is_drawn(library, seed):
     ground = (pixels == np.array(BACKGROUNDS[scene.background])).all(-1)
     assert 0.02 < ground.mean() < 0.99
     if (scene.size == "small" or len(scene.pictures) == 2) and not scene.tilt:  # what is small ends before the frame
-        assert np.concatenate([ground[0], ground[-1], ground[:, 0], ground[:, -1]]).mean() > 0.8
+        assert np.concatenate([ground[0], ground[-1], ground[:, 0], ground[:, -1]]).mean() > 0.7
 
 
 def test_line_drawings_have_no_colour(library):

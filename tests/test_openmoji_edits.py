@@ -14,7 +14,7 @@ from data.openmoji_edits import SIDE, OpenMojiEdits, read_scene
 from errors import InputError
 
 LISTS = {"openmoji_edits_v1": 30, "openmoji_edits_tuning": 6}  # edits of each kind
-KINDS = "object attribute colour background style pose expression identity size position".split()
+KINDS = ["object", "attribute", "colour", "background", "style", "pose", "expression", "identity", "size", "position"]
 
 
 def read(name):
