@@ -63,7 +63,7 @@ def open_upright(path: str | Path) -> Image.Image:
     with opened(path) as image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)  # alone: the other entries may be malformed
-        upright = image.transpose(TURNS[orientation]) if orientation in TURNS else image.copy()
+        upright = image.transpose(TURNS[orientation]) if orientation in TURNS else image
         upright.format = image.format
         return upright
 
@@ -90,7 +90,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         if mode and "sRGB" not in ImageCms.getProfileDescription(profile):
             srgb = ImageCms.createProfile("sRGB")
             return ImageCms.profileToProfile(image.convert(mode), profile, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, TypeError):  # a broken profile says nothing
+    except (ImageCms.PyCMSError, OSError, TypeError):  # a broken profile is ignored
         pass
     return image.convert("RGB")
 
@@ -107,7 +107,8 @@ def open_mask(path: str | Path) -> Image.Image:
         pixels = np.asarray(image.convert("RGBA"))
         inside = (pixels[..., :3].max(-1) > (127 if image.format == "JPEG" else 0)) & (pixels[..., 3] > 0)
     if inside.all() or not inside.any():
-        warnings.warn(f"the mask {path} is {'full' if inside.any() else 'empty'}: paint only the edit", stacklevel=2)
+        extent = "full: every" if inside.any() else "empty: no"
+        warnings.warn(f"the mask {path} is {extent} pixel is painted", stacklevel=2)
     return Image.fromarray(inside.astype(np.uint8) * 255)
 
 

@@ -1,7 +1,6 @@
 """OpenMoji scenes: an endless, deterministic stream of small pictures with captions.
 
-A scene is one or two OpenMoji pictures (CC BY-SA 4.0) on a coloured ground. Its caption says what was drawn, in the
-grammar
+A scene is one or two OpenMoji pictures (CC BY-SA 4.0) on a coloured ground. Its caption describes it, in the grammar
 
     ["a line drawing of"] a [small|large] NAME [facing right] [, SKIN skin tone] [, tilted to the left|right]
     [at the top left|...] [and|above a NAME ...] [on a COLOUR background]
@@ -19,7 +18,7 @@ import io
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -119,20 +118,6 @@ def sized(phrase: str, size: str) -> str:
     """Add an adjective: "an apple" -> "a small apple", "red gloves" -> "small red gloves"."""
     article, noun = re.fullmatch(r"(an? |the |)(.*)", phrase).groups()
     return f"{article.replace('an', 'a')}{size} {noun}" if size else phrase
-
-
-def vocabulary_captions() -> list[str]:
-    """Captions that together hold every word that the grammar can produce, held-out concepts included."""
-    pictures = read_pictures()
-    captions = [caption(Scene((p,)), alias=n) for p in pictures for n in range(len(p.phrases))]
-    captions += [caption(Scene((p,), line=True)) for p in pictures]
-    first = pictures[0]
-    captions += [caption(Scene((first,), background=name)) for name in BACKGROUNDS]
-    captions += [caption(Scene((first,), size="small", position=name)) for name in POSITIONS]
-    captions += [caption(Scene((first,), tilt=side)) for side in ("left", "right")]
-    captions += [caption(Scene((first,), size="large", mirrored=True))]
-    captions += [caption(Scene((first, first), stacked=stacked)) for stacked in (False, True)]
-    return sorted(set(captions))
 
 
 # ----------------------------------------------------------------------------------------------- library
@@ -263,7 +248,7 @@ def cache_folder() -> Path:
 def load_library(size: int = 64) -> Library:
     """The library for scenes of `size` x `size` pixels, its drawings mapped from the cache.
 
-    Renders them first where the cache has none. Raises InputError if that fails for want of packages or of space.
+    Renders them first where the cache has none. Raises InputError where that lacks a package.
     """
     pictures = read_pictures()
     key = hashlib.sha256(f"{RECIPE} {MARGIN} {size} ".encode() + TABLE.read_bytes()).hexdigest()[:12]
@@ -278,17 +263,12 @@ def load_library(size: int = 64) -> Library:
 
 def _save(path: Path, array: np.ndarray) -> None:
     """Write the file whole or not at all, also where other processes write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             np.save(file, array)
         os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"rendered pictures cannot be kept in {path.parent} ({error.strerror or error}): "
-            "set PALIMPSEST_CACHE to a folder with 150 MB to spare"
-        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -363,5 +343,14 @@ class OpenMoji:
         return {"image": load_library(self.size).image(scene), "caption": text, "concept": scene.pictures[0].base}
 
     def vocabulary(self) -> list[str]:
-        """Texts that hold every word of every caption, those of the other split included."""
-        return vocabulary_captions()
+        """Captions that together hold every word that the grammar can produce, held-out concepts included."""
+        pictures = load_library(self.size).pictures
+        plain = Scene((pictures[0],))
+        scenes = [Scene((p,), line=True) for p in pictures]
+        scenes += [replace(plain, background=name) for name in BACKGROUNDS]
+        scenes += [replace(plain, size="small", position=words) for words in POSITIONS]
+        scenes += [replace(plain, tilt=side) for side in ("left", "right")]
+        scenes += [replace(plain, size="large", mirrored=True)]
+        scenes += [Scene(plain.pictures * 2, stacked=stacked) for stacked in (False, True)]
+        names = [caption(Scene((p,)), alias=n) for p in pictures for n in range(len(p.phrases))]
+        return sorted({*names, *map(caption, scenes)})

@@ -340,6 +340,7 @@ def test_a_list_is_edited_like_its_pictures_one_by_one(user, tmp_path, monkeypat
     assert "broken.png" in rows["broken"]["error"] and "\n" not in rows["broken"]["error"]
     assert rows["dog"]["psnr_to_truth"] and not rows["cat"]["psnr_to_truth"] and rows["cat"]["category"] == "colour"
     assert (folder / "dog" / "truth.png").exists() and (folder / "dog" / "sheet.png").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
     one = tmp_path / "one"
     edit(user, one, *noisy, f"image={user / 'cat.png'}", "prompt=a red cat", f"seed={rows['cat']['seed']}")
     file = rows["cat"]["file"].removeprefix("cat/")

@@ -1,4 +1,4 @@
-"""The OpenMoji stream: a caption says what the picture shows, and training never sees what is held out."""
+"""The OpenMoji stream: captions describe the pictures, and training never sees a concept that is held out."""
 
 import hashlib
 import re
@@ -85,18 +85,6 @@ def test_a_rendered_cache_needs_no_package_and_is_rebuilt_when_damaged(few, tmp_
             assert np.abs(pair[0] - pair[1]).mean() < 2
 
 
-@rendered
-def test_a_full_disk_leaves_nothing_half_written(few, tmp_path, monkeypatch):
-    def full(file, array):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(InputError, match="PALIMPSEST_CACHE"):
-        few()
-    assert not list((tmp_path / "cache").iterdir())
-
-
 def test_held_out_concepts_are_never_trained_on_but_each_word_is(library):
     train, heldout = (set(library.concepts[split]) for split in ("train", "heldout"))
     assert not train & heldout and 0.05 < len(heldout) / len(train | heldout) < 0.08
@@ -124,18 +112,8 @@ def test_a_caption_names_what_is_drawn(library, seed):
         assert scene.line or not picture.skin or f", {picture.skin} skin tone" in text
     ground = (pixels == np.array(BACKGROUNDS[scene.background])).all(-1)
     assert 0.02 < ground.mean() < 0.99
-    if (scene.size == "small" or len(scene.pictures) == 2) and not scene.tilt:  # what is small ends before the frame
+    if (scene.size == "small" or len(scene.pictures) == 2) and not scene.tilt:  # a small picture ends before the frame does
         assert np.concatenate([ground[0], ground[-1], ground[:, 0], ground[:, -1]]).mean() > 0.7
-
-
-def test_line_drawings_have_no_colour(library):
-    rng = np.random.default_rng(0)
-    pictures = [library.draw_picture(rng, "train") for _ in range(80)]
-    spread = [
-        [np.ptp(library.draw(Scene((picture,), line=line)).astype(int), axis=-1).max() for picture in pictures]
-        for line in (True, False)
-    ]
-    assert max(spread[0]) < 10 and sum(value > 60 for value in spread[1]) > 55
 
 
 def test_position_size_and_order_are_where_the_caption_says(library):
@@ -169,19 +147,6 @@ def test_tilt_and_mirror(library):
 
     for side, sign in (("left", 1), ("right", -1)):
         assert abs((angle(side) - angle("") + 90) % 180 - 90 - sign * openmoji.TILT) < 5
-
-
-def test_edges_blend_into_the_ground(library):
-    """A pixel is top + (1 - alpha) ground, premultiplied: two grounds give both, and so predict every other."""
-    runner = one(library, "woman running", "medium")
-    over = {name: library.draw(Scene((runner,), name)).astype(float) for name in BACKGROUNDS}
-    ground = {name: np.array(rgb, float) for name, rgb in BACKGROUNDS.items()}
-    rest = ((over["white"] - over["black"]) / (ground["white"] - ground["black"])).mean(-1, keepdims=True)
-    assert ((rest > 0.1) & (rest < 0.9)).mean() > 0.02  # antialiased
-    top = over["white"] - rest * 255
-    assert all(np.abs(top + rest * ground[name] - over[name]).max() < 2 for name in BACKGROUNDS)
-    sample = np.asarray(library.drawings[::29])
-    assert (sample[..., :3] <= sample[..., 3:]).all()
 
 
 def test_the_table_is_in_english_and_its_names_are_unique():

