@@ -112,7 +112,7 @@ def test_a_caption_names_what_is_drawn(library, seed):
         assert scene.line or not picture.skin or f", {picture.skin} skin tone" in text
     ground = (pixels == np.array(BACKGROUNDS[scene.background])).all(-1)
     assert 0.02 < ground.mean() < 0.99
-    if (scene.size == "small" or len(scene.pictures) == 2) and not scene.tilt:  # a small picture ends before the frame does
+    if (scene.size == "small" or len(scene.pictures) == 2) and not scene.tilt:  # it ends before the frame
         assert np.concatenate([ground[0], ground[-1], ground[:, 0], ground[:, -1]]).mean() > 0.7
 
 
