@@ -1,10 +1,9 @@
-"""The one exception that means: the user asked for something that cannot be.
+"""The error of a user's mistake.
 
-Code in any room raises it with a single line that names what was wrong and what would be right; `edit.py` and
-`train.py` print that line without a traceback and exit with 1. Every other exception is a defect of ours and
-keeps its traceback.
+Any room raises it with a single line that names the mistake and a right choice. `edit.py` and `train.py` print that
+line without a traceback and exit with 1. Every other exception is a defect of this code and keeps its traceback.
 """
 
 
 class InputError(ValueError):
-    """A user's mistake, told in one line."""
+    """A user's mistake, in one line."""

@@ -1,12 +1,13 @@
 """A folder of pictures with captions as an endless, deterministic stream of training items.
 
-Captions stand in `metadata.jsonl`, one JSON object a line with `file_name` (relative to the folder) and `text`, as
-image-folder data sets on the web have them; or, where there is no such file, in a .txt file of the picture's own
-name beside it: dog.jpg and dog.txt.
+Captions stand in `metadata.jsonl` or `metadata.csv`, with `file_name` (relative to that file) and `text`, as
+image-folder data sets on the web have them; or in a .txt or .caption file of the picture's own name beside it: dog.jpg
+and dog.txt. Sub-folders count too; names that begin with a dot do not.
 """
 
 import hashlib
-import json
+import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import FITS, read_image
+from data.tables import read_rows, read_text
 from errors import InputError
 
 SPLITS = ("train", "heldout")
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
 LENGTH = 10**9
 
 
@@ -41,10 +43,9 @@ class Folder:
         fit: str = "crop",  # crop | pad | stretch
         held_out: float = 0.0,  # in [0, 1)
     ):
-        if split not in SPLITS:
-            raise InputError(f"data.split={split}: choose one of {', '.join(SPLITS)}")
-        if fit not in FITS:
-            raise InputError(f"data.fit={fit}: choose one of {', '.join(FITS)}")
+        for name, value, known in (("split", split, SPLITS), ("fit", fit, FITS)):
+            if value not in known:
+                raise InputError(f"data.{name}={value}: choose one of {', '.join(known)}")
         if not 0 <= held_out < 1:
             raise InputError(f"data.held_out={held_out} must be at least 0 and below 1")
         if not path:
@@ -86,50 +87,42 @@ def _share(names: list[str], split: str, held_out: float) -> list[str]:
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    """File names, relative to `folder`, and their captions. Raises InputError where there are none, or they are
-    broken: naming the line of metadata.jsonl, or the file."""
+    """File names, relative to `folder`, and their captions; of several captions of a picture the first.
+
+    Warns of pictures without a caption and of further captions. Raises InputError where no caption is found, and,
+    naming the line or the file, for a broken one.
+    """
     if not folder.is_dir():
         raise InputError(f"data.path={folder}: there is no such folder")
-    metadata = folder / METADATA
-    captions = _from_metadata(metadata) if metadata.exists() else _from_text_files(folder)
+    files = {path: None for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"}
+    found = [caption for file in files if file.name in METADATA for caption in _from_metadata(file)]
+    Image.init()
+    pictures = [file for file in files if file.suffix.lower() in Image.EXTENSION]
+    texts = [(picture, picture.with_suffix(suffix)) for picture in pictures for suffix in (".txt", ".caption")]
+    found += [(picture, read_text(text)) for picture, text in texts if text in files]
+    captions = {os.path.relpath(picture, folder): text.strip() for picture, text in reversed(found)}
     if not captions:
         raise InputError(
-            f"data.path={folder} holds no captioned picture: write {METADATA} with one "
+            f"data.path={folder} holds no captioned picture: write metadata.jsonl with one "
             '{"file_name": "dog.jpg", "text": "a dog"} a line, or a dog.txt beside each dog.jpg'
+        )
+    silent = sum(os.path.relpath(picture, folder) not in captions for picture in pictures)
+    if silent or len(found) > len(captions):
+        warnings.warn(
+            f"data.path={folder}: {len(captions)} captioned pictures; left out are {silent} pictures without a caption "
+            f"and {len(found) - len(captions)} further captions of pictures that have one",
+            stacklevel=3,
         )
     return captions
 
 
-def _from_metadata(metadata: Path) -> dict[str, str]:
-    captions = {}
-    for number, line in enumerate(_read_text(metadata).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{metadata}, line {number} is not JSON: {error.msg}") from None
-        name, text = (entry.get(key) for key in ("file_name", "text")) if isinstance(entry, dict) else (None, None)
+def _from_metadata(metadata: Path) -> list[tuple[Path, str]]:
+    captions = []
+    for place, row in read_rows(metadata):
+        name, text = row.get("file_name"), row.get("text")
         if not (isinstance(name, str) and name and isinstance(text, str)):
-            raise InputError(f'{metadata}, line {number}: wanted {{"file_name": "dog.jpg", "text": "a dog"}}')
+            raise InputError(f'{place}: wanted {{"file_name": "dog.jpg", "text": "a dog"}}')
         if not (metadata.parent / name).is_file():
-            raise InputError(f"{metadata}, line {number}: there is no picture {metadata.parent / name}")
-        captions[name] = text.strip()
+            raise InputError(f"{place}: there is no picture {metadata.parent / name}")
+        captions.append((metadata.parent / name, text))
     return captions
-
-
-def _from_text_files(folder: Path) -> dict[str, str]:
-    Image.init()
-    captions = {}
-    for path in sorted(folder.iterdir()):
-        text = path.with_suffix(".txt")
-        if path.suffix.lower() in Image.EXTENSION and path.is_file() and text.is_file():
-            captions[path.name] = _read_text(text).strip()
-    return captions
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text") from None

