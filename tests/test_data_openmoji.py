@@ -111,7 +111,7 @@ def test_a_caption_names_what_is_drawn(library, seed):
         assert sized((picture.line_phrases if scene.line else picture.phrases)[0], scene.size) in text
         assert scene.line or not picture.skin or f", {picture.skin} skin tone" in text
     ground = (pixels == np.array(BACKGROUNDS[scene.background])).all(-1)
-    assert 0.02 < ground.mean() < 0.99
+    assert ground.mean() < 0.99 and (ground.mean() > 0.02 or scene.size == "large")
     if (scene.size == "small" or len(scene.pictures) == 2) and not scene.tilt:  # it ends before the frame
         assert np.concatenate([ground[0], ground[-1], ground[:, 0], ground[:, -1]]).mean() > 0.7
 
