@@ -1,19 +1,36 @@
-"""Train one part of a text-to-image model: `python train.py part=autoencoder|clip|unet`, or judge all of it:
-`python train.py part=evaluation`.
+"""Train a text-to-image model part by part: `python train.py part=autoencoder|clip|unet`, judge it: `part=evaluation`,
+or all of this in turn: `part=all`.
 
-Wiring only: the loop is in training/loop.py, the losses in training/parts.py, the settings in conf/train.yaml. Under
+Wiring only: the loop is in training/loop.py, the losses in training/losses.py, the settings in conf/train.yaml. Under
 `torchrun --nproc-per-node=N train.py ...` N processes share each batch.
 """
 
 import os
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hydra
+import torch
+import torch.distributed as dist
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
+from data.images import to_pil
 from errors import InputError
+from files import whole_file
+from models import build, load
+from models.checkpoints import SECTIONS_OF, part_of, read_config, read_part
+from models.placement import choose_device
+from models.text import compact_vocabulary
 from reporting import outcome
+from training.evaluate import evaluate, pictures
+from training.loop import Objective, Settings, train
+from training.losses import AutoencoderObjective, ClipObjective, UNetObjective
+
+NEEDS = {"autoencoder": [], "clip": [], "unet": ["autoencoder", "clip"]}  # parts that must be trained before
+ConfigStore.instance().store(group="training", name="defaults", node=Settings)
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
@@ -24,41 +41,135 @@ def main(cfg: DictConfig) -> None:
 
 
 def run(cfg: DictConfig) -> bool:
-    """Train or evaluate; False if a SIGTERM cut it short."""
-    import torch
-
-    from models.placement import choose_device, keep_memory
-    from training.logger import TrainingLogger
-    from training.loop import Settings, train
-    from training.setup import assemble, evaluate
-
-    if cfg.part.name == "evaluation":
-        evaluate(cfg, choose_device(cfg.device))
-        return True
+    """Train, or judge, the part or the parts in turn; False if a SIGTERM cut it short."""
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
-    keep_memory()
-    settings = Settings(**OmegaConf.to_container(cfg.part.training, resolve=True), seed=cfg.seed)
-    with process_group(cfg.device) as (rank, device):
-        torch.set_float32_matmul_precision("high")
-        settings.autocast = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-        out = Path(cfg.out)
-        objective, dataset = assemble(cfg, out)
-        state_file = out / "training" / f"{cfg.part.name}.pt"
-        with TrainingLogger(cfg, out, active=rank == 0) as log:
-            return train(objective, dataset, settings, state_file, device, log)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
+    with process_group(cfg.device) as (rank, device), logger(cfg, out, rank) as log:
+        bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bfloat16(device))
+        for part in parts:
+            if part.name != "evaluation":
+                objective, dataset = assemble(cfg, part, out)
+                settings, file = OmegaConf.to_object(part.training), out / "training" / f"{part.name}.pt"
+                if not train(objective, dataset, settings, file, device, cfg.seed, bfloat16, log(part.name)):
+                    return False
+            elif rank == 0:
+                model = load(out, device=device)
+                evaluate(model, datasets(cfg, model.image_size, cfg.seed + 1), out, cfg.seed, part)
+    return True
+
+
+def datasets(cfg: DictConfig, size: int, seed: int) -> dict:
+    """Pictures of what training shows, and of what it does not."""
+    return {
+        "trained": hydra.utils.instantiate(cfg.data.train, size=size, seed=seed),
+        "heldout": hydra.utils.instantiate(cfg.data.heldout, size=size, seed=seed + 1),
+    }
+
+
+def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, object]:
+    """The objective of a part, on a model whose other parts are read from `out`, and its training data."""
+    arch = OmegaConf.to_container(cfg.arch, resolve=True)
+    if (out / "config.json").exists():
+        arch = reconciled(arch, read_config(out), part.name, out)
+    states = {name: read_part(out, name) for name in NEEDS[part.name]}
+    if cfg.init:  # a training state in `out`, where there is one, is resumed all the same
+        states[part.name] = read_part(Path(cfg.init), part.name)
+    data = datasets(cfg, arch["image_size"], cfg.seed)
+    vocabulary = states.get("clip", {}).get("text.vocabulary")
+    if part.name == "clip" and vocabulary is None:
+        vocabulary = compact_vocabulary(data["trained"].vocabulary())
+    model = build(arch, seed=cfg.seed, vocabulary=vocabulary)
+    for name, state in states.items():
+        start_from(part_of(model, name), state, f"init={cfg.init}" if name == part.name else f"{out / name}")
+    options = OmegaConf.to_container(part.objective, resolve=True)
+    if part.name == "autoencoder":
+        return AutoencoderObjective(model, out, data["heldout"], **options), data["trained"]
+    if part.name == "clip":
+        probes = datasets(cfg, arch["image_size"], cfg.seed + 1)
+        return ClipObjective(model, out, probes, **options), data["trained"]
+    prompts = options.pop("prompts") or pictures(data["trained"], range(10**8, 10**8 + 16))[1]
+    return UNetObjective(model, out, data["heldout"], prompts, **options), data["trained"]
+
+
+def start_from(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load the weights whose shapes agree, and print in one line which others stay random. Raises InputError if none
+    agrees."""
+    own = module.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    random = [k for k in own if k not in fitting]
+    if not fitting:
+        raise InputError(f"{source}: no weight has the shape that arch asks for")
+    module.load_state_dict(fitting, strict=False)
+    if random:
+        print(f"{source}: {len(random)} of {len(own)} weights are missing or of another shape, and start at random: ", end="")
+        print(", ".join(random[:8]) + (", ..." if len(random) > 8 else ""))
+
+
+def reconciled(arch: dict, stored: dict, part: str, out: Path) -> dict:
+    """`arch` with the latents' scale that was measured. Raises InputError where it contradicts the sizes of a part that
+    is already trained."""
+    arch["vae"]["scale_factor"] = stored["vae"]["scale_factor"]
+    for other, sections in SECTIONS_OF.items():
+        if other != part and (out / f"{other}.safetensors").exists():
+            for section in sections:
+                if stored.get(section) != arch.get(section):
+                    raise InputError(f"arch.{section} is not that of {other}.safetensors in {out}: choose another `out`")
+    return arch
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16: without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
 @contextmanager
-def process_group(device_name: str):
+def logger(cfg: DictConfig, out: Path, rank: int) -> Iterator[Callable]:
+    """Yield a function of a part's name that gives the loop its `log`: pictures become files in `out`/training, and
+    unless logger.mode=disabled, all goes to one W&B run. Only rank 0 logs."""
+    about = OmegaConf.to_container(cfg.logger)
+    about.pop("_target_", None)
+    run = nullcontext()
+    if rank == 0 and about["mode"] != "disabled":
+        import wandb
+
+        config, quiet = OmegaConf.to_container(cfg, resolve=True), wandb.Settings(silent=True, console="off")
+        try:
+            run = wandb.init(dir=out, config=config, settings=quiet, **about)
+        except wandb.errors.Error as error:
+            raise InputError(f"W&B could not start: {error} (logger.mode=offline needs no account)") from error
+
+    def log_of(part: str):
+        def log(numbers: dict, grids: dict, step: int) -> None:
+            images = {name: to_pil(picture) for name, picture in grids.items()}
+            for name, image in images.items():
+                with whole_file(out / "training" / f"{name}_{step:07d}.png") as partial:
+                    image.save(partial, format="PNG")
+            if "loss" not in numbers:  # of a validation
+                tqdm.write(f"{part}, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            if about["mode"] != "disabled":
+                point = numbers | {name: wandb.Image(image) for name, image in images.items()} | {"step": step}
+                run.define_metric(f"{part}/*", step_metric=f"{part}/step")
+                run.log({f"{part}/{name}": value for name, value in point.items()})
+
+        return log if rank == 0 else lambda *_: None
+
+    with run:
+        yield log_of
+
+
+@contextmanager
+def process_group(device_name: str) -> Iterator[tuple[int, torch.device]]:
     """(rank, device) of this process, joined to the others where torchrun started several."""
-    import torch
-    import torch.distributed as dist
-
-    from models.placement import choose_device
-
     device = choose_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         yield 0, device
@@ -66,7 +177,7 @@ def process_group(device_name: str):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), device
     finally:
