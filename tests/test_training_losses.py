@@ -140,7 +140,7 @@ def test_top1_chooses_within_blocks_and_takes_duplicates_for_right(model):
     assert top1(swapped, names) == 0.75
     assert top1(swapped, ["same", "same", *names[2:]]) == 1
     assert top1(swapped, names, choices=1) == 1
-    scores = clip_scores(model.clip, torch.rand(3, 3, 32, 32), names[:3])
+    scores = clip_scores(model.clip, torch.rand(3, 3, 32, 32), [Squares()[i]["caption"] for i in range(3)])
     assert scores.shape == (3, 3) and (scores.abs() <= 1 + 1e-6).all()
 
 
