@@ -8,6 +8,7 @@ Wiring only: the loop is in training/loop.py, the losses in training/losses.py, 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import to_pil
@@ -44,20 +46,18 @@ def run(cfg: DictConfig) -> bool:
     """Train, or judge, the part or the parts in turn; False if a SIGTERM cut it short."""
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
+    (out / "training").mkdir(parents=True, exist_ok=True)
+    parts = [cfg.part] if "name" in cfg.part else cfg.part.values()
     with process_group(cfg.device) as (rank, device), logger(cfg, out, rank) as log:
         bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bfloat16(device))
         for part in parts:
             if part.name != "evaluation":
                 objective, dataset = assemble(cfg, part, out)
                 settings, file = OmegaConf.to_object(part.training), out / "training" / f"{part.name}.pt"
-                if not train(objective, dataset, settings, file, device, cfg.seed, bfloat16, log(part.name)):
+                if not train(objective, dataset, settings, file, device, cfg.seed, bfloat16, partial(log, part.name)):
                     return False
             elif rank == 0:
                 model = load(out, device=device)
@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> bool:
     return True
 
 
-def datasets(cfg: DictConfig, size: int, seed: int) -> dict:
+def datasets(cfg: DictConfig, size: int, seed: int) -> dict[str, Dataset]:
     """Pictures of what training shows, and of what it does not."""
     return {
         "trained": hydra.utils.instantiate(cfg.data.train, size=size, seed=seed),
@@ -73,27 +73,32 @@ def datasets(cfg: DictConfig, size: int, seed: int) -> dict:
     }
 
 
-def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, object]:
-    """The objective of a part, on a model whose other parts are read from `out`, and its training data."""
+def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, Dataset]:
+    """The objective of a part, on a model whose other parts are read from `out`, and its training data. Raises
+    InputError where `arch` contradicts a part that is already trained."""
     arch = OmegaConf.to_container(cfg.arch, resolve=True)
     if (out / "config.json").exists():
-        arch = reconciled(arch, read_config(out), part.name, out)
+        stored = read_config(out)
+        arch["vae"]["scale_factor"] = stored["vae"]["scale_factor"]  # which was measured
+        for other, sections in SECTIONS_OF.items():
+            differing = [f"arch.{section}" for section in sections if stored.get(section) != arch.get(section)]
+            if differing and other != part.name and (out / f"{other}.safetensors").exists():
+                raise InputError(f"{differing[0]} is not that of the {other} in {out}: choose another `out`")
     states = {name: read_part(out, name) for name in NEEDS[part.name]}
     if cfg.init:  # a training state in `out`, where there is one, is resumed all the same
         states[part.name] = read_part(Path(cfg.init), part.name)
     data = datasets(cfg, arch["image_size"], cfg.seed)
-    vocabulary = states.get("clip", {}).get("text.vocabulary")
-    if part.name == "clip" and vocabulary is None:
+    vocabulary = states["clip"].get("text.vocabulary") if "clip" in states else None
+    if part.name == "clip" and not cfg.init:
         vocabulary = compact_vocabulary(data["trained"].vocabulary())
     model = build(arch, seed=cfg.seed, vocabulary=vocabulary)
     for name, state in states.items():
-        start_from(part_of(model, name), state, f"init={cfg.init}" if name == part.name else f"{out / name}")
+        start_from(part_of(model, name), state, f"{cfg.init if name == part.name else out}/{name}")
     options = OmegaConf.to_container(part.objective, resolve=True)
     if part.name == "autoencoder":
         return AutoencoderObjective(model, out, data["heldout"], **options), data["trained"]
     if part.name == "clip":
-        probes = datasets(cfg, arch["image_size"], cfg.seed + 1)
-        return ClipObjective(model, out, probes, **options), data["trained"]
+        return ClipObjective(model, out, datasets(cfg, arch["image_size"], cfg.seed + 1), **options), data["trained"]
     prompts = options.pop("prompts") or pictures(data["trained"], range(10**8, 10**8 + 16))[1]
     return UNetObjective(model, out, data["heldout"], prompts, **options), data["trained"]
 
@@ -103,25 +108,12 @@ def start_from(module: torch.nn.Module, state: dict[str, torch.Tensor], source: 
     agrees."""
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    random = [k for k in own if k not in fitting]
     if not fitting:
-        raise InputError(f"{source}: no weight has the shape that arch asks for")
+        raise InputError(f"{source}: no weight has a shape that arch asks for")
     module.load_state_dict(fitting, strict=False)
-    if random:
-        print(f"{source}: {len(random)} of {len(own)} weights are missing or of another shape, and start at random: ", end="")
-        print(", ".join(random[:8]) + (", ..." if len(random) > 8 else ""))
-
-
-def reconciled(arch: dict, stored: dict, part: str, out: Path) -> dict:
-    """`arch` with the latents' scale that was measured. Raises InputError where it contradicts the sizes of a part that
-    is already trained."""
-    arch["vae"]["scale_factor"] = stored["vae"]["scale_factor"]
-    for other, sections in SECTIONS_OF.items():
-        if other != part and (out / f"{other}.safetensors").exists():
-            for section in sections:
-                if stored.get(section) != arch.get(section):
-                    raise InputError(f"arch.{section} is not that of {other}.safetensors in {out}: choose another `out`")
-    return arch
+    if left := [k for k in own if k not in fitting]:
+        names = ", ".join(left[:8]) + (", ..." if len(left) > 8 else "")
+        print(f"{source} lacks {len(left)} of {len(own)} weights in this shape, which start at random: {names}")
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -134,37 +126,36 @@ def has_bfloat16(device: torch.device) -> bool:
 
 @contextmanager
 def logger(cfg: DictConfig, out: Path, rank: int) -> Iterator[Callable]:
-    """Yield a function of a part's name that gives the loop its `log`: pictures become files in `out`/training, and
-    unless logger.mode=disabled, all goes to one W&B run. Only rank 0 logs."""
-    about = OmegaConf.to_container(cfg.logger)
-    about.pop("_target_", None)
+    """Yield log(part, numbers, pictures, step): pictures become files in `out`/training, and unless
+    logger.mode=disabled, all goes to one W&B run. Only rank 0 logs."""
+    wanted = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k != "_target_"}
     run = nullcontext()
-    if rank == 0 and about["mode"] != "disabled":
+    if rank == 0 and cfg.logger.mode != "disabled":
         import wandb
 
         config, quiet = OmegaConf.to_container(cfg, resolve=True), wandb.Settings(silent=True, console="off")
         try:
-            run = wandb.init(dir=out, config=config, settings=quiet, **about)
+            run = wandb.init(dir=out, config=config, settings=quiet, **wanted)
         except wandb.errors.Error as error:
             raise InputError(f"W&B could not start: {error} (logger.mode=offline needs no account)") from error
+        for part in NEEDS:
+            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
 
-    def log_of(part: str):
-        def log(numbers: dict, grids: dict, step: int) -> None:
-            images = {name: to_pil(picture) for name, picture in grids.items()}
-            for name, image in images.items():
-                with whole_file(out / "training" / f"{name}_{step:07d}.png") as partial:
-                    image.save(partial, format="PNG")
-            if "loss" not in numbers:  # of a validation
-                tqdm.write(f"{part}, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-            if about["mode"] != "disabled":
-                point = numbers | {name: wandb.Image(image) for name, image in images.items()} | {"step": step}
-                run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-                run.log({f"{part}/{name}": value for name, value in point.items()})
-
-        return log if rank == 0 else lambda *_: None
+    def log(part: str, numbers: dict, grids: dict, step: int) -> None:
+        if rank > 0:
+            return
+        images = {name: to_pil(picture) for name, picture in grids.items()}
+        for name, image in images.items():
+            with whole_file(out / "training" / f"{name}_{step:07d}.png") as file:
+                image.save(file, format="PNG")
+        if "loss" not in numbers:  # of a validation
+            tqdm.write(f"{part}, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        if cfg.logger.mode != "disabled":
+            point = numbers | {name: wandb.Image(image) for name, image in images.items()} | {"step": step}
+            run.log({f"{part}/{name}": value for name, value in point.items()})
 
     with run:
-        yield log_of
+        yield log
 
 
 @contextmanager

@@ -133,6 +133,23 @@ def test_unet_is_judged_by_the_network_that_is_given(model, tmp_path):
     assert other != numbers and not torch.equal(different["samples"], grids["samples"])
 
 
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(model, tmp_path):
+    objectives = [
+        AutoencoderObjective(model, tmp_path, Squares(), kl_weight=0.5, probes=1),
+        ClipObjective(model, tmp_path, {}, unknown_rate=0.5, probes=1),
+        UNetObjective(model, tmp_path, Squares(), ["a"], 0.1, 5.0, 3.0, probes=1),
+    ]
+    for objective in objectives:
+        batch = {k: v.cuda() for k, v in batch_of(objective.cuda()).items()}
+        generator = torch.Generator("cuda").manual_seed(0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            objective(batch | objective.draw(8, generator))[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_top1_chooses_within_blocks_and_takes_duplicates_for_right(model):
     names = [f"caption {i}" for i in range(8)]
     assert top1(torch.eye(8), names) == 1

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,13 @@ class Settings:
 
 
 class Objective(nn.Module):
-    """A loss. `forward(batch)` returns it with numbers to log; of its parameters only those of `trained` learn."""
+    """A loss of which only `trained` learns. A subclass has
+
+    forward(batch)                the loss, and numbers to log
+    draw(batch_size, generator)   a global micro-batch's random numbers, on the generator's device, batch first
+    validate(trained)             numbers, and pictures (3, H, W) in [-1, 1], of the averaged weights
+    export(trained)               writes the averaged weights where `models.load` finds them
+    """
 
     def __init__(self, trained: nn.Module):
         super().__init__()
@@ -79,18 +85,6 @@ class Objective(nn.Module):
     def collate(self, items: Sequence[dict]) -> dict[str, Tensor]:
         """Items of the data set -> a batch on the CPU; called in a loader's process."""
         return {"image": torch.stack([i["image"] for i in items])}
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers of a global micro-batch, on the generator's device; each tensor's first axis is the
-        batch."""
-        return {}
-
-    def validate(self, trained: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Numbers and pictures (3, H, W) in [-1, 1] of the averaged weights."""
-        return {}, {}
-
-    def export(self, trained: nn.Module) -> None:
-        """Write the averaged weights where `models.load` finds them."""
 
 
 def train(
@@ -119,37 +113,41 @@ def train(
         objective.to(memory_format=torch.channels_last)
     trained = objective.trained
     average = copy.deepcopy(trained).requires_grad_(False)
-    state = State(trained, average, adamw(trained, s))
-    if state_file.exists():
-        state.load(state_file, device, seed=seed, batch_size=s.batch_size)
+    optimizer = adamw(trained, s)
+    stateful = {"trained": trained, "average": average, "optimizer": optimizer}
+    identity = {"seed": seed, "batch_size": s.batch_size}
+    step, seconds = restore(state_file, stateful, identity, device) if state_file.exists() else (0, 0.0)
     if s.compile:  # after the copy: the average stays as it is
         trained.compile()
     model = DistributedDataParallel(objective, broadcast_buffers=False) if distributed else objective
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=batch_indices(s, state.step, rank, world),
-            collate_fn=objective.collate,
-            num_workers=s.workers,
-            prefetch_factor=4 if s.workers else None,
-            pin_memory=device.type == "cuda",
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batch_indices(s, step, rank, world),
+        collate_fn=objective.collate,
+        num_workers=s.workers,
+        prefetch_factor=4 if s.workers else None,
+        pin_memory=device.type == "cuda",
     )
+    batches, own = iter(loader), s.batch_size // s.accumulate // world
     clock = None  # the moment at which the training would have begun, had it never been interrupted
-    window = time.perf_counter(), state.step
-    bar = tqdm(initial=state.step, total=None if s.minutes else s.steps, unit="step", disable=rank > 0, mininterval=1)
-    with bar, sigterm() as stop, fast_attention(device):
+    stop = threading.Event()
+    with ExitStack() as exits:
+        exits.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
+        total = None if s.minutes else s.steps * s.batch_size
+        bar = tqdm(initial=step * s.batch_size, total=total, unit=" pictures", disable=rank > 0, mininterval=1)
+        exits.enter_context(bar)
+        if device.type == "cpu":  # PyTorch's fused attention there is many times slower backwards than plain products
+            exits.enter_context(sdpa_kernel([SDPBackend.MATH]))
         objective.train()
-        if s.progress(state.step, state.seconds) == 1 and rank == 0:  # a kill may have come before the publication
-            publish(objective, average, log, state.step, validate=True)
-        while s.progress(state.step, state.seconds) < 1:
-            lr = s.learning_rate(state.step, state.seconds)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+        while s.progress(step, seconds) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = lr = s.learning_rate(step, seconds)
             numbers: dict[str, Tensor] = {}
             for micro in range(s.accumulate):
+                generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
+                draws = objective.draw(own * world, generator)
                 batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
-                batch |= own_draws(objective, s, device, seed, state.step, micro, rank, world)
+                batch |= {k: v[rank * own : (rank + 1) * own] for k, v in draws.items()}
                 last = micro == s.accumulate - 1
                 with nullcontext() if last or not distributed else model.no_sync():
                     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -158,73 +156,39 @@ def train(
                 for name, value in ({"loss": loss} | values).items():
                     numbers[name] = numbers.get(name, 0) + value.detach() / s.accumulate
             numbers["grad_norm"] = nn.utils.clip_grad_norm_(trained.parameters(), s.clip_grad)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            update_average(average, trained, state.step, s.ema_decay)
-            state.step += 1
-            bar.update()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_average(average, trained, step, s.ema_decay)
+            step += 1
+            bar.update(s.batch_size)
 
             if clock is None:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                clock = time.perf_counter() - state.seconds
-            state.seconds, stopping = agreed(time.perf_counter() - clock, stop.is_set())
-            done = s.progress(state.step, state.seconds) == 1
-            validating = done or state.step % s.validate_every == 0
-            saving = validating or stopping or state.step % s.save_every == 0
-            if saving or state.step % s.log_every == 0:
+                clock = time.perf_counter() - seconds
+            seconds, stopping = agreed(time.perf_counter() - clock, stop.is_set())
+            done = s.progress(step, seconds) == 1
+            validating = done or step % s.validate_every == 0
+            saving = validating or stopping or step % s.save_every == 0
+            if saving or step % s.log_every == 0:
                 values = averaged(numbers, world)
                 for name in ("loss", "grad_norm"):  # before anything is saved: the last good state stays
                     if not math.isfinite(values[name]):
-                        raise InputError(f"{name} became {values[name]} by step {state.step}: lower lr, raise warmup")
-                speed = (state.step - window[1]) * s.batch_size / (time.perf_counter() - window[0])
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} images/s")
-                log(values | {"lr": lr, "images_per_second": speed}, {}, state.step)
-                window = time.perf_counter(), state.step
-            if saving:
-                if rank == 0:
-                    state.save(state_file, seed=seed, batch_size=s.batch_size)
-                    if done or not stopping:
-                        publish(objective, average, log, state.step, validating)
-                if distributed:
-                    dist.barrier()
-                window = time.perf_counter(), state.step
+                        raise InputError(f"{name} became {values[name]} by step {step}: lower lr, raise warmup")
+                bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
+                log(values | {"lr": lr}, {}, step)
+            if saving and rank == 0:
+                if done or not stopping:  # before the state, so that a kill in between is made up for
+                    publish(objective, average, log, step, validating)
+                state_file.parent.mkdir(parents=True, exist_ok=True)
+                networks = {name: part.state_dict() for name, part in stateful.items()}
+                with whole_file(state_file) as partial:
+                    torch.save(networks | identity | {"step": step, "seconds": seconds}, partial)
+            if saving and distributed:
+                dist.barrier()
             if stopping and not done:
                 return False
     return True
-
-
-@dataclass
-class State:
-    """All that a run needs to go on."""
-
-    trained: nn.Module
-    average: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
-
-    def save(self, file: Path, **identity: int) -> None:
-        """Write the state whole: a kill at any moment leaves the old state or the new one."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        networks = {k: getattr(self, k).state_dict() for k in ("trained", "average", "optimizer")}
-        with whole_file(file) as partial, open(partial, "wb") as stream:
-            torch.save(networks | {"step": self.step, "seconds": self.seconds} | identity, stream)
-
-    def load(self, file: Path, device: torch.device, **identity: int) -> None:
-        """Read the state. Steps, minutes and rates may differ from those it was saved with. With another identity
-        (seed and batch size) the data would not continue, so that is an InputError, as are networks of other sizes."""
-        stored = torch.load(file, map_location=device, weights_only=True)
-        for name, value in identity.items():
-            if stored.get(name) != value:
-                raise InputError(f"{file} was trained with {name}={stored.get(name)}, not {value}: choose another `out`")
-        try:
-            self.trained.load_state_dict(stored["trained"])
-            self.average.load_state_dict(stored["average"])
-        except RuntimeError:
-            raise InputError(f"{file} holds networks of other sizes: choose another `out`, or delete it") from None
-        self.optimizer.load_state_dict(stored["optimizer"])
-        self.step, self.seconds = stored["step"], stored["seconds"]
 
 
 def adamw(trained: nn.Module, s: Settings) -> torch.optim.AdamW:
@@ -243,6 +207,21 @@ def update_average(average: nn.Module, trained: nn.Module, step: int, decay: flo
     torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - d)
 
 
+def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.device) -> tuple[int, float]:
+    """Read a state; return its step and seconds. Steps, minutes and rates may differ from those it was saved with. With
+    another seed or batch size the data would not continue: an InputError, as networks of other sizes are."""
+    stored = torch.load(file, map_location=device, weights_only=True)
+    for name, value in identity.items():
+        if stored[name] != value:
+            raise InputError(f"{file} was trained with {name}={stored[name]}, not {value}: choose another `out`")
+    try:
+        for name, part in stateful.items():
+            part.load_state_dict(stored[name])
+    except RuntimeError:
+        raise InputError(f"{file} holds networks of other sizes: choose another `out`, or delete it") from None
+    return stored["step"], stored["seconds"]
+
+
 def batch_indices(s: Settings, first: int, rank: int, world: int) -> Iterator[list[int]]:
     """The data set's indices of this process's micro-batches, from optimizer step `first` on, without end."""
     micro = s.batch_size // s.accumulate
@@ -251,14 +230,6 @@ def batch_indices(s: Settings, first: int, rank: int, world: int) -> Iterator[li
     while True:
         yield list(range(start, start + own))
         start += micro
-
-
-def own_draws(objective, s: Settings, device, seed: int, step: int, micro: int, rank: int, world: int) -> dict:
-    """This process's slice of the global micro-batch's random numbers, which follow from (seed, step, micro)."""
-    generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
-    size = s.batch_size // s.accumulate
-    own = size // world
-    return {k: v[rank * own : (rank + 1) * own] for k, v in objective.draw(size, generator).items()}
 
 
 def agreed(seconds: float, stopping: bool) -> tuple[float, bool]:
@@ -286,19 +257,3 @@ def publish(objective: Objective, average: nn.Module, log: Log, step: int, valid
         objective.eval()
         log(*objective.validate(average), step)
         objective.train()
-
-
-@contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
-    event = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def fast_attention(device: torch.device):
-    """On a CPU, attention by plain products: PyTorch's fused kernel there is many times slower backwards."""
-    return sdpa_kernel([SDPBackend.MATH]) if device.type == "cpu" else nullcontext()

@@ -85,8 +85,9 @@ class ClipObjective(Objective):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids = batch["ids"]
         special = (ids == 0) | (ids == BEGIN) | (ids == END)
+        ids = ids.masked_fill(~(batch["keep"] | special), NO_TOKEN)
         images = self.trained.image_features(batch["image"].float() / 127.5 - 1)
-        texts = self.trained.token_features(torch.where(batch["keep"] | special, ids, NO_TOKEN))
+        texts = self.trained.token_features(ids)
         scale = self.trained.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
         return self.contrastive(images, texts, scale), {"logit_scale": scale}
 
@@ -99,8 +100,9 @@ class ClipObjective(Objective):
 
 
 class UNetObjective(Objective):
-    """Denoising (Ho et al., 2020) of the latents, in the model's own prediction type, with min-SNR weights (Hang et
-    al., 2023, with gamma; 0: none) and a share of empty prompts for guidance (Ho & Salimans, 2021)."""
+    """Denoising (Ho et al., 2020) of the latents, in the model's own prediction type, with a share of empty prompts for
+    guidance (Ho & Salimans, 2021) and min-SNR weights (Hang et al., 2023; gamma 0: none): min(SNR, gamma) / SNR for
+    epsilon, min(SNR, gamma) / (SNR + 1) for v."""
 
     def __init__(
         self,
@@ -116,25 +118,19 @@ class UNetObjective(Objective):
         super().__init__(model.requires_grad_(False).unet)
         self.model, self.out, self.prompt_dropout = model, out, prompt_dropout
         self.prompts, self.guidance_scale = prompts, guidance_scale
+        alpha_bar = model.schedule.alpha_bars
+        snr = alpha_bar / (1 - alpha_bar)
+        weight = snr.clamp(max=min_snr_gamma) / (snr if model.prediction == "epsilon" else snr + 1)
+        tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), weight if min_snr_gamma else torch.ones_like(snr)
         # Buffers go to the device with the networks, so that no step waits for a copy.
+        self.register_buffer("tables", torch.stack(tables).float())
         self.register_buffer("empty", model.text.tokenize([""]))
-        self.register_buffer("tables", self.tables_of(model, min_snr_gamma))
         images, captions = pictures(heldout, range(probes))
         self.probe = self.draw(len(images), torch.Generator().manual_seed(0)) | {
             "ids": model.text.tokenize(captions),
             "image": ((images + 1) * 127.5).round(),
             "keep": torch.ones(len(images), dtype=torch.bool),
         }
-
-    @staticmethod
-    def tables_of(model: LatentDiffusion, gamma: float) -> Tensor:
-        """(3, T) float32: sqrt(alpha_bar), sqrt(1 - alpha_bar), and the loss's weight, which is min(SNR, gamma) / SNR
-        for epsilon and min(SNR, gamma) / (SNR + 1) for v."""
-        alpha_bar = model.schedule.alpha_bars
-        snr = alpha_bar / (1 - alpha_bar)
-        weight = snr.clamp(max=gamma) / (snr if model.prediction == "epsilon" else snr + 1)
-        weight = weight if gamma else torch.ones_like(snr)
-        return torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), weight]).float()
 
     def collate(self, items: Sequence[dict]) -> dict[str, Tensor]:
         return super().collate(items) | {"ids": self.model.text.tokenize([i["caption"] for i in items])}
