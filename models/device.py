@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -34,24 +35,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises InputError for another name, and for half precision that a CPU has no instructions for.
     """
     if name == "auto" and device.type == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        name = "bfloat16" if computes_in("bfloat16", device) else "float16"
     name = "float32" if name == "auto" else name
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype={name} is unknown: auto, float32, bfloat16 or float16")
-    if name != "float32" and device.type == "cpu" and not cpu_computes_in(name):
+    if name != "float32" and device.type == "cpu" and not computes_in(name, device):
         raise InputError(f"dtype={name}: this CPU has no instructions for it, and would be slow; choose float32")
     return getattr(torch, name)
 
 
-def cpu_computes_in(name: str) -> bool:
-    """Whether the CPU multiplies matrices of this half precision by itself, rather than step by step."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    supported = {
-        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return supported[name]()
+def computes_in(name: str, device: torch.device) -> bool:
+    """Whether the device has instructions for this half precision; on a CPU only Linux says so."""
+    if device.type == "cuda":
+        return name != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    file = Path("/proc/cpuinfo")
+    flags = set(file.read_text().split()) if file.exists() else set()
+    return bool(flags & {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "asimdhp"}}[name])
 
 
 def choose_channels_last(name: str | bool, device: torch.device, dtype: torch.dtype) -> bool:

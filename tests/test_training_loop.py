@@ -1,14 +1,11 @@
-"""The loop on a small problem: resuming, averaging, sharing a batch between processes, dying and being stopped."""
+"""The loop on a small problem: resuming, averaging, sharing a batch between processes, ending by steps or by time."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +14,14 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from errors import InputError
-from training.loop import BatchIndices, Objective, Settings, ema_update, learning_rate, train
+from training import loop
+from training.loop import Objective, Settings, batch_indices, train, update_average
 
 SETTINGS = Settings(steps=12, batch_size=8, lr=0.01, warmup=3, ema_decay=0.9, save_every=4, validate_every=100)
 
 
 class Points:
     """An endless data set: item i is a fixed function of i."""
-
-    def __len__(self):
-        return 10**9
 
     def __getitem__(self, i):
         return {"image": torch.tensor([math.sin(i), math.cos(3 * i), (i % 7) / 7])}
@@ -35,25 +30,36 @@ class Points:
 class Regression(Objective):
     """Noisy regression whose gradient depends on the data, on the noise and on the weights."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, width=16, noise=0.1, before=lambda call: None):
         torch.manual_seed(0)
-        self.trained = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
+        super().__init__(nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, 1)))
+        self.noise, self.before, self.calls, self.exported = noise, before, 0, 0
 
     def draw(self, batch_size, generator):
         return {"noise": torch.randn(batch_size, 1, generator=generator)}
 
     def forward(self, batch):
+        self.calls += 1
+        factor = self.before(self.calls) or 1.0
         x = batch["image"]
-        error = self.trained(x) - x.prod(dim=1, keepdim=True) - 0.1 * batch["noise"]
-        loss = error.square().mean()
-        return loss, {"abs": error.abs().mean()}
+        error = self.trained(x) - x.prod(dim=1, keepdim=True) - self.noise * batch["noise"]
+        return factor * error.square().mean(), {"abs": error.abs().mean()}
+
+    def validate(self, trained):
+        return {"score": 1.0}, {}
+
+    def export(self, trained):
+        self.exported += 1
 
 
-def run(folder, settings=SETTINGS, objective=None, log=lambda *_: None):
-    objective = objective or Regression()
-    finished = train(objective, Points(), settings, Path(folder) / "state.pt", torch.device("cpu"), log)
-    return finished, objective
+def run(folder, settings=SETTINGS, objective=None, **options):
+    lines = []
+
+    def log(numbers, pictures, step):
+        lines.append(numbers | {"step": step})
+
+    file = Path(folder) / "state.pt"
+    return train(objective or Regression(), Points(), settings, file, torch.device("cpu"), log=log, **options), lines
 
 
 def state(folder):
@@ -61,228 +67,148 @@ def state(folder):
 
 
 def assert_same_state(a, b, **tolerance):
-    for part in ("trained", "ema"):
+    for part in ("trained", "average"):
         for name in a[part]:
             torch.testing.assert_close(a[part][name], b[part][name], msg=f"{part}.{name}", **tolerance)
 
 
-def test_resumed_run_equals_uninterrupted(tmp_path):
+class Stop(Exception):
+    pass
+
+
+def interrupt(call):
+    if call == 7:
+        raise Stop
+
+
+def terminate(call):
+    if call == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
     run(tmp_path / "whole")
-
-    class Stop(Exception):
-        pass
-
-    calls = 0
-
-    class Interrupted(Regression):
-        def forward(self, batch):
-            nonlocal calls
-            calls += 1
-            if calls == 7:  # after the checkpoint at step 4, before that at step 8
-                raise Stop
-            return super().forward(batch)
-
-    with pytest.raises(Stop):
-        run(tmp_path / "cut", SETTINGS, Interrupted())
-    assert state(tmp_path / "cut")["step"] == 4
-    run(tmp_path / "cut")
-    whole, cut = state(tmp_path / "whole"), state(tmp_path / "cut")
-    assert cut["step"] == 12
-    assert_same_state(whole, cut, atol=0, rtol=0)
-    for index, slot in whole["optimizer"]["state"].items():
-        torch.testing.assert_close(slot["exp_avg_sq"], cut["optimizer"]["state"][index]["exp_avg_sq"], atol=0, rtol=0)
+    with pytest.raises(Stop):  # after the state of step 4, before that of step 8
+        run(tmp_path / "killed", objective=Regression(before=interrupt))
+    assert state(tmp_path / "killed")["step"] == 4
+    finished, _ = run(tmp_path / "stopped", objective=Regression(before=terminate))
+    assert not finished and state(tmp_path / "stopped")["step"] == 6
+    for folder in ("killed", "stopped"):
+        assert run(tmp_path / folder)[0]
+        whole, cut = state(tmp_path / "whole"), state(tmp_path / folder)
+        assert cut["step"] == 12
+        assert_same_state(whole, cut, atol=0, rtol=0)
+        for index, slot in whole["optimizer"]["state"].items():
+            assert torch.equal(slot["exp_avg_sq"], cut["optimizer"]["state"][index]["exp_avg_sq"])
 
 
-def test_training_lowers_the_loss(tmp_path):
-    losses = []
-    run(
-        tmp_path,
-        replace(SETTINGS, steps=300, log_every=1),
-        log=lambda numbers, pictures, step: losses.append(numbers.get("loss")),
-    )
-    losses = [x for x in losses if x is not None]
-    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
+    _, lines = run(tmp_path, replace(SETTINGS, steps=300, log_every=1))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 300 and sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    assert {"loss", "abs", "lr", "grad_norm"} < lines[0].keys()
+    assert all(isinstance(value, int | float) for line in lines for value in line.values())
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):
-    """Four micro-batches see the pictures of one batch of the same total; only the noise is drawn in other pieces,
-    so it is switched off here."""
-
-    class Noiseless(Regression):
-        def draw(self, batch_size, generator):
-            return {"noise": torch.zeros(batch_size, 1)}
-
-    run(tmp_path / "one", SETTINGS, Noiseless())
-    run(tmp_path / "four", replace(SETTINGS, accumulate=4), Noiseless())
+    run(tmp_path / "one", objective=Regression(noise=0))  # micro-batches draw their noise in other pieces
+    run(tmp_path / "four", replace(SETTINGS, accumulate=4), Regression(noise=0))
     assert_same_state(state(tmp_path / "one"), state(tmp_path / "four"), atol=1e-5, rtol=1e-4)
 
 
-def worker(rank, world, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541", "RANK": str(rank), "WORLD_SIZE": str(world)}
+def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     run(folder)
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    mp.spawn(worker, args=(2, str(tmp_path / "two")), nprocs=2)
+    (tmp_path / "two").mkdir()
+    mp.spawn(worker, args=(str(tmp_path / "two"),), nprocs=2)
     run(tmp_path / "one")
     assert_same_state(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-6, rtol=1e-5)
 
 
 def test_processes_share_the_batch_without_gap_or_overlap():
-    settings = Settings(steps=5, batch_size=12, lr=1, warmup=0, accumulate=2)
-    shares = [list(BatchIndices(settings, 2, rank, 3)) for rank in range(3)]
-    assert all(len(share) == 6 for share in shares)
-    together = sorted(i for share in shares for batch in share for i in batch)
+    settings = replace(SETTINGS, batch_size=12, accumulate=2)
+    shares = [batch_indices(settings, 2, rank, 3) for rank in range(3)]
+    together = sorted(i for share in shares for _ in range(6) for i in next(share))
     assert together == list(range(2 * 12, 5 * 12))
 
 
-CHILD = """
-import sys, time, torch
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-from test_training_loop import Points, Regression, SETTINGS
-from dataclasses import replace
-from training.loop import train
-class Slow(Regression):
-    def forward(self, batch):
-        time.sleep(0.02)
-        return super().forward(batch)
-settings = replace(SETTINGS, steps=60, save_every=3)
-done = train(Slow(), Points(), settings, Path({folder!r}) / "state.pt", torch.device("cpu"))
-sys.exit(0 if done else 143)
-"""
+def test_minutes_end_a_run_and_bend_its_cosine(tmp_path, monkeypatch):
+    """Every step takes a second, the first of a process 100; ten seconds are to be trained."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def tick(call, stop_at=None):
+        clock.now += 100 if call == 1 else 1
+        if call == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = replace(SETTINGS, minutes=10 / 60, warmup=1, min_lr=0.2, log_every=1)
+    _, lines = run(tmp_path / "whole", settings, Regression(before=tick))
+    rates = [line["lr"] for line in lines if "lr" in line]
+    seconds = [0, *range(10)]  # at the start of each step
+    assert rates == pytest.approx([0.01 * (0.6 + 0.4 * math.cos(math.pi * s / 10)) for s in seconds])
+    assert state(tmp_path / "whole")["step"] == 11
+
+    assert not run(tmp_path / "cut", settings, Regression(before=lambda call: tick(call, stop_at=5)))[0]
+    assert state(tmp_path / "cut")["seconds"] == 4
+    finished, lines = run(tmp_path / "cut", settings, Regression(before=tick))
+    assert finished and lines[0]["lr"] == pytest.approx(rates[5])
+    assert state(tmp_path / "cut")["step"] == 12  # the second process's first step is not charged either
 
 
-def start(folder):
-    tests = Path(__file__).parent
-    code = CHILD.format(root=str(tests.parent), tests=str(tests), folder=str(folder))
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-
-
-def wait_for_state(process, folder):
-    deadline = time.time() + 60
-    while not (folder / "state.pt").exists():
-        assert process.poll() is None and time.time() < deadline, "the child never wrote a checkpoint"
-        time.sleep(0.01)
-
-
-def test_killed_and_terminated_runs_continue_to_the_same_result(tmp_path):
-    folder = tmp_path / "cut"
-    process = start(folder)
-    wait_for_state(process, folder)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    after_kill = state(folder)["step"]
-    assert after_kill % 3 == 0 and after_kill > 0
-
-    process = start(folder)
-    time.sleep(0.5)
-    while state(folder)["step"] == after_kill and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    assert after_kill < state(folder)["step"] < 60
-
-    process = start(folder)
-    assert process.wait(timeout=60) == 0
-    run(tmp_path / "whole", replace(SETTINGS, steps=60, save_every=3))
-    assert_same_state(state(tmp_path / "whole"), state(folder), atol=0, rtol=0)
-    assert all(f.name == "state.pt" or f.suffix == ".partial" for f in folder.iterdir())
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_diverged_run_keeps_its_last_good_state(tmp_path, name):
     class Diverging(Regression):
         def forward(self, batch):
             loss, values = super().forward(batch)
-            return loss * float("nan"), values
-
-    with pytest.raises(InputError, match="loss became nan by step 4"):
-        run(tmp_path, replace(SETTINGS, log_every=100), Diverging())
-    assert not (tmp_path / "state.pt").exists()
-
-
-def test_a_diverged_run_keeps_its_last_good_state(tmp_path):
-    class LateInfinity(Regression):
-        """The loss stays finite, its gradient does not."""
-
-        def forward(self, batch):
-            loss, values = super().forward(batch)
-            self.calls = getattr(self, "calls", 0) + 1
             w = self.trained[0].weight
-            return loss + (((w - w.detach()).sqrt() * 0).sum() if self.calls == 8 else 0), values
+            infinite_slope = ((w - w.detach()).sqrt() * 0).sum()  # of a finite loss
+            broken = loss * math.nan if name == "loss" else loss + infinite_slope
+            return (broken if self.calls == 8 else loss), values
 
-    with pytest.raises(InputError, match="grad_norm became nan by step 8"):
-        run(tmp_path, replace(SETTINGS, log_every=100), LateInfinity())
+    with pytest.raises(InputError, match=f"{name} .* 8"):
+        run(tmp_path, SETTINGS, Diverging())
     good = state(tmp_path)
     assert good["step"] == 4 and all(w.isfinite().all() for w in good["trained"].values())
 
 
-def test_a_finished_run_publishes_what_a_kill_left_undone(tmp_path):
-    class Published(Regression):
-        exported = validated = 0
-
-        def export(self, trained):
-            self.exported += 1
-            if self.killed:
-                raise KeyboardInterrupt
-
-        def validate(self, trained):
-            self.validated += 1
-            return {"score": 1.0}, {}
-
-    first, again = Published(), Published()
-    first.killed, again.killed = True, False
-    with pytest.raises(KeyboardInterrupt):
+def test_a_kill_before_the_publication_is_made_up_for(tmp_path):
+    first, again = Regression(), Regression()
+    first.export = lambda trained: interrupt(first.calls - 5)
+    with pytest.raises(Stop):
         run(tmp_path, replace(SETTINGS, save_every=100), first)
-    assert state(tmp_path)["step"] == 12 and first.validated == 0
-    lines = []
-    finished, _ = run(tmp_path, SETTINGS, again, log=lambda *line: lines.append(line))
-    assert finished and again.exported == again.validated == 1 and lines == [({"score": 1.0}, {}, 12)]
+    finished, lines = run(tmp_path, replace(SETTINGS, save_every=100), again)
+    assert finished and again.exported == 1 and lines[-1] == {"score": 1.0, "step": 12}
+    assert run(tmp_path, objective=again) == (True, [])
 
 
-@pytest.mark.parametrize("name", ["steps", "accumulate", "save_every"])
-def test_counts_are_at_least_one(name):
-    with pytest.raises(InputError, match=f"{name}=0"):
-        replace(SETTINGS, **{name: 0})
-
-
-def test_what_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(InputError, match="batch_size=8 is no multiple of 1 processes x 3"):
+def test_settings_that_do_not_fit_are_refused(tmp_path):
+    for name in ("steps", "accumulate", "save_every", "minutes"):
+        with pytest.raises(InputError, match=name):
+            replace(SETTINGS, **{name: 0})
+    with pytest.raises(InputError, match="multiple"):
         run(tmp_path, replace(SETTINGS, accumulate=3))
     run(tmp_path)
-    with pytest.raises(InputError, match="seed=0, not 1"):
-        run(tmp_path, replace(SETTINGS, seed=1, steps=20))
-
-    class Wider(Regression):
-        def __init__(self):
-            super().__init__()
-            self.trained = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 1))
-
-    with pytest.raises(InputError, match="other sizes"):
-        run(tmp_path, SETTINGS, Wider())
+    with pytest.raises(InputError, match="seed"):
+        run(tmp_path, replace(SETTINGS, steps=20), seed=1)
+    with pytest.raises(InputError, match="sizes"):
+        run(tmp_path, objective=Regression(width=32))
 
 
-def test_learning_rate_and_average():
-    s = Settings(steps=100, batch_size=1, lr=2.0, warmup=10, min_lr=0.1)
-    assert learning_rate(0, s) == pytest.approx(0.2)
-    assert learning_rate(9, s) == pytest.approx(2.0)
-    assert learning_rate(55, s) == pytest.approx(2.0 * 0.55)
-    assert learning_rate(100, s) == pytest.approx(0.2)
-    average, value = torch.zeros(1), torch.ones(1)
-    ema_update(0.5)([average], [value], torch.tensor(1000))
-    assert average.item() == pytest.approx(0.5)
-    ema_update(0.5)([average], [torch.zeros(1)], torch.tensor(0))  # the first average keeps a tenth only
-    assert average.item() == pytest.approx(0.05)
-
-
-def test_log_lines_are_json_numbers(tmp_path):
-    lines = []
-    run(tmp_path, replace(SETTINGS, log_every=3, save_every=100), log=lambda *line: lines.append(line))
-    train_lines = [numbers for numbers, _, _ in lines if "loss" in numbers]
-    assert [step for numbers, _, step in lines if "loss" in numbers] == [3, 6, 9, 12]
-    assert json.loads(json.dumps(train_lines)) == train_lines
-    assert {"loss", "abs", "lr", "grad_norm", "images_per_second"} <= train_lines[0].keys()
+def test_learning_rate_and_average_are_their_formulas():
+    s = replace(SETTINGS, steps=100, lr=2.0, warmup=10, min_lr=0.1)
+    assert s.learning_rate(0, 0) == pytest.approx(0.2)
+    assert s.learning_rate(50, 0) == pytest.approx(2.0 * 0.55)
+    assert s.learning_rate(100, 0) == pytest.approx(0.2)
+    average, trained = nn.Linear(1, 1), nn.Linear(1, 1)
+    before = average.weight.item()
+    update_average(average, trained, 1000, 0.75)
+    assert average.weight.item() == pytest.approx(0.75 * before + 0.25 * trained.weight.item())
+    before = average.weight.item()
+    update_average(average, trained, 0, 0.75)  # at first a tenth of the average stays
+    assert average.weight.item() == pytest.approx(0.1 * before + 0.9 * trained.weight.item())

@@ -1,52 +1,54 @@
 """The training loop: one for every part, on one process or many, resumable to the bit.
 
-Nothing that a step needs lives outside its number: the pictures, the noise and the learning rate of step n follow
-from (seed, n). So a checkpoint is the weights, their average, the optimiser's state and n; a resumed run continues
-exactly where the uninterrupted one would be; and each of W processes takes its slice of the same global batch, so
-that any number of processes computes the same steps.
+Step n depends only on (seed, n): its pictures, its noise and, unless `minutes` are set, its learning rate. So a state
+is the weights, their average, the optimizer's state, n and the seconds spent, and a resumed run computes the steps of
+an uninterrupted one. Each of W processes takes its slice of the same global batch, so any W computes the same steps.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
-import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import InputError
 from files import whole_file
 
+Log = Callable[[dict[str, float], dict[str, Tensor], int], None]  # (numbers, pictures (3, H, W) in [-1, 1], step)
+
 
 @dataclass
 class Settings:
-    """What the loop needs to know. conf/part/ has the values for each part. Raises InputError for a count below 1."""
+    """Settings of the loop; conf/part has the values of each part. Raises InputError for a count below 1."""
 
     steps: int
-    batch_size: int  # pictures per optimiser step, over all processes
+    batch_size: int  # pictures per optimizer step, over all processes
     lr: float
-    warmup: int
-    min_lr: float = 0.0  # the cosine's floor, as a share of lr
+    warmup: int  # steps over which the learning rate rises
+    minutes: float | None = None  # of training, instead of `steps`
+    min_lr: float = 0.02  # the cosine's floor, as a share of lr
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip_grad: float = 1.0
-    accumulate: int = 1  # micro-batches per optimiser step
+    accumulate: int = 1  # micro-batches per optimizer step
     ema_decay: float = 0.999
-    autocast: bool = False  # bfloat16
-    seed: int = 0
-    workers: int = 0
-    save_every: int = 500
+    compile: bool = False  # the trained network, by torch.compile
+    workers: int = 0  # processes that draw pictures beside the training
+    save_every: int = 250
     validate_every: int = 1000
     log_every: int = 20
 
@@ -54,63 +56,35 @@ class Settings:
         for name in ("steps", "batch_size", "accumulate", "save_every", "validate_every", "log_every"):
             if not getattr(self, name) >= 1:
                 raise InputError(f"part.training.{name}={getattr(self, name)}: it must be 1 or more")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"part.training.minutes={self.minutes}: it must be above 0")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the training that is done, in [0, 1], after `step` steps and `seconds`."""
+        return min(1.0, step / self.steps if self.minutes is None else seconds / (60 * self.minutes))
+
+    def learning_rate(self, step: int, seconds: float) -> float:
+        """A linear warm-up times half a cosine, which falls from 1 to `min_lr` with the progress."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * (self.min_lr + (1 - self.min_lr) * cosine)
 
 
 class Objective(nn.Module):
-    """What is trained, and how. `forward(batch)` gives the loss and numbers to log; only `trained` has gradients."""
+    """A loss of which only `trained` learns. A subclass has
 
-    trained: nn.Module
+    forward(batch)                the loss, and numbers to log
+    draw(batch_size, generator)   a global micro-batch's random numbers, on the generator's device, batch first
+    validate(trained)             numbers, and pictures (3, H, W) in [-1, 1], of the averaged weights
+    export(trained)               writes the averaged weights where `models.load` finds them
+    """
 
-    def collate(self, items: Sequence[dict]) -> dict:
-        """Items of the dataset -> a batch of CPU tensors, in a loader's worker."""
+    def __init__(self, trained: nn.Module):
+        super().__init__()
+        self.trained = trained.requires_grad_(True)
+
+    def collate(self, items: Sequence[dict]) -> dict[str, Tensor]:
+        """Items of the data set -> a batch on the CPU; called in a loader's process."""
         return {"image": torch.stack([i["image"] for i in items])}
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The random numbers of one global micro-batch; each tensor's first axis is the batch."""
-        return {}
-
-    def validate(self, trained: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Numbers and picture grids (3, H, W) of the averaged weights."""
-        return {}, {}
-
-    def export(self, trained: nn.Module) -> None:
-        """Write the averaged weights where `models.load` finds them."""
-
-
-class BatchIndices:
-    """The dataset indices of this process's micro-batches, from optimiser step `first` on."""
-
-    def __init__(self, settings: Settings, first: int, rank: int, world: int):
-        self.settings, self.first, self.rank, self.world = settings, first, rank, world
-
-    def __iter__(self) -> Iterator[list[int]]:
-        s = self.settings
-        micro = s.batch_size // s.accumulate
-        own = micro // self.world
-        for n in range(self.first * s.accumulate, s.steps * s.accumulate):
-            start = n * micro + self.rank * own
-            yield list(range(start, start + own))
-
-    def __len__(self) -> int:
-        return (self.settings.steps - self.first) * self.settings.accumulate
-
-
-def learning_rate(step: int, s: Settings) -> float:
-    """Linear warmup, then half a cosine down to `min_lr` of the peak at the last step."""
-    if step < s.warmup:
-        return s.lr * (step + 1) / s.warmup
-    progress = (step - s.warmup) / max(1, s.steps - s.warmup)
-    return s.lr * (s.min_lr + (1 - s.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def ema_update(decay: float):
-    """Average with a decay that grows from 0.1 to `decay`, so that the first, random weights are soon forgotten."""
-
-    def update(averages, values, count):
-        weight = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(list(averages), list(values), weight)
-
-    return update
 
 
 def train(
@@ -119,172 +93,167 @@ def train(
     settings: Settings,
     state_file: Path,
     device: torch.device,
-    log=lambda numbers, pictures, step: None,
+    seed: int = 0,
+    bfloat16: bool = False,
+    log: Log = lambda numbers, pictures, step: None,
 ) -> bool:
-    """Run the objective up to `settings.steps`; resume from `state_file` if it exists.
+    """Train until `settings.steps` or `settings.minutes` are done; resume from `state_file` if it exists.
 
+    Minutes are those of the clock, from the end of this process's first step on, so that compilation does not count.
     Returns True when done, False when a SIGTERM stopped it, after saving. Raises InputError if the batch cannot be
-    split evenly, if the state is of another run, or if the loss or its gradient is no longer finite (naming the step,
-    with the last good state kept).
+    split evenly, if the state is of another run, or if the loss or its gradient is no longer finite (naming the step;
+    the last good state stays).
     """
-    s = settings
-    distributed = dist.is_initialized()
+    s, distributed = settings, dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     if s.batch_size % (world * s.accumulate):
-        raise InputError(
-            f"batch_size={s.batch_size} is no multiple of {world} processes x {s.accumulate} accumulation steps"
-        )
+        raise InputError(f"batch_size={s.batch_size} is no multiple of {world} processes x {s.accumulate} accumulated")
     objective.to(device)
-    trained = objective.trained.to(memory_format=torch.channels_last)
-    ema = AveragedModel(trained, multi_avg_fn=ema_update(s.ema_decay), use_buffers=False)
-    decay = [p for p in trained.parameters() if p.requires_grad and p.ndim > 1]
-    no_decay = [p for p in trained.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": s.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas), fused=True)
-
-    first = 0
-    if state_file.exists():
-        first = restore(state_file, trained, ema, optimizer, s, device)
-    model = DistributedDataParallel(objective) if distributed else objective
+    if device.type == "cuda":  # on a CPU, group normalisation is slow in this layout
+        objective.to(memory_format=torch.channels_last)
+    trained = objective.trained
+    average = copy.deepcopy(trained).requires_grad_(False)
+    optimizer = adamw(trained, s)
+    stateful = {"trained": trained, "average": average, "optimizer": optimizer}
+    identity = {"seed": seed, "batch_size": s.batch_size}
+    step, seconds = restore(state_file, stateful, identity, device) if state_file.exists() else (0, 0.0)
+    if s.compile:  # after the copy: the average stays as it is
+        trained.compile()
+    model = DistributedDataParallel(objective, broadcast_buffers=False) if distributed else objective
     loader = DataLoader(
         dataset,
-        batch_sampler=BatchIndices(s, first, rank, world),
+        batch_sampler=batch_indices(s, step, rank, world),
         collate_fn=objective.collate,
         num_workers=s.workers,
-        persistent_workers=s.workers > 0,
+        prefetch_factor=4 if s.workers else None,
         pin_memory=device.type == "cuda",
     )
-    batches = iter(loader)
-
-    stop = False
-
-    def on_sigterm(signum, frame):
-        nonlocal stop
-        stop = True
-
-    previous = signal.signal(signal.SIGTERM, on_sigterm)
-    bar = tqdm(
-        total=s.steps, initial=first, unit="step", disable=rank > 0, smoothing=0.05, file=sys.stderr, mininterval=1
-    )
-    window_start, window_step = time.perf_counter(), first
-    try:
+    batches, own = iter(loader), s.batch_size // s.accumulate // world
+    clock = None  # the moment at which the training would have begun, had it never been interrupted
+    stop = threading.Event()
+    with ExitStack() as exits:
+        exits.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
+        total = None if s.minutes else s.steps * s.batch_size
+        bar = tqdm(initial=step * s.batch_size, total=total, unit=" pictures", disable=rank > 0, mininterval=1)
+        exits.enter_context(bar)
+        if device.type == "cpu":  # PyTorch's fused attention there is many times slower backwards than plain products
+            exits.enter_context(sdpa_kernel([SDPBackend.MATH]))
         objective.train()
-        for step in range(first, s.steps):
+        while s.progress(step, seconds) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, s)
+                group["lr"] = lr = s.learning_rate(step, seconds)
             numbers: dict[str, Tensor] = {}
             for micro in range(s.accumulate):
-                batch = next(batches)
-                batch.update(own_draws(objective, s, step, micro, rank, world))
-                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+                generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
+                draws = objective.draw(own * world, generator)
+                batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+                batch |= {k: v[rank * own : (rank + 1) * own] for k, v in draws.items()}
                 last = micro == s.accumulate - 1
-                sync = nullcontext() if last or not distributed else model.no_sync()
-                with sync:
-                    with torch.autocast(device.type, torch.bfloat16, enabled=s.autocast):
+                with nullcontext() if last or not distributed else model.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                         loss, values = model(batch)
                     (loss / s.accumulate).backward()
-                for name, value in {"loss": loss, **values}.items():
+                for name, value in ({"loss": loss} | values).items():
                     numbers[name] = numbers.get(name, 0) + value.detach() / s.accumulate
-            norm = nn.utils.clip_grad_norm_(trained.parameters(), s.clip_grad)
+            numbers["grad_norm"] = nn.utils.clip_grad_norm_(trained.parameters(), s.clip_grad)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ema.update_parameters(trained)
-            done = step + 1
-            bar.update()
+            update_average(average, trained, step, s.ema_decay)
+            step += 1
+            bar.update(s.batch_size)
 
-            stopping = agreed(stop, device) if distributed else stop
-            due = done % s.validate_every == 0 or done == s.steps
-            saving = stopping or due or done % s.save_every == 0
-            if saving or done % s.log_every == 0:
-                values = averaged(numbers, world) | {"grad_norm": norm.item(), "lr": learning_rate(step, s)}
+            if clock is None:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                clock = time.perf_counter() - seconds
+            seconds, stopping = agreed(time.perf_counter() - clock, stop.is_set())
+            done = s.progress(step, seconds) == 1
+            validating = done or step % s.validate_every == 0
+            saving = validating or stopping or step % s.save_every == 0
+            if saving or step % s.log_every == 0:
+                values = averaged(numbers, world)
                 for name in ("loss", "grad_norm"):  # before anything is saved: the last good state stays
                     if not math.isfinite(values[name]):
-                        raise InputError(f"{name} became {values[name]} by step {done}: lower lr or raise warmup")
-                now = time.perf_counter()
-                values["images_per_second"] = (done - window_step) * s.batch_size / (now - window_start)
-                window_start, window_step = now, done
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
-                log(values, {}, done)
-            if saving:
-                if rank == 0:
-                    store(state_file, trained, ema, optimizer, s, done)
-                    if not stopping or done == s.steps:
-                        publish(objective, ema.module, log, done, validate=due)
-                if distributed:
-                    dist.barrier()
-                window_start, window_step = time.perf_counter(), done
-            if stopping and done < s.steps:
+                        raise InputError(f"{name} became {values[name]} by step {step}: lower lr, raise warmup")
+                bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
+                log(values | {"lr": lr}, {}, step)
+            if saving and rank == 0:
+                if done or not stopping:  # before the state, so that a kill in between is made up for
+                    publish(objective, average, log, step, validating)
+                state_file.parent.mkdir(parents=True, exist_ok=True)
+                networks = {name: part.state_dict() for name, part in stateful.items()}
+                with whole_file(state_file) as partial:
+                    torch.save(networks | identity | {"step": step, "seconds": seconds}, partial)
+            if saving and distributed:
+                dist.barrier()
+            if stopping and not done:
                 return False
-        if first >= s.steps and rank == 0:  # a kill may have come between the last state and its publication
-            publish(objective, ema.module, log, first, validate=True)
-        return True
-    finally:
-        bar.close()
-        signal.signal(signal.SIGTERM, previous)
+    return True
+
+
+def adamw(trained: nn.Module, s: Settings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019); biases and gains do not decay."""
+    matrices = [p for p in trained.parameters() if p.ndim > 1]
+    vectors = [p for p in trained.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas), fused=True)
 
 
 @torch.no_grad()
-def publish(objective: Objective, average: nn.Module, log, step: int, validate: bool) -> None:
+def update_average(average: nn.Module, trained: nn.Module, step: int, decay: float) -> None:
+    """average <- d average + (1 - d) trained with d = min(decay, (1 + step) / (10 + step)), so that the first, random
+    weights are soon forgotten."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - d)
+
+
+def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.device) -> tuple[int, float]:
+    """Read a state; return its step and seconds. Steps, minutes and rates may differ from those it was saved with. With
+    another seed or batch size the data would not continue: an InputError, as networks of other sizes are."""
+    stored = torch.load(file, map_location=device, weights_only=True)
+    for name, value in identity.items():
+        if stored[name] != value:
+            raise InputError(f"{file} was trained with {name}={stored[name]}, not {value}: choose another `out`")
+    try:
+        for name, part in stateful.items():
+            part.load_state_dict(stored[name])
+    except RuntimeError:
+        raise InputError(f"{file} holds networks of other sizes: choose another `out`, or delete it") from None
+    return stored["step"], stored["seconds"]
+
+
+def batch_indices(s: Settings, first: int, rank: int, world: int) -> Iterator[list[int]]:
+    """The data set's indices of this process's micro-batches, from optimizer step `first` on, without end."""
+    micro = s.batch_size // s.accumulate
+    own = micro // world
+    start = first * s.batch_size + rank * own
+    while True:
+        yield list(range(start, start + own))
+        start += micro
+
+
+def agreed(seconds: float, stopping: bool) -> tuple[float, bool]:
+    """The largest of all processes' seconds, and whether one is to stop; on the CPU, so that no device waits."""
+    if not dist.is_initialized():
+        return seconds, stopping
+    both = torch.tensor([seconds, float(stopping)], dtype=torch.float64)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return both[0].item(), bool(both[1])
+
+
+def averaged(numbers: dict[str, Tensor], world: int) -> dict[str, float]:
+    """Means over all processes, read from the device at once."""
+    values = torch.stack([value.float() for value in numbers.values()])
+    if world > 1:
+        dist.all_reduce(values)
+    return dict(zip(numbers, (values / world).tolist(), strict=True))
+
+
+@torch.no_grad()
+def publish(objective: Objective, average: nn.Module, log: Log, step: int, validate: bool) -> None:
     """Export the averaged weights, and judge them where that is due."""
     objective.export(average)
     if validate:
         objective.eval()
         log(*objective.validate(average), step)
         objective.train()
-
-
-def averaged(numbers: dict[str, Tensor], world: int) -> dict[str, float]:
-    """Means over all processes."""
-    if world > 1:
-        for value in numbers.values():
-            dist.all_reduce(value)
-    return {name: value.item() / world for name, value in numbers.items()}
-
-
-def own_draws(objective: Objective, s: Settings, step: int, micro: int, rank: int, world: int) -> dict[str, Tensor]:
-    """This process's slice of the global micro-batch's random numbers, which follow from (seed, step, micro)."""
-    generator = torch.Generator().manual_seed((s.seed * 1_000_003 + step) * 1_009 + micro)
-    size = s.batch_size // s.accumulate
-    own = size // world
-    return {k: v[rank * own : (rank + 1) * own] for k, v in objective.draw(size, generator).items()}
-
-
-def agreed(stop: bool, device: torch.device) -> bool:
-    """True on all processes as soon as it is True on one."""
-    flag = torch.tensor(float(stop), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def store(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Settings, step: int) -> None:
-    """Write the state whole: a kill at any moment leaves the old state or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "step": step,
-        "seed": s.seed,
-        "batch_size": s.batch_size,
-        "trained": trained.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    with whole_file(file) as partial, open(partial, "wb") as stream:
-        torch.save(state, stream)
-
-
-def restore(file: Path, trained: nn.Module, ema: AveragedModel, optimizer, s: Settings, device) -> int:
-    """Load the state; returns the step to go on from. `steps` and `lr` may differ from those it was saved with; with
-    another seed or batch size the data would no longer continue, so they may not (InputError)."""
-    state = torch.load(file, map_location=device, weights_only=True)
-    for name in ("seed", "batch_size"):
-        if state[name] != getattr(s, name):
-            raise InputError(
-                f"{file} was trained with {name}={state[name]}, not {getattr(s, name)}: "
-                "continue with the same, or choose another `out`"
-            )
-    try:
-        trained.load_state_dict(state["trained"])
-    except RuntimeError:
-        raise InputError(f"{file} holds networks of other sizes: choose another `out`, or delete it") from None
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]

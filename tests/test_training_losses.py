@@ -1,0 +1,180 @@
+"""The losses of the three parts and the judges of samples: each is its formula, and each loss can be learned."""
+
+import copy
+
+import pytest
+import torch
+
+import models
+from models.text import UNKNOWN, compact, compact_vocabulary
+from training.evaluate import clip_scores, grid, mean_psnr, pixel_scores, top1
+from training.losses import AutoencoderObjective, ClipObjective, UNetObjective
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+class Squares:
+    """Plain pictures in four colours, whose captions name them."""
+
+    def __getitem__(self, i):
+        name = list(COLOURS)[i % 4]
+        image = torch.tensor(COLOURS[name], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32).clone()
+        return {"image": image, "caption": f'a "% {name} square'}
+
+
+@pytest.fixture
+def model(tiny_config):
+    vocabulary = compact_vocabulary([Squares()[i]["caption"] for i in range(4)])
+    return models.build(copy.deepcopy(tiny_config), seed=0, vocabulary=vocabulary)
+
+
+def batch_of(objective, n=8):
+    items = [Squares()[i] for i in range(n)]
+    return objective.collate(items) | objective.draw(n, torch.Generator().manual_seed(0))
+
+
+def learn(objective, steps=40, lr=3e-3):
+    optimizer = torch.optim.Adam(objective.trained.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss, _ = objective(batch_of(objective))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    frozen = {p for p in objective.parameters()} - {p for p in objective.trained.parameters()}
+    assert frozen and all(p.grad is None for p in frozen)
+    return losses
+
+
+def test_autoencoder_loss_and_scale(model, tmp_path):
+    objective = AutoencoderObjective(model, tmp_path, Squares(), kl_weight=0.5, probes=8)
+    batch = batch_of(objective)
+    loss, _ = objective(batch)
+    x = batch["image"].float() / 127.5 - 1
+    mean, logvar = model.autoencoder.posterior(x)
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    error = model.autoencoder.decode(mean + posterior.stddev * batch["noise"]) - x
+    torch.testing.assert_close(loss, error.abs().mean() + 2 * (error**2).mean() + 0.5 * kl)
+    losses = learn(objective)
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        objective.export(model.autoencoder)
+    scale = models.checkpoints.read_config(tmp_path)["vae"]["scale_factor"]
+    z = model.autoencoder.encode(objective.heldout)
+    assert (z * scale).std().item() == pytest.approx(1, abs=0.01)
+    model.config["vae"]["scale_factor"] = 1.0  # as in the process that trains another part
+    UNetObjective(model, tmp_path, Squares(), ["a"], 0.0, 5.0, 3.0, probes=4).export(model.unet)
+    assert models.checkpoints.read_config(tmp_path)["vae"]["scale_factor"] == scale
+
+
+def test_clip_loss_learns_and_drops_tokens(model, tmp_path):
+    objective = ClipObjective(model, tmp_path, {"all": Squares()}, unknown_rate=0.5, probes=8)
+    vocabulary, seen = model.text.vocabulary, []
+    hook = model.text.tower.token_embedding.register_forward_pre_hook(lambda module, rows: seen.append(rows[0]))
+    batch = batch_of(objective)
+    assert 1 in vocabulary  # the unknown token's row is also the id of a token, which must not be mistaken for it
+    objective(batch)
+    rows, original = seen[0], compact(batch["ids"], vocabulary)
+    special = (batch["ids"] == 0) | (batch["ids"] >= models.text.BEGIN)
+    assert torch.equal(rows, torch.where(batch["keep"] | special, original, UNKNOWN))
+    assert (rows == UNKNOWN).sum() > 8 and not (original == UNKNOWN).any()
+    hook.remove()
+    objective.unknown_rate = 0.0
+    losses = learn(objective)
+    assert losses[-1] < 0.6 * losses[0]
+    assert objective.validate(model.clip)[0]["top1_of_100_all"] >= 0.75
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_unet_loss_is_the_weighted_denoising_error(model, tmp_path, prediction, gamma):
+    model.prediction = prediction
+    objective = UNetObjective(model, tmp_path, Squares(), ["a"], 0.0, gamma, 3.0, probes=4)
+    batch = batch_of(objective)
+    x0 = model.encode_image(batch["image"].float() / 127.5 - 1)
+    a = model.schedule.alpha_bars[batch["t"]].float().view(-1, 1, 1, 1)
+    # The untrained network outputs zero, so its error is the target itself.
+    target = batch["noise"] if prediction == "epsilon" else a.sqrt() * batch["noise"] - (1 - a).sqrt() * x0
+    snr = (a / (1 - a)).flatten()
+    weight = snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1) if gamma else torch.ones(len(snr))
+    expected = (weight * target.square().mean(dim=(1, 2, 3))).mean()
+    seen = []
+    model.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.testing.assert_close(objective(batch)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[0], model.schedule.add_noise(x0, batch["noise"], batch["t"]))
+
+
+def test_unet_drops_prompts_and_learns(model, tmp_path):
+    objective = UNetObjective(model, tmp_path, Squares(), ["a red square"] * 8, 0.5, 5.0, 3.0, probes=40)
+    seen = []
+    inner = model.text.encode_tokens
+    model.text.encode_tokens = lambda ids: (seen.append(ids), inner(ids))[1]
+    batch = batch_of(objective, 64)
+    objective(batch)
+    empty = (seen[0] == objective.empty).all(dim=1)
+    assert torch.equal(empty, ~batch["keep"]) and 16 < empty.sum() < 48
+    del model.text.encode_tokens
+    losses = learn(objective)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_unet_is_judged_by_the_network_that_is_given(model, tmp_path):
+    objective = UNetObjective(model, tmp_path, Squares(), ["a red square"] * 8, 0.1, 5.0, 3.0, probes=40)
+    average = copy.deepcopy(model.unet)
+    numbers, grids = objective.validate(average)
+    with torch.no_grad():
+        model.unet.out[-1].bias += 1.0  # the trained one moves on; the average stays
+    again, same = objective.validate(average)
+    assert again == numbers and torch.equal(same["samples"], grids["samples"])
+    assert grids["samples"].shape == (3, 32, 256)
+    other, different = objective.validate(model.unet)
+    assert other != numbers and not torch.equal(different["samples"], grids["samples"])
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(model, tmp_path):
+    objectives = [
+        AutoencoderObjective(model, tmp_path, Squares(), kl_weight=0.5, probes=1),
+        ClipObjective(model, tmp_path, {}, unknown_rate=0.5, probes=1),
+        UNetObjective(model, tmp_path, Squares(), ["a"], 0.1, 5.0, 3.0, probes=1),
+    ]
+    for objective in objectives:
+        batch = {k: v.cuda() for k, v in batch_of(objective.cuda()).items()}
+        generator = torch.Generator("cuda").manual_seed(0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            objective(batch | objective.draw(8, generator))[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_top1_chooses_within_blocks_and_takes_duplicates_for_right(model):
+    names = [f"caption {i}" for i in range(8)]
+    assert top1(torch.eye(8), names) == 1
+    swapped = torch.eye(8)[[1, 0, 2, 3, 4, 5, 6, 7]]
+    assert top1(swapped, names) == 0.75
+    assert top1(swapped, ["same", "same", *names[2:]]) == 1
+    assert top1(swapped, names, choices=1) == 1
+    scores = clip_scores(model.clip, torch.rand(3, 3, 32, 32), [Squares()[i]["caption"] for i in range(3)])
+    assert scores.shape == (3, 3) and (scores.abs() <= 1 + 1e-6).all()
+
+
+def test_pixels_judge_by_the_nearest_true_drawing():
+    drawings = torch.rand(12, 3, 32, 32) * 2 - 1
+    names = [str(i) for i in range(12)]
+    assert top1(pixel_scores(drawings + 0.1 * torch.randn(drawings.shape), drawings), names) == 1
+    assert top1(pixel_scores(drawings.roll(1, dims=0), drawings), names) == 0
+    level = torch.full((2, 3, 32, 32), 0.25)  # a blur leaves a constant alone
+    expected = -0.5 * torch.ones(2, 2) * (3 * 32 * 32) ** 0.5
+    torch.testing.assert_close(pixel_scores(level, level + 0.5), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_grid_and_mean_psnr():
+    picture = grid(torch.full((5, 3, 2, 2), -1.0), 4)
+    assert picture.shape == (3, 4, 8)
+    assert (picture[:, 2:, 2:] == 1).all() and (picture[:, :2] == -1).all() and (picture[:, 2:, :2] == -1).all()
+    a = torch.zeros(2, 3, 4, 4)
+    b = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
+    assert mean_psnr(a, b) == pytest.approx((20 + 40) / 2, abs=1e-3)
