@@ -29,10 +29,10 @@ def task_on(model):
 def test_networks_agree_with_the_cpu(tiny_model, on_gpu):
     model = on_gpu(torch.float32)
     x = torch.randn(2, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(0))
-    context = tiny_model.encode_text(["a cat", "a red heart"])
-    torch.testing.assert_close(model.encode_text(["a cat", "a red heart"]).cpu(), context, atol=1e-3, rtol=1e-3)
-    expected = tiny_model.predict_noise(x, torch.tensor([5, 900]), context)
-    actual = model.predict_noise(x.cuda(), torch.tensor([5, 900]).cuda(), context.cuda())
+    context = tiny_model.text(["a cat", "a red heart"])
+    torch.testing.assert_close(model.text(["a cat", "a red heart"]).cpu(), context, atol=1e-3, rtol=1e-3)
+    expected = tiny_model.predict(x, torch.tensor([5, 900]), context)
+    actual = model.predict(x.cuda(), torch.tensor([5, 900]).cuda(), context.cuda())
     torch.testing.assert_close(actual.cpu(), expected, atol=5e-3, rtol=5e-3)  # TF32 convolutions
 
 
@@ -57,11 +57,11 @@ def test_no_step_waits_for_the_device(on_gpu):
     """The model predicts v, so that a step also asks the schedule for its numbers."""
     model = on_gpu(torch.bfloat16)
     x = torch.randn(2, *model.latent_shape, device="cuda", dtype=torch.bfloat16)
-    context = model.project_context(model.encode_text(["a cat", "a red heart"]))
-    model.predict_noise(x, 500, context)  # loads what is loaded once
+    context = model.unet.project_context(model.text(["a cat", "a red heart"]))
+    model.predict(x, 500, context)  # loads what is loaded once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.predict_noise(x, 500, context)
+        model.predict(x, 500, context)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -74,11 +74,11 @@ def test_replay_is_exact_in_bfloat16(on_gpu):
 
 def test_a_step_does_not_wait_for_the_device(on_gpu):
     model = on_gpu(torch.float32)
-    x, context = torch.randn(2, *model.latent_shape, device="cuda"), model.encode_text(["a cat", "a dog"])
-    model.predict_noise(x, 500, context)
+    x, context = torch.randn(2, *model.latent_shape, device="cuda"), model.text(["a cat", "a dog"])
+    model.predict(x, 500, context)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.predict_noise(x, 501, context)
+        model.predict(x, 501, context)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -139,7 +139,7 @@ def test_fused_attention_in_a_cuda_graph_compiled_and_with_nan(m):
 def test_the_unet_gives_the_same_with_fused_attention(on_gpu):
     model = on_gpu(torch.float16)
     x = torch.randn(2, *model.latent_shape, device="cuda", dtype=torch.float16)
-    context = model.encode_text(["a cat", "a red heart"])
+    context = model.text(["a cat", "a red heart"])
     outputs = []
     for backend in ("fused", "reference"):
         model.unet.attention.backend = backend
@@ -154,8 +154,8 @@ def test_layout_and_compilation_change_rounding_only(on_gpu, dtype, compiled):
     if compiled:
         other.unet.compile()
     x = torch.randn(2, *plain.latent_shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
-    context = plain.encode_text(["a cat", "a red heart"])
+    context = plain.text(["a cat", "a red heart"])
     with torch.no_grad():
         for t in (900, 5):
-            expected, found = (model.predict_noise(x, t, context).float() for model in (plain, other))
+            expected, found = (model.predict(x, t, context).float() for model in (plain, other))
             assert (found - expected).norm() < (5e-3 if dtype == torch.float32 else 5e-2) * expected.norm()

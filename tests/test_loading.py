@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import FIXTURES, TINY, fixture_arch, hub_folder
+from tests.conftest import FIXTURES, TINY, fixture_arch, hub_folder
 from safetensors.torch import load_file, save_file
 
 import models
@@ -243,7 +243,7 @@ def test_unused_layers_and_rows_are_left_out(write):
     longer = {text + "token_embedding.weight": torch.cat([embedding, torch.ones(2, embedding.shape[1]).half()])}
     for file in (SINGLE2, write(tensors | longer | {"global_step": torch.tensor(5)})):
         last = models.load(file, arch=ARCH2 | shorter)
-        torch.testing.assert_close(last.encode_text(["a cat"]), penultimate.encode_text(["a cat"]))
+        torch.testing.assert_close(last.text(["a cat"]), penultimate.text(["a cat"]))
 
 
 def test_clip_scores_do_not_depend_on_the_precision(tiny_model, tmp_path):
@@ -253,10 +253,10 @@ def test_clip_scores_do_not_depend_on_the_precision(tiny_model, tmp_path):
     scores = []
     for dtype in (torch.float32, torch.bfloat16):
         model = models.load(tmp_path, dtype=dtype)
-        assert model.dtype == model.encode_text(["a cat"]).dtype == model.unet.out[2].weight.dtype == dtype
+        assert model.dtype == model.text(["a cat"]).dtype == model.unet.out[2].weight.dtype == dtype
         clip = model.clip
         scores.append(clip.image_features(image) @ clip.text_features(["a cat", "a red heart"]).T)
-        assert model.text.pool(model.encode_text(["a cat"]), model.text.tokenize(["a cat"])).isfinite().all()
+        assert model.text.pool(model.text(["a cat"]), model.text.tokenize(["a cat"])).isfinite().all()
     torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
 
 

@@ -71,7 +71,7 @@ def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
     unet, other, seen = copy.deepcopy(tiny_model.unet), copy.deepcopy(tiny_model.unet), []
     layers = [m for m in unet.modules() if isinstance(m, SelfAttention | CrossAttention)]
     assert all(layer.attention is unet.attention for layer in layers) and other.attention is not unet.attention
-    x, context = latents(tiny_model, 2), tiny_model.encode_text(["a cat", "a dog"])
+    x, context = latents(tiny_model, 2), tiny_model.text(["a cat", "a dog"])
     plain = unet(x, 3, context)
     with unet.attention.hooked(lambda q, k, v, cross: seen.append((cross, q.shape[-2], k.shape[-2]))):
         assert torch.equal(unet(x, 3, context), plain)
@@ -113,32 +113,32 @@ def test_timestep_embedding_is_cosines_then_sines():
 def test_new_networks_start_from_zero_output(tiny_config):
     """Last layers are zero, so an untrained UNet predicts nothing rather than noise of its own."""
     model = models.build(tiny_config, seed=3)
-    out = model.unet(latents(model, 2), torch.tensor([3, 900]), model.encode_text(["a", "b"]))
+    out = model.unet(latents(model, 2), torch.tensor([3, 900]), model.text(["a", "b"]))
     assert out.shape == (2, *model.latent_shape) and not out.any()
 
 
 def test_unet_depends_on_everything(tiny_model):
     x, t = latents(tiny_model, 2), torch.tensor([100, 100])
-    context = tiny_model.encode_text(["a cat", "a cat"])
+    context = tiny_model.text(["a cat", "a cat"])
     base = tiny_model.unet(x, t, context)
     torch.testing.assert_close(tiny_model.unet(x, 100, context[:1]), base)  # a scalar t, one context for all
     assert (tiny_model.unet(x, t + 300, context) - base).abs().max() > 1e-3
-    other = tiny_model.unet(x, t, tiny_model.encode_text(["a cat", "a red heart"]))
+    other = tiny_model.unet(x, t, tiny_model.text(["a cat", "a red heart"]))
     torch.testing.assert_close(other[0], base[0])
     assert (other[1] - base[1]).abs().max() > 1e-4
 
 
 def test_projected_context_carries_gradients_to_the_text(tiny_model):
-    x, context = latents(tiny_model, 1), tiny_model.encode_text(["a cat"]).requires_grad_()
-    direct = torch.autograd.grad(tiny_model.predict_noise(x, 500, context).square().sum(), context)[0]
-    projected = tiny_model.project_context(context)
-    reused = torch.autograd.grad(tiny_model.predict_noise(x, 500, projected).square().sum(), context)[0]
+    x, context = latents(tiny_model, 1), tiny_model.text(["a cat"]).requires_grad_()
+    direct = torch.autograd.grad(tiny_model.predict(x, 500, context).square().sum(), context)[0]
+    projected = tiny_model.unet.project_context(context)
+    reused = torch.autograd.grad(tiny_model.predict(x, 500, projected).square().sum(), context)[0]
     assert direct.abs().max() > 0
     torch.testing.assert_close(direct, reused)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model):
-    x, context = latents(tiny_model, 1), tiny_model.encode_text(["a cat"]).requires_grad_()
+    x, context = latents(tiny_model, 1), tiny_model.text(["a cat"]).requires_grad_()
     grads = []
     try:
         for on in (False, True):
@@ -174,11 +174,11 @@ def test_autoencoder_shapes_scale_and_posterior(tiny_model):
 
 
 def test_v_prediction_is_turned_into_noise(tiny_model):
-    x, context = latents(tiny_model, 2), tiny_model.encode_text(["", ""])
+    x, context = latents(tiny_model, 2), tiny_model.text(["", ""])
     t = torch.tensor([10, 800])
     v = tiny_model.unet(x, t, context)
     a = tiny_model.schedule.alpha_bars[t].float().view(2, 1, 1, 1)
-    torch.testing.assert_close(tiny_model.predict_noise(x, t, context), a.sqrt() * v + (1 - a).sqrt() * x)
+    torch.testing.assert_close(tiny_model.predict(x, t, context), a.sqrt() * v + (1 - a).sqrt() * x)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -195,7 +195,7 @@ def test_predicting_noise_neither_reads_from_the_device_nor_copies_to_it(tiny_co
 
     x, context = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, 24, 32, device="meta")
     with Watch():
-        assert model.predict_noise(x, 500, context).shape == x.shape
+        assert model.predict(x, 500, context).shape == x.shape
 
 
 def test_text_is_causal_and_padded(tiny_model):
@@ -319,7 +319,7 @@ def test_devices_and_precisions(monkeypatch):
     assert choose_dtype("auto", cpu) == torch.float32 and choose_dtype("bfloat16", cuda) == torch.bfloat16
     with pytest.raises(InputError, match="unknown"):
         choose_dtype("int8", cpu)
-    monkeypatch.setattr("models.device.cpu_computes_in", lambda name: False)
+    monkeypatch.setattr("models.device.computes_in", lambda name, device: False)
     with pytest.raises(InputError, match="float32"):
         choose_dtype("bfloat16", cpu)
     assert choose_channels_last("auto", cuda, torch.bfloat16) and choose_channels_last(True, cpu, torch.float32)

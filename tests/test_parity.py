@@ -10,12 +10,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, fixture_arch, hub_folder
+from tests.conftest import FIXTURES, fixture_arch, hub_folder
 from safetensors.torch import load_file
 
 from models import load
 from models.attention import why_not_fused
-from samplers import ddim, guided
+from samplers import Conditioning, ddim, guided
 
 
 def recorded(name):
@@ -95,6 +95,6 @@ def test_guided_ddim_trajectory(case):
     assert trajectory.timesteps.tolist() == expected["ddim_timesteps"].tolist()
     path = [expected["ddim_cfg3_trajectory"][:1]]
     text, null = expected["text_hidden"].split(1)
-    denoise = guided(model, text, null, arch["guidance_scale"])
+    denoise = guided(model, Conditioning(text), arch["guidance_scale"], Conditioning(null))
     ddim.sample(denoise, path[0], trajectory, callback=lambda i, x: path.append(x))
     close(torch.cat(path), expected["ddim_cfg3_trajectory"])
