@@ -44,12 +44,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from data.images import check_size, find
     from data.tasks import Entry
     from evaluation import runner
-<<<<<<< HEAD
-    from models.device import choose_channels_last, choose_device, choose_dtype
-=======
     from models.attention import why_not_fused
-    from models.placement import choose_channels_last, choose_device, choose_dtype
->>>>>>> house
+    from models.device import choose_channels_last, choose_device, choose_dtype
 
     for name in ("compile", "deterministic"):
         if not isinstance(cfg[name], bool):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from metrics import Metrics, psnr
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +20,6 @@ from data.images import to_pil
 from data.tasks import EditTask
 from files import whole_file, whole_folder
 from methods.base import EditResult, Reporter
-from metrics import Metrics, psnr
 from reporting.cache import TuningCache, code_fingerprint, digest
 from reporting.logger import WandbLogger
 from reporting.sheet import Cell, brief, contact_sheet, describe, scores

@@ -10,12 +10,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.conftest import FIXTURES, fixture_arch, hub_folder
 from safetensors.torch import load_file
 
 from models import load
 from models.attention import why_not_fused
 from samplers import Conditioning, ddim, guided
+from tests.conftest import FIXTURES, fixture_arch, hub_folder
 
 
 def recorded(name):
