@@ -13,14 +13,14 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from errors import InputError
-from reporting import outcome
+from evaluation import cli
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    with outcome.job():
+    with cli.job():
         if not run(cfg):
-            outcome.end("stopped by SIGTERM; the state is saved, and the same command goes on from it", 143)
+            cli.end("stopped by SIGTERM; the state is saved, and the same command goes on from it", 143)
 
 
 def run(cfg: DictConfig) -> bool:
@@ -74,4 +74,4 @@ def process_group(device_name: str):
 
 
 if __name__ == "__main__":
-    outcome.run(main)
+    cli.run(main)
