@@ -28,11 +28,11 @@ def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function as the program, and exit."""
     if not full_traces():
         os.environ.update({"HYDRA_FULL_ERROR": "1", "PALIMPSEST_SHORT": "1"})
+    # A launcher's jobs start elsewhere, where Python would not find this clone.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
     multirun = {"--multirun", "-m"} & set(sys.argv)
-    for flag in multirun:  # Hydra's parser wants it before the overrides
+    for flag in multirun:  # Hydra's parser refuses it between overrides
         sys.argv.insert(1, sys.argv.pop(sys.argv.index(flag)))
-        # A launcher's jobs start elsewhere, where Python would not find this clone.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
     sys.argv[1:] = [quoted(argument, bool(multirun)) for argument in sys.argv[1:]]
     for flag in {"--help", "-h"} & set(sys.argv):  # the same text, without reading every choice of every group
         sys.argv.remove(flag)

@@ -76,7 +76,6 @@ class TaskRun(Run):
         super().__init__(seed)
         self.model, self.cache, self.identity, self.logger, self.alone = model, cache, identity, logger, alone
         self.curves: dict[str, dict[str, list[float]]] = {}
-        self.reused: list[str] = []  # stages whose tuned state was in the cache
         # What to add to the time and the evaluations of this process: cached tuning, less the reconstruction.
         self.more_seconds, self.more_evaluations, self.cached_peak = 0.0, 0, 0.0
         self.bar: tqdm | None = None
@@ -116,7 +115,8 @@ class TaskRun(Run):
         self.more_seconds += cost["seconds"] - (self.now() - start)  # reading, writing and waiting cost nothing
         self.more_evaluations += cost["evaluations"] - (self.model.evaluations - evaluations)
         self.cached_peak = max(self.cached_peak, cost["peak_memory_gb"])
-        self.reused += [stage] * found
+        if found and self.alone:
+            tqdm.write(f"{stage}: from the cache", file=sys.stderr)
         return tensors
 
     def now(self) -> float:
@@ -181,42 +181,31 @@ class Editor:
 
         with torch.no_grad():
             source = source_latent(self.model, task.image)
-        of_all = {
-            "task": task.name,
-            "category": task.category,
-            "method": self.name,
-            "prompt": task.prompt,
-            "source_prompt": task.source_prompt,
-            "seed": seed,
-        }
+        of_all = {"task": task.name, "category": task.category, "method": self.name, "seed": seed}
+        of_all |= {"prompt": task.prompt, "source_prompt": task.source_prompt}
         known = {f"input_{name}": n for name, n in self.metrics.read(self.model, task.image, task).items()}
         if task.truth is not None:
             known |= {f"truth_{name}": n for name, n in self.metrics.read(self.model, task.truth, task).items()}
         if reconstruction is not None:
             known["reconstruction_psnr"] = float(psnr(reconstruction[None].to(task.image), task.image))
+        shown = {"input": task.image, "reconstruction": reconstruction, "truth": task.truth}
+        shown = {f"{name}.png": picture for name, picture in shown.items() if picture is not None}
+        of_all |= {name.removesuffix(".png"): name for name in shown}
         rows = []
         for (settings, metrics, cost), latent, picture in zip(results, latents, pictures, strict=True):
             measured, left_out = self.metrics.measure(self.model, picture[None].to(task.image), task)
             numbers = run.metrics | metrics | {"edit_source_cosine": cosine(latent, source)} | measured | known | cost
+            left_out |= {name: f"it is {value}" for name, value in numbers.items() if not math.isfinite(value)}
             name = "_".join([f"{len(rows):02d}", *(f"{name}-{short(value)}" for name, value in settings.items())])
-            rows.append(
-                of_all
-                | {"sample": settings.get("sample", 0)}
-                | {f"edit.{name}": value for name, value in settings.items() if name != "sample"}
-                | {name: n for name, n in numbers.items() if math.isfinite(n)}
-                | {"left_out": left_out | {name: f"it is {n}" for name, n in numbers.items() if not math.isfinite(n)}}
-                | {"file": f"edits/{name}.png", "input": "input.png"}
-                | ({} if reconstruction is None else {"reconstruction": "reconstruction.png"})
-                | ({} if task.truth is None else {"truth": "truth.png"})
-            )
+            row = of_all | {"sample": settings.get("sample", 0), "file": f"edits/{name}.png", "left_out": left_out}
+            row |= {f"edit.{name}": value for name, value in settings.items() if name != "sample"}
+            rows.append(row | {name: value for name, value in numbers.items() if math.isfinite(value)})
+            shown[row["file"]] = picture
         tensors = run.tensors | {"source_latent": source, "edited_latents": torch.cat(latents)}
         with whole_outputs(place) as folder:
             (folder / "edits").mkdir()
-            for row, picture in zip(rows, pictures, strict=True):
-                to_pil(picture).save(folder / row["file"])
-            for name, picture in (("input", task.image), ("reconstruction", reconstruction), ("truth", task.truth)):
-                if picture is not None:
-                    to_pil(picture).save(folder / f"{name}.png")
+            for name, picture in shown.items():
+                to_pil(picture).save(folder / name)
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "tensors.safetensors")
         return rows, run.curves
 
@@ -279,26 +268,24 @@ def edit_all(
 
             print(report.write(folder, pd.DataFrame(rows), len(source.entries), curves if single else None))
             if {row["task"] for row in rows if "error" not in row} < {entry.name for entry in source.entries}:
-                print(f"the same command goes on from here with {place_of(folder)}")
+                sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+                place = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweep else f"hydra.run.dir={folder}"
+                print(f"the same command goes on from here with {place}")
     return rows
-
-
-def place_of(folder: Path) -> str:
-    """The setting with which a command comes to the same folder again."""
-    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    return f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweep else f"hydra.run.dir={folder}"
 
 
 def rows_of(source: Tasks, folder: Path) -> list[dict]:
     """The rows of all processes, in the order of the tasks. Failures of tasks that are done by now are left out, and so
     are rows of tasks that have changed: names may be line numbers."""
-    rows: dict[str, list[dict]] = {entry.name: [] for entry in source.entries}
-    wanted = {entry.name: marks(entry) for entry in source.entries}
-    for row in (row for file in sorted(folder.glob("rows*.jsonl")) for row in report.json_lines(file)):
-        name = row.get("task")
-        if name in rows and all(row.get(mark) == value for mark, value in wanted[name].items()):
-            rows[name].append(row)
-    return [row for group in rows.values() for row in [row for row in group if "error" not in row] or group[-1:]]
+    groups: dict[str, list[dict]] = {}
+    for file in sorted(folder.glob("rows*.jsonl")):
+        for row in report.json_lines(file):
+            groups.setdefault(row.get("task", ""), []).append(row)
+    rows = []
+    for entry in source.entries:
+        group = [row for row in groups.get(entry.name, []) if row.items() >= marks(entry).items()]
+        rows += [row for row in group if "error" not in row] or group[-1:]
+    return rows
 
 
 def marks(entry: Entry) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Weights & Biases: one run for each job, offline unless asked otherwise. `mode=disabled` never imports it."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,24 +73,19 @@ class WandbLogger:
         self.active.log({name: wandb.Image(str(p) if isinstance(p, Path) else p) for name, p in pictures.items()})
 
     def report(self, folder: Path, rows: Sequence[dict]) -> None:
-        """Log the results of a run in `folder`: its tables, with the pictures of each edit, its sheet and plots, and as
-        the summary the means of all numbers. `rows` are not empty."""
-        if self.active is None:
+        """Log a run in `folder`: tables with the pictures of each edit, the sheet, plots, and means as the summary."""
+        if self.active is None or not rows:
             return
         import pandas as pd
         import wandb
 
         from evaluation import report
 
-        shown = {}  # W&B keeps pictures in memory until the run ends: each file once
-
+        @functools.cache  # W&B keeps pictures in memory until the run ends: each file once
         def small(name: str) -> wandb.Image:
-            if name not in shown:
-                with Image.open(folder / name) as picture:
-                    picture = picture.convert("RGB")
-                picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
-                shown[name] = wandb.Image(picture)
-            return shown[name]
+            picture = Image.open(folder / name).convert("RGB")
+            picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
+            return wandb.Image(picture)
 
         tables = report.tables(pd.DataFrame(rows))
         for name, table in tables.items():
@@ -100,5 +96,5 @@ class WandbLogger:
         files = [folder / "sheet.png", *folder.glob("plots/*.png")]
         self.pictures({file.stem: file for file in files if file.exists()})
         for line in report.records(tables["overall"]):
-            prefix = f"{line['label']}/" if len(tables["overall"]) > 1 else ""
-            self.active.summary.update({prefix + name: value for name, value in line.items() if name != "label"})
+            label = f"{line.pop('label')}/" if len(tables["overall"]) > 1 else ""
+            self.active.summary.update({label + name: value for name, value in line.items() if name != "label"})

@@ -109,9 +109,9 @@ def check_choice(method: Any, choices: Iterable[str], *settings: str) -> None:
 
 
 def check_samples(method: Any, differ: bool) -> None:
-    """Raise InputError for several samples that would not `differ`."""
+    """Raise InputError for several samples that do not `differ`."""
     if method.num_samples > 1 and not differ:
-        raise InputError(f"method.num_samples={method.num_samples} gives one picture again: set sampler.eta above 0")
+        raise InputError(f"method.num_samples={method.num_samples} gives equal pictures: set sampler.eta above 0")
 
 
 def check_invertible(method: Any) -> None:
@@ -133,14 +133,11 @@ def source_latent(model, image: Tensor) -> Tensor:
 
 
 def to_image(model, latent: Tensor) -> Tensor:
-    """A latent (1, c, h, w) -> its picture (3, H, W) in [-1, 1], float32 on the CPU. Raises InputError where
-    the latent or the picture is not finite."""
+    """A latent (1, c, h, w) -> its picture (3, H, W) in [-1, 1], float32 on the CPU. Raises InputError where the
+    picture is not finite."""
     image = model.decode_latents(latent)[0].float().cpu()
     if not image.isfinite().all():
-        raise InputError(
-            "the edit became NaN or infinite while sampling: lower the learning rates or "
-            "method.guidance_scale, or use dtype=float32"
-        )
+        raise InputError("the edit is NaN or infinite: lower method.guidance_scale or learning rates, or dtype=float32")
     return image.clamp(-1, 1)
 
 
@@ -190,9 +187,7 @@ class Descent:
     `curves` holds the loss at each step and, where there are several, its terms.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, optimizer: str, stage: str, run: Run, lean: bool = False
-    ):
+    def __init__(self, params: Iterable[Tensor], lr: float, optimizer: str, stage: str, run: Run, lean: bool = False):
         self.params = [param.requires_grad_() for param in params]
         self.stage, self.run, self.lean = stage, run, lean
         self.curves: dict[str, list[float]] = {"loss": []}
@@ -205,27 +200,24 @@ class Descent:
         """Move the parameters against the gradient of the sum of `terms`. Raises InputError, before a parameter has
         moved, if the sum is NaN or infinite."""
         loss, step = sum(terms.values()), len(self.curves["loss"])
-        values = {"loss": float(loss.detach())}
+        values = {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
+        values = {name: float(value.detach()) for name, value in values.items()}
         if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"the loss became {values['loss']} in stage '{self.stage}' at step {step}: lower its learning rate"
-            )
-        if len(terms) > 1:
-            values |= {name: float(term.detach()) for name, term in terms.items()}
+            where = f"in stage '{self.stage}' at step {step}"
+            raise InputError(f"the loss became {values['loss']} {where}: lower its learning rate")
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
         self.run.scalar(self.stage, step, **values)
-        hooks = []
+        if not self.lean:
+            loss.backward()
+            return self.updates[0]()
+        pairs = zip(self.params, self.updates, strict=True)
+        hooks = [param.register_post_accumulate_grad_hook(lambda _, move=move: move()) for param, move in pairs]
         try:
-            if self.lean:
-                for param, move in zip(self.params, self.updates, strict=True):
-                    hooks.append(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
-        if not self.lean:
-            self.updates[0]()
 
 
 @torch.no_grad()

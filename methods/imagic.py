@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from methods import base, lora
-from methods import imagic_extras as extras
+from methods import base, imagic_extras, lora
 from methods.base import RECONSTRUCTION, Descent, Method, Result, Run, cached_stage, check, check_choice
 from samplers import Conditioning, Sampler, ddim, guided, noise_like
 
@@ -68,7 +67,7 @@ class Imagic(Method):
         target = model.encode_text([task.prompt])
         with base.checkpointing(model.unet, self.gradient_checkpointing):
             optimised = self.optimise_embedding(model, task, z, target, run)
-            decoder = extras.fitted_decoder(model, z, task.image, self.decoder_steps, self.decoder_lr, run)
+            decoder = imagic_extras.fitted_decoder(model, z, task.image, self.decoder_steps, self.decoder_lr, run)
             with self.tuned_network(model, task, z, optimised, run), decoder:
                 yield from self.interpolate(model, z, target, optimised, trajectory, run)
 
@@ -77,14 +76,13 @@ class Imagic(Method):
 
         The losses are summed, so that each embedding moves as it would alone. A pooled vector stays the target's.
         """
-        rows = target[[0] * self.num_embeddings]
+        rows, noise = target[[0] * self.num_embeddings], run.noise("embedding")
         e, spread = target.states.float().repeat(len(rows), 1, 1), target.states.float().std()
-        noise = run.noise("embedding")
         if self.embedding_init == "random":  # normal, with the target's mean and standard deviation
             e = target.states.float().mean() + spread * noise_like(e, noise)
 
         def build() -> tuple[dict, dict]:
-            clip = extras.clip_term(model, task, self.clip_weight)
+            clip = imagic_extras.clip_term(model, task, self.clip_weight)
             descent = Descent([e], self.embedding_lr, self.embedding_optimizer, "embedding", run)
             with torch.enable_grad():
                 for _ in run.progress("embedding")(range(self.embedding_steps)):
@@ -135,7 +133,7 @@ class Imagic(Method):
         def sample(i: int, eta: float, late_eta: float, stage: str) -> Tensor:
             mixtures = [a * target + (1 - a) * optimised[i % len(optimised)] for a in (eta, late_eta)]
             early, late = (guided(model, e, self.guidance_scale, null) for e in mixtures)
-            denoise = extras.style_mixed(early, late, trajectory, self.style_from)
+            denoise = imagic_extras.style_mixed(early, late, trajectory, self.style_from)
             return self.sampler.sample(denoise, starts[i], trajectory, run.noise("sampling", i), run.progress(stage))
 
         style = {} if self.style_eta is None else {"style_eta": self.style_eta}

@@ -1,6 +1,6 @@
 """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685, eq. 3) of a network's attention: h = W x + B A x, W frozen.
 
-The products stay apart, in tuning and in sampling: in half precision a small B A would be lost in the sum W + B A.
+The products stay apart, in tuning and in sampling: the sum W + B A in half precision doubles a small update's error.
 """
 
 from collections.abc import Iterable, Iterator

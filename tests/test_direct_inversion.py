@@ -116,17 +116,9 @@ def test_the_cosine_is_exact_and_mean_and_variance_stay(s, seed, mean, scale):
     assert float(start.var()) == pytest.approx(float(z.var()), rel=1e-9)
 
 
-def test_a_large_mean_bounds_the_cosine_from_below():
-    """Where the mean alone is more alike than was asked for, mean and variance stay all the same."""
-    g = torch.Generator().manual_seed(0)
-    z = torch.randn(1, 4, 8, 8, generator=g).double() + 5
-    start = with_cosine(z, torch.randn(1, 4, 8, 8, generator=g).double(), 0.0)
-    assert float(start.mean()) == pytest.approx(float(z.mean())) and float(start.var()) == pytest.approx(float(z.var()))
-
-
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
-    [({"structural_similarity": s}, s) for s in (0, 0.6, 1)] + [({"diversity": d}, (1 - d * d) ** 0.5) for d in (0.4, 1)],
+    [({"structural_similarity": s}, s) for s in (0, 0.6, 1)] + [({"diversity": 0.6}, 0.8), ({"diversity": 1}, 0)],
 )
 def test_similarity_and_diversity_set_the_cosine_of_the_start(tiny_model, task, edit, kwargs, expected):
     sampler = Sampler(steps=2, eta=0.5)  # whose noise tells samples apart where the starts do not
@@ -187,9 +179,9 @@ def test_semantic_coherence_raises_clips_agreement(tiny_model, task, edit):
 def test_fixed_point_steps_make_the_inversion_consistent(tiny_model, task, edit):
     """From an exactly inverted latent, sampling under the same prompt without recording or guidance comes back."""
     z, error = tiny_model.encode_image(task.image).double(), []
-    for k in (0, 12):
+    for k in (0, 6):
         kwargs = {"edit_strength": 1, "guidance_scale": 1.0, "inversion_prompt": task.prompt, "fixed_point_steps": k}
-        error.append(float((latents(edit(method(steps=10, **kwargs), tiny_model, task)) - z).norm()))
+        error.append(float((latents(edit(method(steps=30, **kwargs), tiny_model, task)) - z).norm()))
     assert error[1] < 0.1 * error[0]
 
 

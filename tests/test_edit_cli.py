@@ -114,7 +114,7 @@ def test_one_picture(user):
 
 def test_two_processes_share_a_list_that_one_goes_on_with(user):
     """A broken picture is a row, the rest is edited as its pictures are one by one, and one process reports on all."""
-    quick = ["method=sdedit", "sampler.steps=2", "logger.mode=disabled"]
+    quick = ["method=sdedit", "sampler.steps=2"]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29547"]
     shared = ["task=folder", "task.path=edits.jsonl", *quick, "hydra.run.dir=list"]
     code, out, err = edit(user, *shared, launcher=torchrun)
@@ -123,6 +123,7 @@ def test_two_processes_share_a_list_that_one_goes_on_with(user):
     folder = user / "list"
     of_all = {"rows-0.jsonl", "rows-1.jsonl", "results.csv", "table.md", "index.html", "settings.json"}
     assert files_of(folder) >= of_all
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1  # of the first process, about all tasks
     with open(folder / "results.csv", encoding="utf-8") as file:
         table = {row["task"]: row for row in csv.DictReader(file)}
     assert {name for name, row in table.items() if row["error"]} == {"broken"} and len(table) == 3
@@ -134,7 +135,7 @@ def test_two_processes_share_a_list_that_one_goes_on_with(user):
     assert row["clip_score"] == pytest.approx(float(table["dog"]["clip_score"]), abs=1e-3)
 
     Image.new("RGB", (40, 40), "red").save(user / "broken.png")  # mended
-    code, out, err = edit(user, *shared)
+    code, out, err = edit(user, *shared, "logger.mode=disabled")
     assert code == 0 and "3 of 3 tasks done, 0 failed" in out and "broken/" in (folder / "results.csv").read_text()
     assert len([row for row in rows_of(folder) if row["task"] != "broken"]) == 2  # neither was edited again
 
@@ -145,7 +146,7 @@ def test_two_processes_share_a_list_that_one_goes_on_with(user):
 def test_a_sweep_survives_jobs_that_fail(user):
     sweep = ["--multirun", "method.eta=[0.4,0.8],1.5", "hydra.sweep.dir=many"]
     code, out, err = edit(user, *PHOTO, *SHORT, "logger.mode=disabled", *sweep)
-    assert code == 1 and len(err) == 1 and "method.eta is 1.5" in err[0]
+    assert code == 1 and len(err) <= 3 and "method.eta is 1.5" in err[-1]
     assert "2 jobs, 1 failed" in out and len(rows_of(user / "many" / "0")) == 2
     (row,) = rows_of(user / "many" / "1")
     assert "method.eta" in row["error"] and row["method.eta"] == "1.5"

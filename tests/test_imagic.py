@@ -99,29 +99,43 @@ def test_both_optimisations_reduce_the_denoising_loss(tiny_model, task, edit):
     assert len(curve) == 20 and run.metrics["tuning_loss"] == pytest.approx(sum(curve[-2:]) / 2)
 
 
-def test_one_step_of_each_stage_is_written_out_here(tiny_model, task, edit):
-    """t, then eps, then the mean square of the error; Adam's first step is the sign of the gradient, lr long."""
+def test_the_losses_written_out_by_hand(tiny_model, task, edit):
+    """t, then eps, then the mean square of the error, of the first step of each stage."""
     run, z = Memory(), tiny_model.encode_image(task.image).double()
-    edit(imagic(embedding_steps=1, tuning_steps=1, tune="attention"), tiny_model, task, run=run)
-
-    def loss(stage, states, rows=None):
+    edit(imagic(embedding_steps=1, tuning_steps=1), tiny_model, task, run=run)
+    for stage, embedding in (("embedding", "target_embedding"), ("tuning", "optimised_embedding")):
         noise = run.noise(stage)
-        if rows:
-            torch.randint(rows, (1,), generator=noise)
+        if stage == "tuning":
+            torch.randint(1, (1,), generator=noise)  # which of the embeddings
         t = int(torch.randint(1000, (1,), generator=noise))
-        eps = torch.randn(z.shape, generator=noise)
-        alpha_bar = tiny_model.schedule.alpha_bars[t]
+        eps, alpha_bar = torch.randn(z.shape, generator=noise), tiny_model.schedule.alpha_bars[t]
         x = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * eps
-        return (tiny_model.predict(x, t, Conditioning(states)) - eps).square().mean()
+        error = tiny_model.predict(x, t, Conditioning(run.tensors[embedding])) - eps
+        assert run.curves[stage, "loss"] == pytest.approx([float(error.square().mean())], rel=1e-5)
 
-    e = tiny_model.encode_text([task.prompt]).states.requires_grad_()
-    first = loss("embedding", e)
-    first.backward()
-    e_opt = run.tensors["optimised_embedding"]
-    assert run.curves["embedding", "loss"] == pytest.approx([first.item()], rel=1e-5)
-    clear = e.grad.abs() > 1e-6
-    torch.testing.assert_close(e_opt[clear], (e - 0.1 * e.grad.sign()).detach()[clear], atol=2e-3, rtol=0)
-    assert run.curves["tuning", "loss"] == pytest.approx([loss("tuning", e_opt, rows=1).item()], rel=1e-5)
+
+def test_a_pooled_vector_goes_with_the_states(tiny_model, task, edit):
+    """A model with one gets the target's vector in both optimisations and in the samples, a row for each latent."""
+    seen, pooled = [], torch.arange(3.0)
+
+    class WithVector:
+        def __getattr__(self, name):
+            return getattr(tiny_model, name)
+
+        def encode_text(self, prompts):
+            return Conditioning(tiny_model.encode_text(prompts).states, pooled.expand(len(prompts), 3))
+
+        def project(self, conditioning):
+            return conditioning
+
+        def predict(self, x, t, conditioning):
+            seen.append((len(x), conditioning.vector))
+            return tiny_model.predict(x, t, conditioning)
+
+    edit(imagic(num_embeddings=2, tuning_batch=3, guidance_scale=2.0), WithVector(), task)
+    assert [rows for rows, _ in seen] == [2] * 2 + [3] * 2 + [2] * 6
+    for rows, vector in seen:
+        torch.testing.assert_close(vector, pooled.expand(rows, 3))
 
 
 def test_the_start_of_the_embedding(tiny_model, task, edit):
@@ -166,29 +180,36 @@ def test_a_seed_gives_the_same_bits_fresh_cached_and_with_gradient_checkpointing
     assert not torch.allclose(latents(edit(method, tiny_model, task, seed=6)), latents([fresh]), atol=1e-2)
 
 
-@pytest.mark.parametrize("tune", ["all", "attention"])
+@pytest.mark.parametrize("tune", ["all", "attention", "lora"])
 def test_weights_that_move_are_those_named(tiny_model, task, edit, tune):
-    run = edit(imagic(tune=tune), tiny_model, task, run=Memory())[2]
+    state = edit(imagic(tune=tune, lora_rank=2, lora_lr=0.05), tiny_model, task, run=Memory())[2].state("tuning")
     names = [name for name, _ in tiny_model.unet.named_parameters()]
-    assert sorted(run.state("tuning")) == sorted(names if tune == "all" else lora.in_attention(names))
-    assert all(not torch.equal(v, tiny_model.unet.get_parameter(n)) for n, v in run.state("tuning").items())
+    if tune == "lora":
+        assert all(2 in m.shape and m.any() for m in state.values())
+        assert max(float(m.abs().max()) for n, m in state.items() if n.endswith(".b")) > 0.05  # two steps of lora_lr
+    else:
+        assert sorted(state) == sorted(names if tune == "all" else lora.in_attention(names))
+        assert all(not torch.equal(v, tiny_model.unet.get_parameter(n)) for n, v in state.items())
 
 
-def test_lora_tunes_its_matrices_at_its_own_rate(tiny_model, task, edit):
-    run = edit(imagic(tune="lora", lora_rank=2, tuning_steps=1, lora_lr=0.05), tiny_model, task, run=Memory())[2]
-    state = run.state("tuning")
-    assert all(min(m.shape) == 2 for m in state.values())
-    assert max(float(m.abs().max()) for n, m in state.items() if n.endswith(".b")) == pytest.approx(0.05, rel=1e-3)
-
-
+@torch.no_grad()
 def test_lora_moves_a_bfloat16_model_at_stable_diffusions_preset(task, edit):
-    """The preset's 5e-7 is for all weights, and W + B A in bfloat16 would round such an update away."""
-    model = randomised(models.build(TINY, seed=0)).to(torch.bfloat16)
-    untuned, tuned = (
-        latents(edit(imagic(embedding_steps=0, tuning_steps=n, tuning_lr=5e-7, tune="lora"), model, task))
-        for n in (0, 20)
-    )
-    assert float((tuned - untuned).norm() / untuned.norm()) > 1e-3
+    """The preset's 5e-7 is for all weights. With it the shift below, over 256 predictions, drowns in rounding."""
+    half = randomised(models.build(TINY, seed=0)).bfloat16()
+    method = imagic(embedding_steps=0, tuning_steps=20, tuning_lr=5e-7, tune="lora")
+    state, g = edit(method, half, task, run=Memory())[2].state("tuning"), torch.Generator().manual_seed(0)
+    x, t = torch.randn(256, *half.latent_shape, generator=g).double(), torch.randint(1000, (256,), generator=g)
+
+    def shift(model):
+        text = model.encode_text([task.prompt] * 256)
+        plain = model.predict(x, t, text)
+        with lora.adapters(model.unet, 8, Run().noise("lora")) as matrices:
+            for name, matrix in matrices.items():
+                matrix.copy_(state[name])
+            return model.predict(x, t, text) - plain
+
+    rounded, exact = shift(half), shift(half.float())
+    assert float((rounded * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.15)
 
 
 def test_latents_are_float64_around_a_half_precision_network(task, edit):
@@ -284,10 +305,3 @@ def test_the_model_comes_back_unchanged_also_after_an_error(task, tune, failing)
     assert all(p.requires_grad and p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules()) and not model.unet.gradient_checkpointing
     assert torch.is_grad_enabled()
-
-
-def test_too_many_steps_are_refused_before_tuning(tiny_model, task, edit):
-    run = Memory()
-    with pytest.raises(InputError, match="1000"):
-        edit(imagic(steps=2000), tiny_model, task, run=run)
-    assert not run.built

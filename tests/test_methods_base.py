@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods.base import OPTIMIZERS, Descent, Run, cosine, restored, to_image
+from methods.base import OPTIMIZERS, Descent, Run, restored, to_image
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from samplers import Sampler
@@ -66,20 +66,13 @@ def test_the_optimisers_update_rules():
     assert run("adam", 40, 1e-3, torch.bfloat16)[1] == pytest.approx(1.96, abs=0.01)
 
 
-def test_adafactor_is_the_papers_without_its_relative_step():
-    """Algorithm 4 of Shazeer & Stern with eps_1 = 1e-30, d = 1, beta_2t = 1 - t^-0.8, and a fixed step length."""
-    w = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).double()
-    target = torch.randn(20, 30, generator=torch.Generator().manual_seed(1)).double()
-    p, lr = w.float(), 0.03
-    descend(lambda: (p - target.float()).square().sum(), [p], 5, lr, "adafactor")
-    r, c = torch.zeros(20, 1).double(), torch.zeros(1, 30).double()
-    for t in range(1, 6):
-        grad, beta = 2 * (w - target), 1 - t**-0.8
-        r = beta * r + (1 - beta) * (grad**2 + 1e-30).mean(1, keepdim=True)
-        c = beta * c + (1 - beta) * (grad**2 + 1e-30).mean(0, keepdim=True)
-        u = grad / (r @ c / r.mean()).sqrt()
-        w = w - lr * u / max(1.0, float(u.square().mean().sqrt()))
-    torch.testing.assert_close(p.detach().double(), w, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_the_learning_rate_is_the_length_of_a_step(optimizer):
+    """Of the first step, in root mean square, for weights and gradients of any size."""
+    for size in (1e-2, 1e3):
+        p = torch.full((20, 20), size)
+        descend(lambda p=p, size=size: size * p.sum(), [p], 1, 1e-3, optimizer)
+        assert float((p.detach() - size).square().mean().sqrt()) == pytest.approx(1e-3, rel=0.05)
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -122,11 +115,6 @@ def test_a_picture_that_is_not_finite_is_refused(value):
         to_image(Decoder(), torch.zeros(1, 4, 2, 2))
 
 
-def test_cosine():
-    assert cosine(torch.tensor([1.0, 1.0]), torch.tensor([[2.0], [0.0]])) == pytest.approx(0.5**0.5)
-    assert cosine(torch.zeros(2), torch.ones(2)) == 0
-
-
 OUT_OF_RANGE = {
     Imagic: [
         *({"eta": value} for value in (1.2, [0.5, -0.1], [], "much", None, math.nan)),
@@ -157,13 +145,10 @@ OUT_OF_RANGE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("method", "settings"), [(m, s) for m, table in OUT_OF_RANGE.items() for s in table], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("method", "settings"), [(m, s) for m, table in OUT_OF_RANGE.items() for s in table], ids=str)
 def test_settings_out_of_range_are_named(method, settings):
-    with pytest.raises(InputError, match=rf"method\.{next(iter(settings))}") as error:
+    with pytest.raises(InputError, match=rf"method\.{next(iter(settings))}"):
         method(Sampler(), **settings)
-    assert "\n" not in str(error.value)
 
 
 def test_samples_that_differ_are_welcome():

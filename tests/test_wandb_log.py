@@ -1,0 +1,88 @@
+"""The W&B logger, against a stand-in for the library."""
+
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from errors import InputError
+from evaluation.wandb_log import WandbLogger
+
+
+class Wandb:
+    """Records what is logged."""
+
+    Settings = SimpleNamespace
+    errors = SimpleNamespace(Error=RuntimeError)
+    Image = staticmethod(lambda picture: ("image", picture))
+    Table = staticmethod(lambda dataframe, allow_mixed_types: dataframe)
+
+    def __init__(self):
+        self.logged, self.axes, self.summary, self.ended = [], {}, {}, None
+
+    def init(self, **about):
+        self.about = about
+        return self
+
+    def define_metric(self, name, step_metric=None, hidden=False):
+        self.axes[name] = step_metric
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self, exit_code):
+        self.ended = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", library := Wandb())
+    return library
+
+
+def test_each_stage_has_a_step_axis(tmp_path, wandb):
+    logger = WandbLogger(project="p")
+    logger.scalars("before", 0, {"loss": 1})  # outside of a run nothing happens
+    with logger.run(tmp_path, {"eta": 1}):
+        for stage in ("embedding", "tuning"):
+            logger.scalars(stage, 7, {"loss": 0.5})
+    assert wandb.axes["tuning/*"] == "tuning/step" and wandb.axes["embedding/*"] == "embedding/step"
+    assert wandb.logged[1] == {"tuning/loss": 0.5, "tuning/step": 7} and len(wandb.logged) == 2
+    assert wandb.about["mode"] == "offline" and wandb.about["dir"] == tmp_path and wandb.ended == 0
+
+
+def test_a_run_that_fails_is_marked(tmp_path, wandb):
+    with pytest.raises(ValueError), WandbLogger().run(tmp_path, {}):
+        raise ValueError
+    assert wandb.ended == 1
+
+
+def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
+    for name in ("a.png", "b.png", "sheet.png"):
+        Image.new("RGB", (600, 300)).save(tmp_path / name)
+    rows = [
+        {"task": "t", "method": "m", "prompt": "p", "psnr": n, "file": f"{f}.png", "input": "a.png", "left_out": {}}
+        for n, f in ((1.0, "a"), (2.0, "b"))
+    ]
+    logger = WandbLogger()
+    with logger.run(tmp_path, {}):
+        logger.report(tmp_path, [*rows, {"task": "u", "error": "broken", "prompt": "p"}])
+    logged = {name: value for values in wandb.logged for name, value in values.items()}
+    results = logged["results"]
+    assert isinstance(results, pd.DataFrame) and len(results) == 3
+    assert results["file"][1][1].size == (256, 128) and results["file"][2] is None
+    assert results["input"][0] is results["input"][1]  # a picture is in memory once
+    assert "sheet" in logged and wandb.summary["psnr"] == 1.5 and wandb.summary["failed"] == 1
+
+
+def test_disabled_never_imports_wandb(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
+    logger = WandbLogger("disabled")
+    with logger.run(tmp_path, {}):
+        logger.scalars("stage", 0, {"loss": 1.0})
+        logger.pictures({})
+        logger.report(tmp_path, [{"task": "t"}])
+    with pytest.raises(InputError, match=r"logger\.mode"):
+        WandbLogger("on")
