@@ -8,11 +8,12 @@ an uninterrupted one. Each of W processes takes its slice of the same global bat
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ Log = Callable[[dict[str, float], dict[str, Tensor], int], None]  # (numbers, pi
 
 @dataclass
 class Settings:
-    """Settings of the loop; conf/part has the values of each part. Raises InputError for a count below 1."""
+    """Settings of the loop; conf/part has the values of each part."""
 
     steps: int
     batch_size: int  # pictures per optimizer step, over all processes
@@ -51,13 +52,6 @@ class Settings:
     save_every: int = 250
     validate_every: int = 1000
     log_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every", "validate_every", "log_every"):
-            if not getattr(self, name) >= 1:
-                raise InputError(f"part.training.{name}={getattr(self, name)}: it must be 1 or more")
-        if self.minutes is not None and not self.minutes > 0:
-            raise InputError(f"part.training.minutes={self.minutes}: it must be above 0")
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the training that is done, in [0, 1], after `step` steps and `seconds`."""
@@ -120,15 +114,17 @@ def train(
     if s.compile:  # after the copy: the average stays as it is
         trained.compile()
     model = DistributedDataParallel(objective, broadcast_buffers=False) if distributed else objective
+    own = s.batch_size // s.accumulate // world  # this process's share of a micro-batch
+    starts = itertools.count(step * s.batch_size + rank * own, own * world)
     loader = DataLoader(
         dataset,
-        batch_sampler=batch_indices(s, step, rank, world),
+        batch_sampler=(range(start, start + own) for start in starts),
         collate_fn=objective.collate,
         num_workers=s.workers,
         prefetch_factor=4 if s.workers else None,
         pin_memory=device.type == "cuda",
     )
-    batches, own = iter(loader), s.batch_size // s.accumulate // world
+    batches = iter(loader)
     clock = None  # the moment at which the training would have begun, had it never been interrupted
     stop = threading.Event()
     with ExitStack() as exits:
@@ -138,7 +134,6 @@ def train(
         exits.enter_context(bar)
         if device.type == "cpu":  # PyTorch's fused attention there is many times slower backwards than plain products
             exits.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        objective.train()
         while s.progress(step, seconds) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = lr = s.learning_rate(step, seconds)
@@ -179,7 +174,10 @@ def train(
                 log(values | {"lr": lr}, {}, step)
             if saving and rank == 0:
                 if done or not stopping:  # before the state, so that a kill in between is made up for
-                    publish(objective, average, log, step, validating)
+                    with torch.no_grad():
+                        objective.export(average)
+                        if validating:
+                            log(*objective.validate(average), step)
                 state_file.parent.mkdir(parents=True, exist_ok=True)
                 networks = {name: part.state_dict() for name, part in stateful.items()}
                 with whole_file(state_file) as partial:
@@ -222,16 +220,6 @@ def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.
     return stored["step"], stored["seconds"]
 
 
-def batch_indices(s: Settings, first: int, rank: int, world: int) -> Iterator[list[int]]:
-    """The data set's indices of this process's micro-batches, from optimizer step `first` on, without end."""
-    micro = s.batch_size // s.accumulate
-    own = micro // world
-    start = first * s.batch_size + rank * own
-    while True:
-        yield list(range(start, start + own))
-        start += micro
-
-
 def agreed(seconds: float, stopping: bool) -> tuple[float, bool]:
     """The largest of all processes' seconds, and whether one is to stop; on the CPU, so that no device waits."""
     if not dist.is_initialized():
@@ -247,13 +235,3 @@ def averaged(numbers: dict[str, Tensor], world: int) -> dict[str, float]:
     if world > 1:
         dist.all_reduce(values)
     return dict(zip(numbers, (values / world).tolist(), strict=True))
-
-
-@torch.no_grad()
-def publish(objective: Objective, average: nn.Module, log: Log, step: int, validate: bool) -> None:
-    """Export the averaged weights, and judge them where that is due."""
-    objective.export(average)
-    if validate:
-        objective.eval()
-        log(*objective.validate(average), step)
-        objective.train()
