@@ -1,69 +1,91 @@
-"""What the README shows must work: its example method is run, and its tables name every setting and default."""
+"""The examples and commands of README and docs must work."""
 
 import re
+import shlex
 import sys
 import types
-from dataclasses import fields
 from pathlib import Path
 
 import hydra
 import pytest
-import torch
-import yaml
+from PIL import Image
 
+import train  # noqa: F401 (registers the settings of training)
 from data.images import bucket
-from data.tasks import EditTask
-from errors import InputError
-from methods.direct_inversion import DirectInversion
-from methods.imagic import Imagic
+from evaluation import config
 from samplers import Sampler
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CLONE = Path(__file__).resolve().parents[1]
+PAGES = {page.name: page.read_text() for page in [CLONE / "README.md", *sorted((CLONE / "docs").glob("*.md"))]}
+COMMANDS = [
+    (program, arguments.partition("  #")[0])
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
+    for program, arguments in re.findall(r"^(?:python|torchrun \S+) (edit|train)\.py ?(.*)$", block, re.M)
+]
 
 
-def test_example_method_runs(tiny_model):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class Redraw" in block)
-    settings = yaml.safe_load(
-        next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if "methods.redraw" in block)
-    )
+def blocks(word):
+    return next(block for block in re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.S) if word in block)
+
+
+def test_the_library_example_gives_the_picture_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(CLONE)
+    exec(blocks("ddim.invert").replace("again.png", str(tmp_path / "again.png")), {})
+    with Image.open(tmp_path / "again.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_the_example_method_keeps_more_with_less_strength(tiny_model, task, edit, monkeypatch):
     module = types.ModuleType("methods.redraw")
-    sys.modules["methods.redraw"] = module
-    exec(code, module.__dict__)
-    assert settings.pop("_target_") == "methods.redraw.Redraw" and settings.pop("sampler") == "${sampler}"
-    method = module.Redraw(Sampler(steps=4), **settings)
-    task = EditTask(torch.rand(1, 3, 32, 32) * 2 - 1, "a cat")
-    with torch.no_grad():
-        result = method.edit(tiny_model, task)
-        little = module.Redraw(Sampler(steps=50), strength=0.02).edit(tiny_model, task)
-    assert result.edits[0].image.shape == (3, 32, 32) and result.edits[0].settings == {"strength": 0.6}
-    far = (result.edits[0].image - result.reconstruction).abs().mean()
-    near = (little.edits[0].image - little.reconstruction).abs().mean()
-    assert near < far  # less of the trajectory keeps more of the picture
-    with pytest.raises(InputError, match=r"method\.strength"):
-        module.Redraw(Sampler(), strength=2)
+    monkeypatch.setitem(sys.modules, "methods.redraw", module)
+    exec(blocks("class Redraw"), module.__dict__)
+    z = tiny_model.encode_image(task.image).double()
+    distances = []
+    for strength in (0.1, 0.9):
+        [(settings, latent, _)], _, _ = edit(module.Redraw(Sampler(steps=10), strength=strength), tiny_model, task)
+        assert settings == {"strength": strength}
+        distances.append((latent - z).norm())
+    assert distances[0] < distances[1]
 
 
-@pytest.mark.parametrize("method", [Imagic, DirectInversion])
-def test_every_setting_is_in_the_tables_with_its_default(method):
-    rows = {}
-    for names, default in re.findall(r"^\| (`method\.[^|]*) \| ([^|]*) \|", README, re.M):
-        names = re.findall(r"`method\.(\w+)`", names)
-        defaults = default.split(",") if len(names) > 1 else [default]
-        for name, value in zip(names, defaults, strict=True):
-            rows.setdefault(name, []).append(yaml.safe_load(value.strip()))
-    for field in fields(method):
-        if field.name != "sampler":
-            default = field.default
-            shown = [float(v) if isinstance(default, float) and v is not None else v for v in rows[field.name]]
-            assert default in shown, field.name
+def test_the_example_method_is_a_choice(tmp_path):
+    (tmp_path / "redraw.py").write_text(blocks("class Redraw"))
+    classes = config.read(tmp_path)
+    assert [source.name for source in classes] == ["Redraw"]
+    assert config.default_values(classes[0])["strength"] == (0.6, "share of the trajectory that is walked")
+
+
+@pytest.mark.parametrize(("program", "arguments"), COMMANDS)
+def test_a_command_names_settings_that_exist(program, arguments):
+    config.register()
+    words = [word for word in shlex.split(arguments) if not word.startswith("-") and not word.startswith("hydra")]
+    words = [re.sub(r"=([^\[',]*),.*", r"=\1", word) for word in words]  # of a sweep the first value
+    words = [re.sub(r"^prompt=.*", "prompt=text", word) for word in words]
+    with hydra.initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
+        hydra.compose(program, words)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
 
 
 def test_the_table_of_stable_diffusion_is_that_of_the_settings():
-    rows = re.findall(r"^\| `(sd\w+)` \| `([^`]+)` \| (\d+) \| (\w+) \|$", README, re.M)
-    assert {name for name, *_ in rows} == {file.stem for file in (CONF / "model").glob("sd*.yaml")}
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    page = PAGES["stable-diffusion.md"]
+    rows = re.findall(r"^\| `(sd\w+)` \| `([^`]+)` \| (\d+) \| (\w+) \|$", page, re.M)
+    assert {name for name, *_ in rows} == {file.stem for file in (CLONE / "conf" / "model").glob("sd*.yaml")}
+    config.register()
+    with hydra.initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
         for name, weights, side, prediction in rows:
             model = hydra.compose("edit", [f"model={name}"]).model
             assert (model.weights, model.arch.image_size, model.arch.prediction) == (weights, int(side), prediction)
-    assert bucket(4000, 3000, 512, 64) == (576, 448) and "photograph of 4000×3000 is edited at 576×448" in README
+    assert bucket(4000, 3000, 512, 64) == (576, 448) and "photograph of 4000×3000 is edited at 576×448" in page
+
+
+def test_the_file_guide_names_what_exists():
+    guide = PAGES["README.md"].split("## File guide")[1].split("## Limits")[0]
+    for row in re.findall(r"^\| (`.+?) \|", guide, re.M):
+        names = re.findall(r"`([^`]+)`", row)
+        folder = Path(names[0]).parent if "/" in names[0].rstrip("/") else Path()
+        for name in names:
+            assert (CLONE / name).exists() or (CLONE / folder / name).exists(), name
