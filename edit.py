@@ -54,7 +54,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
+        torch.use_deterministic_algorithms(cfg.deterministic)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)

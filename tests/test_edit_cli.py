@@ -185,12 +185,10 @@ def test_more_mistakes_in_one_line(user, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_the_process_are_the_users(user, tmp_path, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", chosen.append)
-    run_here(user, tmp_path, *PHOTO, *SHORT, "deterministic=true")
-    run_here(user, tmp_path, *PHOTO, *SHORT)
-    assert chosen == [True, False]  # as everywhere else, off by default
+def test_a_run_is_deterministic_where_that_is_asked_for(user, tmp_path):
+    for arguments, expected in ((["deterministic=true"], True), ([], False)):
+        run_here(user, tmp_path, *PHOTO, *SHORT, *arguments)
+        assert torch.are_deterministic_algorithms_enabled() == expected
 
 
 def test_processes_that_share_a_run_sweep_nothing(user, monkeypatch):
