@@ -48,47 +48,44 @@ class Metrics:
         inside = None if task.mask is None else task.mask.to(image.device) > 0.5
         outside = None if inside is None else ~inside
         clip, no_clip = self.clip(model)
-        lpips, no_lpips = self.load("lpips", image.device)
+        perceptual, no_lpips = self.load("lpips", image.device)
         structure, no_structure = self.load("structure_distance", image.device)
-        no_truth = "" if task.truth is not None else "the task has no true result"
-        no_source = "" if task.source_prompt else "the task has no source prompt"
-        no_mask = "" if inside is not None else "the task has no mask"
-        no_inside = no_mask or ("" if inside.any() else "the mask covers nothing")
-        no_outside = no_mask or ("" if outside.any() else "the mask covers the whole picture")
-        comparisons = {  # name: (function, why it is left out, whether it takes a region)
-            "psnr": (psnr, "", True),
-            "mse": (mse, "", True),
-            "ssim": (ssim, "", True),
-            "clip_similarity": (partial(clip_similarity, clip), no_clip, True),
-            "lpips": (lpips, no_lpips, True),
-            "structure_distance": (structure, no_structure, False),
-            "latent_distance": (partial(latent_distance, model), "", False),
-        }
+        lacking = {  # the reason why something that a metric needs is not there, or ""
+            "clip": no_clip, "clip_similarity": no_clip, "lpips": no_lpips, "structure_distance": no_structure,
+            "truth": "" if truth is not None else "the task has no true result",
+            "source": "" if task.source_prompt else "the task has no source prompt",
+            "inside": "" if inside is not None and inside.any() else "no mask, or an empty one",
+            "outside": "" if inside is not None and outside.any() else "no mask, or one of the whole picture",
+        }  # fmt: skip
         numbers: dict[str, float] = {}
         left_out: dict[str, str] = {}
 
-        def number(name: str, reason: str, compute: Callable, *arguments) -> None:
+        def number(name: str, needs: Sequence[str], compute: Callable, *arguments) -> None:
+            reason = next((lacking[need] for need in needs if lacking.get(need)), "")
             value = math.nan if reason else float(compute(*arguments))
             if math.isnan(value):
                 left_out[name] = reason or "undefined (0/0: nothing changed)"
             else:
                 numbers[name] = value
 
-        for to, other, missing in (("input", source, ""), ("truth", truth, no_truth)):
-            for name, (compare, reason, takes_region) in comparisons.items():
-                number(f"{name}_to_{to}", missing or reason, compare, image, other)
-                if takes_region:
-                    number(f"{name}_to_{to}_kept", missing or no_outside or reason, compare, image, other, outside)
+        similarity = partial(clip_similarity, clip)
+        comparisons = {"psnr": psnr, "mse": mse, "ssim": ssim, "clip_similarity": similarity, "lpips": perceptual}
+        for to, other in (("input", source), ("truth", truth)):
+            for name, compare in comparisons.items():
+                number(f"{name}_to_{to}", [to, name], compare, image, other)
+                number(f"{name}_to_{to}_kept", [to, "outside", name], compare, image, other, outside)
+            number(f"structure_distance_to_{to}", [to, "structure_distance"], structure, image, other)
+            number(f"latent_distance_to_{to}", [to], latent_distance, model, image, other)
         prompts = (task.source_prompt, task.prompt)
-        number("clip_score", no_clip, clip_score, clip, image, prompts[1:])
-        number("clip_score_edited", no_inside or no_clip, clip_score, clip, black_but(image, inside), prompts[1:])
-        number("clip_margin", no_source or no_clip, clip_margin, clip, image, *prompts)
-        number("clip_directional", no_source or no_clip, clip_directional, clip, source, image, *prompts)
-        number("change_error", no_truth, change_error, image, source, truth)
-        no_success = no_truth or no_source or no_clip
-        number("success", no_success, success, clip, image, source, truth, *prompts)
-        number("success_closer", no_success, success_closer, clip, image, source, truth, *prompts)
-        number("attainable", no_success, lambda: clip_margin(clip, truth, *prompts) > 0)
+        number("clip_score", ["clip"], clip_score, clip, image, prompts[1:])
+        number("clip_score_edited", ["inside", "clip"], clip_score, clip, black_but(image, inside), prompts[1:])
+        number("clip_margin", ["source", "clip"], clip_margin, clip, image, *prompts)
+        number("clip_directional", ["source", "clip"], clip_directional, clip, source, image, *prompts)
+        number("change_error", ["truth"], change_error, image, source, truth)
+        known = ["truth", "source", "clip"]
+        number("success", known, success, clip, image, source, truth, *prompts)
+        number("success_closer", known, success_closer, clip, image, source, truth, *prompts)
+        number("attainable", known, lambda: clip_margin(clip, truth, *prompts) > 0)
         return numbers, left_out
 
     @torch.no_grad()
@@ -113,11 +110,9 @@ class Metrics:
         if name not in self._loaded:
             try:
                 self._loaded[name] = LOADERS[name](device), ""
-            except ImportError as error:
-                self._loaded[name] = None, f"{error.name or error} is missing: pip install -e '.[metrics]'"
             except Exception as error:  # each library has its own errors for a missing network; none may end a run
                 line = " ".join(str(error).split())[:200]
-                self._loaded[name] = None, f"its weights could not be downloaded ({type(error).__name__}: {line})"
+                self._loaded[name] = None, f"it could not be loaded ({type(error).__name__}: {line})"
         return self._loaded[name]
 
 
@@ -228,51 +223,39 @@ def latent_distance(model, a: Tensor, b: Tensor) -> float:
 # Metrics with weights of their own.
 
 
-class Lpips:
+def lpips(device: torch.device) -> Callable:
     """LPIPS (Zhang et al., 2018) on SqueezeNet's features; 0 for equal images, black outside the region."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    def __init__(self, device: torch.device):
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        self.distance = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").to(device).eval()
-
-    def __call__(self, a: Tensor, b: Tensor, region: Tensor | None = None) -> float:
-        return self.distance(black_but(a, region).float(), black_but(b, region).float()).item()
+    distance = LearnedPerceptualImagePatchSimilarity(net_type="squeeze").to(device).eval()
+    return lambda a, b, region=None: distance(black_but(a, region).float(), black_but(b, region).float())
 
 
-class StructureDistance:
+def structure_distance(device: torch.device, name="vit_base_patch8_224.dino", pretrained=True) -> Callable:
     """Distance between the layouts of two images (Tumanyan et al., 2022, arXiv 2201.00424, equation 3): the mean
     squared difference of S, the cosines between the keys of all tokens in the last layer of DINO's ViT-B/8 at 224
     pixels. 0 for equal images; PIE-Bench's tables show it times 1000.
 
     To match those tables the input is that of PIE-Bench's code: pixels from 0 to 255, normalised by ImageNet's
     statistics for 0 to 1, and resized without antialiasing."""
+    import timm
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    def __init__(self, device: torch.device, name: str = "vit_base_patch8_224.dino", pretrained: bool = True):
-        import timm
+    vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    vit = vit.to(device).eval().requires_grad_(False)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    patch, qkv = vit.patch_embed.patch_size[0], []
+    vit.blocks[-1].attn.qkv.register_forward_hook(lambda *call: qkv.append(call[-1]))
 
-        self.vit = timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
-        self.vit = self.vit.to(device).eval().requires_grad_(False)
-        self.mean, self.std = (
-            torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
-
-    def __call__(self, a: Tensor, b: Tensor) -> float:
-        return F.mse_loss(self.self_similarity(a), self.self_similarity(b)).item()
-
-    def self_similarity(self, image: Tensor) -> Tensor:
+    def self_similarity(image: Tensor) -> Tensor:
         """(1, 3, H, W) -> S, (1, N, N), for N tokens: the patches and the class token."""
-        patch, shorter = self.vit.patch_embed.patch_size[0], min(image.shape[-2:])
-        size = [round(side * 224 / shorter / patch) * patch for side in image.shape[-2:]]
+        size = [round(side * 224 / min(image.shape[-2:]) / patch) * patch for side in image.shape[-2:]]
         image = F.interpolate((image.float() + 1) * 127.5, size, mode="bilinear")
-        qkv = []
-        hook = self.vit.blocks[-1].attn.qkv.register_forward_hook(lambda *call: qkv.append(call[-1]))
-        try:
-            self.vit((image - self.mean) / self.std)
-        finally:
-            hook.remove()
-        keys = F.normalize(qkv[0].chunk(3, dim=-1)[1], dim=-1)  # of all heads, concatenated
+        vit((image - mean) / std)
+        keys = F.normalize(qkv.pop().chunk(3, dim=-1)[1], dim=-1)  # of all heads, concatenated
         return keys @ keys.mT
+
+    return lambda a, b: F.mse_loss(self_similarity(a), self_similarity(b))
 
 
 def public_clip(device: torch.device) -> nn.Module:
@@ -287,4 +270,4 @@ def public_clip(device: torch.device) -> nn.Module:
     return clip.to(device).eval().requires_grad_(False)
 
 
-LOADERS = {"lpips": Lpips, "structure_distance": StructureDistance, "clip": public_clip}
+LOADERS = {"lpips": lpips, "structure_distance": structure_distance, "clip": public_clip}

@@ -8,38 +8,40 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-FILES = ("file", "input", "reconstruction", "truth")  # paths of pictures
-ABOUT = ("job", "task", "category", "method", "sample", "seed", "prompt", "source_prompt", *FILES, "error", "left_out")
-TASK = ("task", "prompt", "image")  # rows that agree in these edit one picture to one end
-AVERAGED = ("image", "task.shard")  # settings that make no other label
-HEADLINE = (  # the columns of tables
-    "edits", "failed", "success", "attainable", "psnr_to_truth", "psnr_to_input", "psnr_to_input_kept",
-    "clip_score", "clip_similarity_to_input", "structure_distance_to_input", "lpips_to_input_kept", "evaluations",
-    "seconds",
+from files import whole_file
+
+FILES = {  # paths of pictures, and the numbers under them
+    "file": ("clip_score", "psnr_to_input"), "input": ("input_clip_score",), "truth": ("truth_clip_score",),
+    "reconstruction": ("reconstruction_psnr",),
+}  # fmt: skip
+TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
+ABOUT = (
+    "job", "task", "category", "method", "sample", "seed", "prompt", "source_prompt", "pictures", *FILES, "error",
+    "left_out",
 )  # fmt: skip
-WHOLE = ("edits", "failed", "evaluations", "seed", "sample")
-SCORES = {  # words for the numbers under a picture; of an edit the first two that it has
-    "clip_score": "CLIP", "clip_similarity_to_input": "similarity", "psnr_to_input": "PSNR to input",
-    "input_clip_score": "CLIP", "truth_clip_score": "CLIP", "reconstruction_psnr": "PSNR",
+HEADLINE = {  # the columns of tables, and their formats
+    "edits": ".0f", "failed": ".0f", "success": ".0%", "attainable": ".0%", "psnr_to_truth": ".1f",
+    "psnr_to_input": ".1f", "psnr_to_input_kept": ".1f", "clip_score": ".3f", "clip_similarity_to_input": ".3f",
+    "structure_distance_to_input": ".3f", "lpips_to_input_kept": ".3f", "evaluations": ".0f", "seconds": ".1f",
 }  # fmt: skip
 
 
-def read(folder: Path, skip: Collection[Path] = ()):
-    """Read the rows of every run below `folder`, but for the runs in `skip`, as a DataFrame.
+def read(folder: Path) -> pd.DataFrame:
+    """Read the rows of every run in or below `folder`.
 
     `job` is the run's folder, "" for `folder` itself, and files are relative to `folder`. A failure counts only while
     its task has no edit. A job that failed as a whole, or did not finish, is a row without a task.
     """
-    import pandas as pd
-
     found = {path.parent for path in folder.rglob("rows*.jsonl")}
     found |= {path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")}
-    runs = [run for run in found if not found & set(run.parents) and run not in skip]
+    runs = [run for run in found if not found & set(run.parents)]
     table = []
     for run in sorted(runs, key=lambda run: (len(run.name), run)):
         prefix = "" if run == folder else f"{run.relative_to(folder).as_posix()}/"
@@ -49,7 +51,7 @@ def read(folder: Path, skip: Collection[Path] = ()):
         rows = {(row.get("task"), row.get("file")): row for row in lines}  # the last attempt of each
         for row in rows.values() or [{"error": "the job did not finish"}]:
             files = {name: prefix + row[name] for name in FILES if row.get(name)}
-            no_task = {} if "category" in row else {"task": None}
+            no_task = {} if "category" in row else {"task": None}  # the setting task= has the same name
             table.append({"job": prefix[:-1]} | row | files | no_task)
     return complete(pd.DataFrame(table))
 
@@ -65,14 +67,14 @@ def json_lines(path: Path) -> list[dict]:
     return rows
 
 
-def complete(rows):
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that a DataFrame of rows lacks."""
     rows = rows.reindex(columns=[*ABOUT, *(name for name in rows if name not in ABOUT)])
-    texts = ("job", "category", "prompt", "source_prompt")
-    return rows.astype({name: object for name in texts}).fillna({name: "" for name in texts})
+    texts = ("job", "category", "prompt", "source_prompt", "pictures")
+    return rows.astype({name: object for name in (*texts, "method")}).fillna({name: "" for name in texts})
 
 
-def records(rows) -> list[dict]:
+def records(rows: pd.DataFrame) -> list[dict]:
     """The rows as dictionaries, without the values that are missing."""
     return [{name: v for name, v in row.items() if v is not None and v == v} for row in rows.to_dict("records")]
 
@@ -80,10 +82,11 @@ def records(rows) -> list[dict]:
 # Labels and means.
 
 
-def swept(rows) -> list[str]:
+def swept(rows: pd.DataFrame) -> list[str]:
     """The settings in which edits differ: overrides between jobs, and settings of edits within a job."""
-    names = [name for name in rows if "." in name or name not in (*ABOUT, "label", *measured(rows))]
-    in_a_job = rows.groupby("job")[names].nunique().max() if len(rows) else {}
+    others = {*ABOUT, *measured(rows), "label", "image", "task.shard"}  # pictures and shards are averaged
+    names = [name for name in rows if name not in others]
+    in_a_job = rows.groupby("job")[names].nunique().max()
     edits = [name for name in names if name.startswith("edit.") and in_a_job[name] > 1]
     overrides = [name for name in names if not name.startswith("edit.") and in_a_job[name] <= 1]
     return [name for name in overrides if rows[name].nunique(dropna=False) > 1] + edits
@@ -91,108 +94,66 @@ def swept(rows) -> list[str]:
 
 def describe(row: dict, settings: Sequence[str]) -> str:
     """{"edit.eta": 0.4, ...} -> "eta 0.4, ..." for the settings that the row has."""
-    return ", ".join(f"{name.rsplit('.', 1)[-1]} {show(name, row[name])}" for name in settings if name in row)
+    return ", ".join(f"{name.rsplit('.', 1)[-1]} {short(row[name])}" for name in settings if name in row)
 
 
-def labelled(rows):
+def short(value) -> str:
+    """A setting as short as it can be: "0.30000000000000004" -> "0.3"."""
+    try:
+        return f"{float(value):.6g}" if "." in str(value) else str(value)
+    except ValueError:
+        return value
+
+
+def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """Add a `label` to rows. A failed task has no settings of edits, so it counts for every label of its job."""
     rows = complete(rows)
-    axes = [name for name in swept(rows) if name not in AVERAGED]
-    rows["method"] = rows["method"].fillna(rows.groupby("job")["method"].transform("first"))
-    methods = rows["method"].dropna().unique()
-    rows["method"] = rows["method"].fillna(methods[0] if len(methods) == 1 else "job " + rows["job"])
+    axes, failed = swept(rows), rows["error"].notna()
+    of_job = rows.groupby("job")["method"].transform("first")
+    rows["method"] = rows["method"].fillna(of_job).ffill().bfill().fillna("-")
     rows["label"] = [", ".join(filter(None, [row["method"], describe(row, axes)])) for row in records(rows)]
-    of_job = rows[rows["error"].isna()].groupby("job")["label"].unique()
-    failed = zip(rows["job"], rows["label"], rows["error"].notna(), strict=True)
-    rows["label"] = [list(of_job.get(job, [label])) if error else [label] for job, label, error in failed]
+    labels = rows[~failed].groupby("job")["label"].unique()
+    rows["label"] = rows["label"].mask(failed, rows["job"].map(labels).fillna(rows["label"]))
     return rows.explode("label", ignore_index=True)
 
 
-def measured(rows) -> list[str]:
+def measured(rows: pd.DataFrame) -> list[str]:
     """The columns that are metrics or costs."""
     return [name for name in rows if "." not in name and name not in ABOUT and rows[name].dtype.kind in "fiub"]
 
 
-def means(rows, by: list[str]):
+def means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Group labelled rows: the number of edits and of failures, and each metric's mean and standard error, NAME and
-    NAME_se, over the edits that have it.
-
-    The standard error is that of the means of tasks, since edits of one task are not independent; with one task it is
-    that of the edits.
-    """
-    import pandas as pd
-
-    lines = []
-    for key, group in rows.groupby(by, sort=False):
-        edits = group[group["error"].isna()]
-        line = dict(zip(by, key, strict=True)) | {"edits": len(edits), "failed": len(group) - len(edits)}
-        for name in measured(rows):
-            values = edits[name].dropna()
-            tasks = values.groupby(edits["task"]).mean()
-            line |= {name: values.mean(), f"{name}_se": (tasks if len(tasks) > 1 else values).sem()}
-        lines.append(line)
-    return pd.DataFrame(lines).dropna(axis="columns", how="all")
+    NAME_se, over the edits that have it. The error is that of the means of tasks, since edits of one task are not
+    independent; with one task it is that of the edits."""
+    edited, names = rows["error"].isna(), measured(rows)
+    counts = rows.assign(edits=edited, failed=~edited).groupby(by, sort=False)[["edits", "failed"]].sum()
+    edits = rows[edited].groupby(by)[names]
+    tasks = rows[edited].groupby([*by, "task"])[names].mean().groupby(by)
+    errors = tasks.sem().fillna(edits.sem()).add_suffix("_se")
+    return counts.join([edits.mean(), errors]).dropna(axis="columns", how="all").reset_index()
 
 
-def left_out(rows) -> list[str]:
-    """A line for each reason why edits lack metrics, with the number of edits and the metrics' names."""
-    counts, edits = defaultdict(lambda: defaultdict(int)), rows[rows["error"].isna()]
-    for reasons in edits["left_out"].dropna():
-        for name, reason in reasons.items():
-            counts[reason][name] += 1
-    return [
-        f"no number for {n} of {len(edits)} edits ({reason}): {', '.join(m for m in names if names[m] == n)}"
-        for reason, names in counts.items()
-        for n in sorted(set(names.values()), reverse=True)
-    ]
+def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """The headline as tables of texts, "20.1 ± 0.5" with a standard error: by label, and where there are several
+    categories by both."""
 
+    def text(name: str, line: dict) -> str:
+        form, error = HEADLINE[name], line.get(f"{name}_se")
+        value = f"{line[name]:{form}}" if name in line else ""
+        exact = error is None or name in ("attainable", "evaluations", "seconds")
+        return value if exact else f"{value} ± {error:{form}}"
 
-# Text.
-
-
-def show(name: str, value, error: float = math.nan) -> str:
-    """Format a value for tables, sheets and the page, with its standard error where there is one: shares in per cent,
-    decibels and seconds with one decimal place, other metrics with three. Settings are as short as they can be."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, str) or "." in name:
-        try:
-            return f"{float(value):.6g}"
-        except ValueError:
-            return value
-    share, whole = name.startswith(("success", "attainable")), name in WHOLE
-    form = ".0%" if share else ".0f" if whole else ".1f" if "psnr" in name or name == "seconds" else ".3f"
-    exact = whole or name in ("seconds", "attainable") or error != error
-    return f"{value:{form}}" if exact else f"{value:{form}} ± {error:{form}}"
-
-
-def summaries(rows) -> list:
-    """Tables of texts. One label: means by category. Several: means by label, and success by label and category."""
-    import pandas as pd
-
-    overall, categories = means(rows, ["label"]), means(rows, ["label", "category"])
-    kinds = list(dict.fromkeys(rows["category"]))
-
-    def texts(table, names: str, title: str):
-        columns = [name for name in HEADLINE if name in table]
-        return pd.DataFrame(
-            {title: line.get(names) or "-"} | {c: show(c, line.get(c), line.get(f"{c}_se", math.nan)) for c in columns}
-            for line in records(table)
-        )
-
-    if len(overall) == 1 and len(kinds) > 1:
-        return [texts(pd.concat([categories, overall.assign(category="all")]), "category", "category")]
-    tables = [texts(overall, "label", "edited by")]
-    if len(kinds) > 1 and "success" in categories:
-        lines = {label: dict.fromkeys(kinds, "") for label in overall["label"]}
-        for line in records(categories):
-            cell = show("success", line.get("success"), line.get("success_se", math.nan))
-            lines[line["label"]][line["category"]] = cell
-        tables.append(pd.DataFrame({"success in": label} | line for label, line in lines.items()))
+    tables, rows = [], rows.sort_values("category", kind="stable")
+    for by in (["label"], ["category", "label"])[: rows["category"].nunique()]:
+        table = means(rows, by)
+        names = [name for name in HEADLINE if name in table]
+        lines = [{name: line[name] for name in by} | {n: text(n, line) for n in names} for line in records(table)]
+        tables.append(pd.DataFrame(lines).rename(columns={"label": "edited by"}))
     return tables
 
 
-def markdown(table) -> str:
+def markdown(table: pd.DataFrame) -> str:
     """A table of texts in Markdown, with columns of even width."""
     lines = [[name or "-" for name in table], *table.to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -200,17 +161,17 @@ def markdown(table) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """All rows as "results", and means as "overall" and "by_category"."""
+    marked, rows = labelled(rows), complete(rows).drop(columns="left_out")
+    overall, by_category = means(marked, ["label"]), means(marked, ["category", "label"])
+    return {"overall": overall, "by_category": by_category, "results": rows.dropna(axis="columns", how="all")}
+
+
 # Files.
 
 
-def tables(rows) -> dict:
-    """DataFrames for W&B: all rows as "results", and means as "overall" and "by_category"."""
-    marked = labelled(rows)
-    groups = {"overall": means(marked, ["label"]), "by_category": means(marked, ["label", "category"])}
-    return groups | {"results": complete(rows).drop(columns="left_out").dropna(axis="columns", how="all")}
-
-
-def write(folder: Path, rows, tasks: int, curves: dict | None = None) -> str:
+def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = None) -> str:
     """Write the report on `rows` into `folder`, and return the text to print.
 
     Any run gets results.csv, sheet.png and plots/; one of several `tasks` also table.md and index.html; the jobs of a
@@ -219,27 +180,88 @@ def write(folder: Path, rows, tasks: int, curves: dict | None = None) -> str:
     rows = complete(rows)
     marked = labelled(rows)
     edited, sweep = rows["error"].isna(), bool((rows["job"] != "").any())
-    done = set(rows["task"][edited])
-    failed = set(rows["task"][~edited].dropna()) - done
-    columns = [*ABOUT[not sweep : 6], *(name for name in rows if name not in ABOUT), *ABOUT[6:-1]]
-    rows[columns].dropna(axis="columns", how="all").to_csv(folder / "results.csv", index=False)
-    files = ["results.csv"]
-    text = "\n\n".join(map(markdown, summaries(marked))) if len(rows) else ""
+    done, failed = rows["task"][edited].nunique(), rows["task"][~edited].nunique()
+    counts = f"{done} of {tasks} tasks done, {failed} failed" if tasks > 1 else ""
+    files = {"results.csv": rows.drop(columns="left_out").dropna(axis="columns", how="all").to_csv(index=False)}
+    overview, *by_category = map(markdown, summaries(marked))
     if sweep or tasks > 1:
-        notes = left_out(rows)
-        if waiting := tasks - len(done | failed):
-            notes.append(f"{waiting} of {tasks} tasks are waiting.")
-        files.append("comparison.md" if sweep else "table.md")
-        (folder / files[-1]).write_text("\n\n".join([text, *notes]) + "\n", encoding="utf-8")
+        parts = filter(None, [overview, *by_category, counts])
+        files["comparison.md" if sweep else "table.md"] = "\n\n".join(parts) + "\n"
     if edited.any():
-        sheet(folder, marked).save(folder / "sheet.png")
-        files.append("sheet.png")
+        files["sheet.png"] = sheet(folder, marked)
     if tasks > 1:
-        (folder / "index.html").write_text(page(folder.name, marked), encoding="utf-8")
-        files.append("index.html")
-    files += plot(folder / "plots", marked, curves or {})
-    counts = f"{len(done)} of {tasks} tasks done, {len(failed)} failed"
-    return "\n".join(filter(None, [text, counts if tasks > 1 else "", *(str(folder / name) for name in files)]))
+        files["index.html"] = page(folder.name, marked)
+    files |= plots(marked, curves or {})
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with whole_file(folder / name) as partial:
+            if isinstance(content, str):
+                partial.write_text(content, encoding="utf-8")
+            elif isinstance(content, Image.Image):
+                content.save(partial, "png")
+            else:
+                content.savefig(partial, format="png", dpi=120)
+    return "\n".join(filter(None, [overview, counts, *(str(folder / name) for name in files)]))
+
+
+def scores(row: dict, file: str) -> str:
+    """The numbers under a picture, a line for each."""
+    names = {name: name.removeprefix(f"{file}_").replace("_", " ") for name in FILES[file] if name in row}
+    return "\n".join(f"{words} {row[name]:.3g}" for name, words in names.items())
+
+
+def page(title: str, rows: pd.DataFrame) -> str:
+    """One HTML page with every task: its input, its edits and the true result. It needs no server, and its few lines of
+    script sort and filter."""
+    from jinja2 import Environment
+
+    metrics, groups = measured(rows), rows.dropna(subset="task").groupby(TASK, sort=False)
+    tasks = [records(group) for _, group in groups]
+    for row in (row for edits in tasks for row in edits):
+        row["numbers"] = {name: float(f"{row[name]:.6g}") for name in metrics if name in row}
+        row["scores"] = scores(row, "file")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
+        title=title, tasks=tasks, summaries=summaries(rows), metrics=metrics, labels=rows["label"].unique(),
+        categories=rows["category"].unique(),
+    )  # fmt: skip
+
+
+def plots(rows: pd.DataFrame, curves: dict) -> dict:
+    """Figures by file: the losses of tuning, a panel for each stage; and where edits have several labels the trade-off
+    of success or CLIP score against preservation, with standard errors, as in Imagic's figure 9. A line joins a
+    method's points in the order of the only setting in which they differ."""
+    from matplotlib.figure import Figure
+
+    figures = {}
+    if curves:
+        figures["plots/loss.png"] = figure = Figure((5 * len(curves), 3.6), layout="constrained")
+        for panel, stage in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+            losses = pd.DataFrame({name: pd.Series(curve) for name, curve in curves[stage].items()})
+            smooth = losses.rolling(max(1, len(losses) // 10), min_periods=1).mean()
+            smooth.plot(ax=panel, title=stage, xlabel="step", grid=True)
+    axes = swept(rows)
+    if len(axes) == 1:
+        rows = rows.sort_values(axes[0], key=lambda values: pd.to_numeric(values, errors="coerce"), kind="stable")
+    points = means(rows, ["label", "method"])
+    x = next((n for n in ("psnr_to_input_kept", "clip_similarity_to_input") if n in points), "psnr_to_input")
+    y = "success" if "success" in points else "clip_score"
+    if {x, y} <= set(points) and len(points := points.dropna(subset=[x, y])) > 1:
+        figures["plots/tradeoff.png"] = figure = Figure((7.5, 5), layout="constrained")
+        panel = figure.subplots()
+        for method, group in points.groupby("method", sort=False):
+            errors = [group.get(f"{name}_se") for name in (y, x)]
+            panel.errorbar(group[x], group[y], *errors, fmt="o-" if len(axes) == 1 else "o", label=method)
+        downwards = records(points.sort_values(y, ascending=False)) if len(points) <= 20 else []
+        for i, line in enumerate(downwards):  # right and left by turns, so that neighbours do not overlap
+            words, place = line["label"].removeprefix(f"{line['method']}, "), ((6, 4), (-6, 4))[i % 2]
+            side = ("left", "right")[i % 2]
+            panel.annotate(words, (line[x], line[y]), place, textcoords="offset points", ha=side, fontsize=9)
+        panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+        panel.margins(0.25, 0.1)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figures
 
 
 # The sheet.
@@ -247,182 +269,94 @@ def write(folder: Path, rows, tasks: int, curves: dict | None = None) -> str:
 Cell = tuple[Path | None, str]  # a picture, or a grey field for what failed, and the words under it
 
 
-def sheet(folder: Path, rows) -> Image.Image:
-    """The input, the reconstruction, the true result and the edits.
+def sheet(folder: Path, rows: pd.DataFrame) -> Image.Image:
+    """Draw the input, the reconstruction, the true result and the edits. The edits of one picture stand over the
+    settings in which they differ. Of several pictures one of each category is shown, or the first eight."""
+    if rows["job"].nunique() > 1:  # each job has its own
+        rows = rows.drop(columns="reconstruction")
+    good = rows[rows["error"].isna()]
+    single, about = len(good.drop_duplicates(TASK)) == 1, records(good)[0]
+    title = ", ".join(rows["method"].unique())
+    if single:
+        title += f': "{about["prompt"]}"' + (f'\nfrom "{about["source_prompt"]}"' if about["source_prompt"] else "")
+    rows = over_settings(rows) if single else one_of_each_category(rows)
+    lines: dict[str, dict[str, dict]] = defaultdict(dict)
+    for row in records(rows):
+        lines[row["heading"]][row["column"]] = row
 
-    The edits of one picture stand over the settings in which they differ, the one of most values along the columns. Of
-    several pictures one of each category is shown, or the first eight, with the edits by label.
-    """
-    good = records(rows[rows["error"].isna()])
-    single = len({tuple(row.get(name) for name in TASK) for row in good}) == 1
-    axes = [name for name in ("method", *swept(rows), "seed", "sample") if rows[name].nunique() > 1]
-    along = max(axes, key=lambda name: rows[name].nunique(), default="sample")
-    across = [name for name in axes if name != along]
-    lines: dict[tuple[str, str], dict[str, dict]] = {}  # (category, heading) -> column -> row
-    for row in records(rows if single else rows.dropna(subset="task")):
-        heading = describe(row, across) if single else f"{row['category']} {row['task']}: {row['prompt']}".strip()
-        column = describe(row, [along]) if single else row["label"]
-        lines.setdefault(("" if single else row["category"], heading), {}).setdefault(column, row)
-    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
-    one_job = rows["job"].nunique() == 1
+    def cell(row: dict, file: str) -> Cell:
+        words = row["column"] if file == "file" else file
+        if file not in row:
+            return None, f"{words}\nfailed: {textwrap.shorten(row['error'], 160)}"
+        return folder / row[file], f"{words}\n{scores(row, file)}"
 
-    def references(row: dict) -> list[Cell]:
-        words = {"input": "input_clip_score", "reconstruction": "reconstruction_psnr", "truth": "truth_clip_score"}
-        names = [name for name in words if name in row and (one_job or name != "reconstruction")]
-        return [(folder / row[name], f"{name}\n{scores(row, [words[name]])}") for name in names]
-
-    def edits(cells: dict[str, dict]) -> list[Cell | None]:
-        return [edit_cell(folder, cells[name], name) if name in cells else None for name in columns]
-
-    if not single:
-        most_edits_first = sorted(lines, key=lambda line: -sum("file" in row for row in lines[line].values()))
-        categories = {category: (category, heading) for category, heading in reversed(most_edits_first)}
-        table = []
-        for line in list(categories.values())[::-1] if len(categories) > 1 else list(lines)[:8]:
-            source = next((row for row in lines[line].values() if "file" in row), {})
-            table.append((line[1], references(source) + edits(lines[line])))
-        return draw_sheet([", ".join(dict.fromkeys(rows["method"]))], table)
-    first, source = references(good[0]), good[0]["source_prompt"]
-    table = [(heading, edits(cells)) for (_, heading), cells in lines.items()]
-    if len(table) == 1:  # in pieces of six, and with the input where there are few
-        few = len(first) + len(columns) <= 6
-        cells, first = first * few + table[0][1], first * (not few)
-        table = [("", cells[i : i + 6]) for i in range(0, len(cells), 6)]
-    title = [f'"{good[0]["prompt"]}"', f'from "{source}"' if source else ""]
-    return draw_sheet(title, [("", first), *table] if first else table)
+    table = []
+    for heading, line in lines.items():
+        about = about if single else min(line.values(), key=lambda row: "error" in row)
+        first = [cell(about, file) for file in ("input", "reconstruction", "truth") if file in about]
+        edits = [cell(line[name], "file") if name in line else None for name in rows["column"].unique()]
+        table.append((heading, ([None] * len(first) if single and table else first) + edits))
+    return draw_sheet(title, table)
 
 
-def edit_cell(folder: Path, row: dict, words: str) -> Cell:
-    if "error" in row:
-        return None, f"{words}\nfailed: {row['error']}"
-    return folder / row["file"], f"{words}\n{scores(row, list(SCORES)[:3])}"
+def over_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add `heading` and `column`: the setting of most values runs along the columns. Where that grid would have many
+    empty places, all settings stand in the column."""
+    counts = {name: rows[name].nunique() for name in ("method", *swept(rows), "seed", "sample")}
+    axes = [name for name in counts if counts[name] > 1]
+    grid = axes and math.prod(counts[name] for name in axes) <= 1.5 * len(rows)
+    along = [max(axes, key=counts.get)] if grid else axes or [name for name in rows if name.startswith("edit.")]
+    across = [name for name in axes if name not in along]
+    marks = {"heading": across, "column": along}
+    return rows.assign(**{mark: [describe(row, names) for row in records(rows)] for mark, names in marks.items()})
 
 
-def scores(row: dict, names: Sequence[str]) -> str:
-    """The first two of the named numbers that a row has, a line for each."""
-    return "\n".join([f"{SCORES[name]} {show(name, row[name])}" for name in names if name in row][:2])
+def one_of_each_category(rows: pd.DataFrame) -> pd.DataFrame:
+    """Choose the first task of most edits in each category, or the first eight tasks of the only one. Add `heading`
+    and `column`: tasks over labels."""
+    rows = rows.dropna(subset="task")
+    best = rows.groupby(TASK)["file"].transform("count").groupby(rows["category"]).idxmax().sort_values()
+    rows = rows.merge(rows.loc[best, TASK] if len(best) > 1 else rows[TASK].drop_duplicates()[:8])
+    headings = [f"{row['category']} {describe(row, ['image'])} {row['task']}: {row['prompt']}" for row in records(rows)]
+    return rows.assign(heading=[" ".join(heading.split()) for heading in headings], column=rows["label"])
 
 
-def draw_sheet(title: Sequence[str], table: Sequence[tuple[str, Sequence[Cell | None]]]) -> Image.Image:
-    """Draw lines of pictures with words under them, and a heading above each line where it is not "". Small pictures
-    are enlarged by a whole factor, large ones reduced to 512 pixels; None is an empty place."""
-    margin, gap, step = 16, 12, 20
-    small, large = ImageFont.load_default(15), ImageFont.load_default(22)
+def draw_sheet(title: str, table: Sequence[tuple[str, Sequence[Cell | None]]]) -> Image.Image:
+    """Draw lines of at most eight pictures with words under them, and a heading above each line. Small pictures are
+    enlarged by a whole factor, large ones reduced to 384 pixels; None is an empty place."""
 
     def fitted(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             side = max(picture.size)
-            scale = 512 / side if side > 512 else math.ceil(192 / side)
-            return picture.convert("RGB").resize([round(n * scale) for n in picture.size], Image.Resampling.LANCZOS)
+            scale = 384 / side if side > 384 else math.ceil(192 / side)
+            size = [round(n * scale) for n in picture.size]
+            return ImageOps.expand(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), 1, "#cccccc")
 
-    def wrapped(text: str, width: int) -> list[str]:
-        return [part for line in text.split("\n") for part in textwrap.wrap(line, width // 8)]
+    def text(words: str, width: int, size: int) -> Image.Image:
+        lines = [part for line in words.split("\n") for part in textwrap.wrap(line, int(width / size * 1.9))]
+        image = Image.new("RGB", (width, len(lines) * (size + 5)), "white")
+        for i, line in enumerate(lines):
+            ImageDraw.Draw(image).text((0, i * (size + 5)), line, "#141414", ImageFont.load_default(size))
+        return image
 
     pictures = {cell[0]: fitted(cell[0]) for _, cells in table for cell in cells if cell and cell[0]}
     wide, high = (max(sizes) for sizes in zip(*(picture.size for picture in pictures.values()), strict=True))
-    width = max(2 * margin + max(len(cells) for _, cells in table) * (wide + gap) - gap, 480)
-    items, y = [], margin  # (x, y, picture or text, font)
-    for i, text in enumerate(title):
-        for part in textwrap.wrap(text, (width - 2 * margin) // (8 if i else 11)):
-            items.append((margin, y, part, small if i else large))
-            y += step if i else 30
+    width = max(480, min(8, max(len(cells) for _, cells in table)) * (wide + 12) - 12)
+    empty, failed = Image.new("RGB", (wide, 1), "white"), Image.new("RGB", (wide, high), "#dddddd")
+    size = 12 + wide // 64
+    parts = [text(title, width, size + 3)]
     for heading, cells in table:
-        y += gap
-        for part in wrapped(heading, width - 2 * margin):
-            items.append((margin, y, part, small))
-            y += step
-        lowest = y + high
-        for i, cell in enumerate(cells):
-            if cell is None:
-                continue
-            x, below = margin + i * (wide + gap), y + high + gap // 2
-            items.append((x, y, pictures.get(cell[0]) or Image.new("RGB", (wide, high), "#ebebeb"), None))
-            for j, part in enumerate(wrapped(cell[1], wide)):
-                items.append((x, below + j * step, part, small))
-                lowest = max(lowest, below + (j + 1) * step)
-        y = lowest
-    image = Image.new("RGB", (width, y + margin), "white")
-    draw = ImageDraw.Draw(image)
-    for x, y, item, font in items:
-        draw.text((x, y), item, "#141414", font) if font else image.paste(item, (x, y))
-    return image
+        drawn = [stack([pictures.get(c[0], failed), text(c[1], wide, size)], True, 4) if c else empty for c in cells]
+        strips = [stack(drawn[i : i + 8], False, 12) for i in range(0, len(drawn), 8)]
+        parts.append(stack([text(heading, width, size), *strips], True, 4))
+    return ImageOps.expand(stack(parts, True, 16), 16, "white")
 
 
-# Plots and the page.
-
-
-def plot(folder: Path, rows, curves: dict) -> list[str]:
-    """Write loss.png, a panel for each stage of tuning, and tradeoff.png, where edits with several labels have numbers
-    for both: success or the CLIP score against preservation, with standard errors, as in Imagic's figure 9. A line
-    joins a method's points in the order of the only setting in which they differ. Returns the files' names."""
-    import pandas as pd
-
-    numbers = means(rows, ["label", "method"]) if rows["label"].nunique() > 1 else rows[:0]
-    preservation, agreement = ["clip_similarity_to_input", "psnr_to_input"], ["clip_score"]
-    if rows["task"].nunique() > 1:
-        preservation, agreement = ["psnr_to_input_kept", *preservation], ["success", *agreement]
-    x, y = (next((name for name in names if name in numbers), None) for names in (preservation, agreement))
-    points = numbers.dropna(subset=[x, y]) if x and y else rows[:0]
-    if not curves and len(points) < 2:
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = {}
-    if curves:
-        figures["loss"], panels = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
-        for panel, (stage, values) in zip(panels[0], curves.items(), strict=True):
-            for name, curve in values.items():
-                series = pd.Series(curve)
-                smooth = series.rolling(max(1, len(series) // 10), min_periods=1).mean()
-                (line,) = panel.plot(smooth.index, smooth, label=name)
-                panel.plot(series.index, series, color=line.get_color(), linewidth=0.7, alpha=0.35)
-            panel.set(title=stage, xlabel="step")
-            panel.legend()
-    if len(points) > 1:
-        figures["tradeoff"], panel = plt.subplots(figsize=(7.5, 5))
-        axes = [name for name in swept(rows) if name not in AVERAGED]
-        for method, group in points.groupby("method", sort=False):
-            settings = rows[rows["error"].isna()].groupby("label")[axes].first().loc[group["label"]]
-            varied = [name for name in axes if settings[name].nunique() > 1]
-            order = pd.to_numeric(settings[varied[0]], errors="coerce") if len(varied) == 1 else None
-            joined = order is not None and bool(order.notna().all())
-            group = group.set_index("label", drop=False).loc[order.sort_values().index] if joined else group
-            errors = [group.get(f"{name}_se") for name in (y, x)]
-            panel.errorbar(group[x], group[y], *errors, fmt="o-" if joined else "o", label=method, linewidth=0.8)
-            for line in records(group) if len(points) <= 20 else []:
-                words = line["label"].removeprefix(f"{method}, ")
-                panel.annotate(words, (line[x], line[y]), (5, 4), textcoords="offset points", fontsize=8)
-        panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-        panel.legend(fontsize=8)
-    for name, figure in figures.items():
-        for panel in figure.axes:
-            panel.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(figure)
-    return [f"plots/{name}.png" for name in figures]
-
-
-def page(title: str, rows) -> str:
-    """One HTML page with every task: its input, its edits and the true result. It needs no server, and its few lines of
-    script sort and filter."""
-    from jinja2 import Environment
-
-    tasks = []
-    keys = [name for name in TASK if name in rows]
-    for _, group in rows.dropna(subset="task").groupby(keys, sort=False, dropna=False):
-        edits = records(group)
-        for row in edits:
-            row["outcome"] = "failed" if "error" in row else {1: "yes", 0: "no"}.get(row.get("success"), "")
-            row["numbers"] = {name: float(f"{row[name]:.6g}") for name in measured(rows) if name in row}
-            row["scores"] = scores(row, list(SCORES)[:3])
-        tasks.append({"edits": edits} | min(edits, key=lambda row: "error" in row))
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        title=title, tasks=tasks, summaries=summaries(rows), left_out=left_out(rows), metrics=measured(rows),
-        labels=list(dict.fromkeys(rows["label"])), categories=list(dict.fromkeys(rows["category"])),
-    )  # fmt: skip
+def stack(images: Sequence[Image.Image], down: bool, gap: int) -> Image.Image:
+    """Put pictures below each other, or beside each other, on white."""
+    starts = list(accumulate((image.size[down] + gap for image in images), initial=0))
+    across = max(image.size[not down] for image in images)
+    whole = Image.new("RGB", (across, starts[-1] - gap) if down else (starts[-1] - gap, across), "white")
+    for image, start in zip(images, starts, strict=False):
+        whole.paste(image, (0, start) if down else (start, 0))
+    return whole

@@ -1,4 +1,4 @@
-"""The two ends of a sweep: the check of its objective, and the report on all jobs.
+"""The two ends of a sweep: the check of its objective, and the report on all jobs in its folder.
 
 Everything is read from the jobs' own folders, so that any launcher may have run them.
 """
@@ -27,14 +27,9 @@ def check_directions(names: Sequence[str], directions: Sequence[str]) -> None:
 
 
 class Summary(Callback):
-    """Hydra's callback for `--multirun`: checks the objective first, and reports on all jobs in the end. Exits with 1
-    if a job failed."""
-
-    def __init__(self) -> None:
-        self.older: dict[Path, float] = {}  # jobs of an earlier sweep in the same folder, and when they began
+    """Hydra's callback for `--multirun`. Exits with 1 if a job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        self.older = jobs(Path(config.hydra.sweep.dir))
         directions = OmegaConf.select(config, "hydra.sweeper.direction")
         if directions is None:  # this sweeper optimises nothing
             return
@@ -48,25 +43,10 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         from evaluation import report
-        from evaluation.cli import explain
 
         folder = Path(config.hydra.sweep.dir)
-        try:
-            # Compared by equality, since the clocks of a cluster's machines differ.
-            skip = {job for job, time in jobs(folder).items() if self.older.get(job) == time}
-            rows = report.read(folder, skip)
-            text = report.write(folder, rows, rows["task"].nunique())
-        except Exception as error:
-            line = explain(error)
-            if line is None:
-                raise
-            sys.exit(f"error: {line}")
-        failed = rows[rows["error"].notna() & rows["task"].isna()]["job"].unique()
-        print(f"{text}\n{rows['job'].nunique()} jobs, {len(failed)} failed")
-        if len(failed):
+        rows = report.read(folder)
+        failed = rows[rows["error"].notna() & rows["task"].isna()]["job"].nunique()
+        print(f"{report.write(folder, rows, rows['task'].nunique())}\n{rows['job'].nunique()} jobs, {failed} failed")
+        if failed:
             sys.exit(1)
-
-
-def jobs(folder: Path) -> dict[Path, float]:
-    """The folders of the jobs below `folder`, and the times at which they began."""
-    return {path.parent.parent: path.stat().st_mtime for path in folder.rglob(".hydra/overrides.yaml")}

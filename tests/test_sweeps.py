@@ -3,14 +3,11 @@
 import itertools
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import hydra
-import pandas as pd
 import pytest
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -28,9 +25,7 @@ from tests.test_report import edit as row
 from tests.test_report import write_job
 
 CLONE = Path(__file__).resolve().parent.parent
-EXPERIMENTS = CLONE / "conf" / "experiment"
 ABLATIONS = {"imagic_eta": 1, "imagic_no_tuning": 2, "direct_inversion_steps": 16, "direct_inversion_guidance": 25}
-SEARCHES = ("optuna_success", "optuna_tradeoff")
 
 
 @pytest.fixture
@@ -41,10 +36,6 @@ def composed():
 
 
 # Presets.
-
-
-def test_every_preset_is_tested():
-    assert {file.stem for file in EXPERIMENTS.glob("*.yaml")} == {*ABLATIONS, *SEARCHES}
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -64,7 +55,7 @@ def test_the_tuned_network_of_an_ablation_takes_the_steps_of_its_model(composed)
         assert params["method.tuning_steps"] == f"0,{steps}"
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", ["optuna_success", "optuna_tradeoff"])
 def test_a_search_varies_settings_that_exist_in_the_right_direction(composed, name):
     pytest.importorskip("optuna")
     cfg = composed(f"+experiment={name}")
@@ -72,17 +63,7 @@ def test_a_search_varies_settings_that_exist_in_the_right_direction(composed, na
     assert all(OmegaConf.select(cfg, key) is not None for key in cfg.hydra.sweeper.params)
 
 
-def test_a_search_for_another_method_as_the_preset_says(composed):
-    pytest.importorskip("optuna")
-    command = re.search("python edit.py -m (.*)", (EXPERIMENTS / "optuna_success.yaml").read_text())[1]
-    *settings, search = shlex.split(command)
-    cfg = composed(*settings)
-    (override,) = OverridesParser.create().parse_overrides([search])
-    assert cfg.hydra.sweeper.params is None and override.is_interval_sweep()
-    assert OmegaConf.select(cfg, override.key_or_group) is not None
-
-
-# The objective's direction.
+# The objective.
 
 
 @pytest.mark.parametrize("names", itertools.permutations(("success", "psnr_to_input_kept", "seconds"), 2))
@@ -96,33 +77,26 @@ def test_a_search_in_the_wrong_direction_is_refused(names):
 
 
 def test_a_sweeper_that_optimises_needs_an_objective():
-    config = {"objective": None, "hydra": {"sweep": {"dir": "nowhere"}, "sweeper": {"direction": "maximize"}}}
+    config = {"objective": None, "hydra": {"sweeper": {"direction": "maximize"}}}
     with pytest.raises(SystemExit, match="objective"):
         Summary().on_multirun_start(OmegaConf.create(config))
     Summary().on_multirun_start(OmegaConf.create(config | {"objective": "success"}))
-    del config["hydra"]["sweeper"]
-    Summary().on_multirun_start(OmegaConf.create(config))
+    Summary().on_multirun_start(OmegaConf.create({"objective": None, "hydra": {"sweeper": {}}}))
 
 
 # The end of a sweep.
 
 
-def test_the_end_reports_on_all_jobs_but_older_ones_and_exits_with_1_after_a_failure(tmp_path, capsys):
-    config = OmegaConf.create({"objective": None, "hydra": {"sweep": {"dir": str(tmp_path)}}})
-    for number in range(3):
-        write_job(tmp_path, number, {"method.eta": "0.1"}, [row("edit")])
-    summary = Summary()
-    summary.on_multirun_start(config)
-    again = tmp_path / "1" / ".hydra" / "overrides.yaml"
-    os.utime(again, (1, 1))  # begun anew, by a machine whose clock is wrong
-    write_job(tmp_path, 3, {"method.eta": "0.4"}, [row("edit")])
-    summary.on_multirun_end(config)
-    assert pd.read_csv(tmp_path / "results.csv")["job"].tolist() == [1, 3]
-    assert (tmp_path / "sheet.png").exists() and "imagic, eta 0.4" in (tmp_path / "comparison.md").read_text()
+def test_the_end_reports_on_all_jobs_and_exits_with_1_after_a_failure(tmp_path, capsys):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    for number in range(2):
+        write_job(tmp_path, number, {"method.eta": f"0.{number}"}, [row("edit")])
+    Summary().on_multirun_end(config)
+    assert "imagic, eta 0.1" in (tmp_path / "comparison.md").read_text()
     assert "2 jobs, 0 failed" in capsys.readouterr().out
     write_job(tmp_path, 4, {"method.eta": "0.5"}, [])
     with pytest.raises(SystemExit) as end:
-        summary.on_multirun_end(config)
+        Summary().on_multirun_end(config)
     assert end.value.code == 1 and "3 jobs, 1 failed" in capsys.readouterr().out
 
 
