@@ -1,15 +1,12 @@
-"""What editing methods share: the contract, the run that serves them, seeded noise and one optimisation loop.
-
-A method is a dataclass of hyperparameters whose `edit(model, task, z, run)` maps the latent of a picture to edited
-latents. It opens no files, draws noise from the run alone, and hands the model back unchanged.
-"""
+"""What editing methods share: the contract, the run that serves them, checks of settings and one optimisation loop."""
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +19,16 @@ Result = tuple[dict[str, float | int | str] | str, Tensor]  # settings that tell
 
 
 class Run:
-    """What a method may ask for while it works. This one is silent and stores nothing; the runner's shows progress,
-    draws curves and caches tuned states."""
+    """Everything that a method may ask for while it works. This one is silent and stores nothing; the runner's shows
+    progress, draws curves and caches tuned states."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
         self.metrics: dict[str, float] = {}  # numbers of the method's own
-        self.tensors: dict[str, Tensor] = {}  # products worth keeping
+        self.tensors: dict[str, Tensor] = {}  # products to store beside the pictures
 
     def noise(self, *stage: str | int) -> torch.Generator:
-        """A generator for each (seed, stage), so that no stage's noise depends on whether another one ran. It lives
+        """A generator for each (seed, stage), so that no stage's noise depends on whether another stage ran. It lives
         on the CPU, so that every device sees the same noise."""
         digest = hashlib.sha256(repr((self.seed, *stage)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -50,7 +47,10 @@ class Run:
 
 
 class Method:
-    """The contract. Subclasses are dataclasses whose fields, with their defaults, are the settings `method.NAME`."""
+    """The contract. A method is a dataclass whose fields, with their defaults, are the settings `method.NAME`. It opens
+    no files, draws noise from the run alone, and hands the model back unchanged."""
+
+    group = "method"  # its settings on the command line
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         """Yield (settings, latent) for each edit of `z`, the latent (1, c, h, w) of the task's picture, in float64.
@@ -63,11 +63,26 @@ class Method:
 
 @torch.no_grad()
 def perform(method: Method, model, task, run: Run) -> Iterator[tuple[dict[str, Any] | str, Tensor, Tensor]]:
-    """Encode the task's picture, freeze the networks, and yield (settings, latent, picture) for each of the method's
-    results, with pictures (3, H, W) in [-1, 1]. Raises InputError where a result is not finite."""
-    with frozen(model), closing(method.edit(model, task, source_latent(model, task.image), run)) as results:
-        for settings, latent in results:
-            yield settings, latent, to_image(model, latent)
+    """Yield (settings, latent, picture) for each of the method's results, with pictures (3, H, W) in [-1, 1], float32
+    on the CPU. Raises InputError for a picture that is not finite.
+
+    Latents are float64: only the network works in the model's precision, so that rounding does not add up along a path.
+    No parameter asks for a gradient meanwhile, so that a backward pass to the text embedding skips them all.
+    """
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    checkpointing = model.unet.gradient_checkpointing
+    try:
+        model.requires_grad_(False)
+        with closing(method.edit(model, task, model.encode_image(task.image).double(), run)) as results:
+            for settings, latent in results:
+                image = model.decode_latents(latent)[0].float().cpu()
+                if not image.isfinite().all():
+                    raise InputError("the edit is NaN or infinite: lower method.guidance_scale or use dtype=float32")
+                yield settings, latent, image.clamp(-1, 1)
+    finally:
+        for parameter, flag in asked.items():
+            parameter.requires_grad_(flag)
+        model.unet.gradient_checkpointing = checkpointing
 
 
 def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -85,27 +100,20 @@ OPTIMIZERS = {
 }
 
 
-def check(
-    method: Any, *settings: str, low: float = 0, high: float = math.inf, whole: bool = False, many: bool = False
-) -> None:
-    """Raise InputError unless each named setting is a number in [low, high], an integer where `whole`, or where `many`
-    a number or a list of at least one. None passes where it is the default."""
-    for setting in settings:
-        value = getattr(method, setting)
-        if value is None and getattr(type(method), setting) is None:
+def check(method: Any, shares: Sequence[str] = (), counts: Sequence[str] = (), **choices: Iterable[str]) -> None:
+    """Raise InputError for a number of another type than declared, negative or infinite, above 1 among `shares`, or
+    below 1 among `counts`; and for a setting in `choices` with another value than those given."""
+    for name, kind in get_type_hints(type(method)).items():
+        kinds, value = get_args(kind) if isinstance(kind, UnionType) else (kind,), getattr(method, name)
+        if name in choices and value not in choices[name]:
+            raise InputError(f"{method.group}.{name} is {value}: choose one of {', '.join(choices[name])}")
+        if not {int, float} & set(kinds) or (value is None and NoneType in kinds):
             continue
-        values = value if many and isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        for v in values or [None]:
+        low, high, whole = int(name in counts), 1 if name in shares else math.inf, float not in kinds
+        for v in value if Sequence[float] in kinds and isinstance(value, Sequence) and value else [value]:
             if not isinstance(v, int if whole else (int, float)) or not low <= v <= high or math.isinf(v):
-                kind = "whole number" if whole else "number"
-                raise InputError(f"method.{setting} is {value}: it must be a {kind} from {low} to {high}")
-
-
-def check_choice(method: Any, choices: Iterable[str], *settings: str) -> None:
-    """Raise InputError unless each named setting is one of `choices`."""
-    for setting in settings:
-        if (value := getattr(method, setting)) not in choices:
-            raise InputError(f"method.{setting} is {value}: choose one of {', '.join(choices)}")
+                what = "whole number" if whole else "number"
+                raise InputError(f"{method.group}.{name} is {value}: it must be a {what} from {low} to {high}")
 
 
 def check_samples(method: Any, differ: bool) -> None:
@@ -126,45 +134,6 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
 
 
-def source_latent(model, image: Tensor) -> Tensor:
-    """An image (1, 3, H, W) -> its latent (1, c, h, w) in float64. Only the network works in the model's precision, so
-    that rounding does not add up along a path, and a replay is exact."""
-    return model.encode_image(image).double()
-
-
-def to_image(model, latent: Tensor) -> Tensor:
-    """A latent (1, c, h, w) -> its picture (3, H, W) in [-1, 1], float32 on the CPU. Raises InputError where the
-    picture is not finite."""
-    image = model.decode_latents(latent)[0].float().cpu()
-    if not image.isfinite().all():
-        raise InputError("the edit is NaN or infinite: lower method.guidance_scale or learning rates, or dtype=float32")
-    return image.clamp(-1, 1)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient, so that a backward pass to the text embedding skips them all;
-    afterwards each asks as before."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in before.items():
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def checkpointing(unet: nn.Module, on: bool) -> Iterator[None]:
-    """Inside, if `on`, the UNet recomputes activations in the backward pass instead of keeping them."""
-    before = unet.gradient_checkpointing
-    unet.gradient_checkpointing = on or before
-    try:
-        yield
-    finally:
-        unet.gradient_checkpointing = before
-
-
 @contextmanager
 def restored(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
     """Inside, the named parameters may be changed in place; afterwards they hold their own values again and are frozen.
@@ -179,45 +148,46 @@ def restored(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.P
             parameter.requires_grad_(False).copy_(own[name])
 
 
-class Descent:
-    """Minimise a loss over `params`, in place: call `step` with the loss's terms, evaluated with gradients on.
+def minimise(
+    loss: Callable[[], dict[str, Tensor]],  # the terms, whose sum is minimised
+    params: Iterable[Tensor],
+    run: Run,
+    stage: str,
+    steps: int,
+    lr: float,
+    optimizer: str = "adam",
+    lean: bool = False,
+) -> dict[str, list[float]]:
+    """Move `params` in place, step by step, against the gradient of the loss, and return its curve, and those of its
+    terms where there are several.
 
     Parameters of less than 32 bits are optimised as float32 masters, since updates of 5e-7 would vanish in them.
     `lean` moves each parameter during the backward pass and frees its gradient at once; the result is the same.
-    `curves` holds the loss at each step and, where there are several, its terms.
+    Raises InputError, before a parameter has moved, for a loss that is NaN or infinite.
     """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, optimizer: str, stage: str, run: Run, lean: bool = False):
-        self.params = [param.requires_grad_() for param in params]
-        self.stage, self.run, self.lean = stage, run, lean
-        self.curves: dict[str, list[float]] = {"loss": []}
-        masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in self.params]
-        pairs = list(zip(self.params, masters, strict=True))
-        groups = [[pair] for pair in pairs] if lean else [pairs]  # one call for all is faster than one for each
-        self.updates = [partial(update, OPTIMIZERS[optimizer]([m for _, m in group], lr), group) for group in groups]
-
-    def step(self, **terms: Tensor) -> None:
-        """Move the parameters against the gradient of the sum of `terms`. Raises InputError, before a parameter has
-        moved, if the sum is NaN or infinite."""
-        loss, step = sum(terms.values()), len(self.curves["loss"])
-        values = {"loss": loss, **terms} if len(terms) > 1 else {"loss": loss}
-        values = {name: float(value.detach()) for name, value in values.items()}
-        if not math.isfinite(values["loss"]):
-            where = f"in stage '{self.stage}' at step {step}"
-            raise InputError(f"the loss became {values['loss']} {where}: lower its learning rate")
-        for name, value in values.items():
-            self.curves.setdefault(name, []).append(value)
-        self.run.scalar(self.stage, step, **values)
-        if not self.lean:
-            loss.backward()
-            return self.updates[0]()
-        pairs = zip(self.params, self.updates, strict=True)
-        hooks = [param.register_post_accumulate_grad_hook(lambda _, move=move: move()) for param, move in pairs]
-        try:
-            loss.backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
+    params = [param.requires_grad_() for param in params]
+    masters = [p.detach() if p.dtype == torch.float32 else p.detach().float() for p in params]
+    pairs = list(zip(params, masters, strict=True))
+    groups = [[pair] for pair in pairs] if lean else [pairs]  # one call for all is faster than one for each
+    moves = [partial(update, OPTIMIZERS[optimizer]([m for _, m in group], lr), group) for group in groups]
+    curves: dict[str, list[float]] = {"loss": []}
+    with torch.enable_grad(), ExitStack() as hooks:
+        for param, move in zip(params, moves, strict=True) if lean else ():
+            hooks.enter_context(param.register_post_accumulate_grad_hook(lambda _, move=move: move()))
+        for step in run.progress(stage)(range(steps)):
+            terms = loss()
+            total = sum(terms.values())
+            values = {"loss": total.item()} | {name: v.item() for name, v in terms.items() if len(terms) > 1}
+            if not math.isfinite(values["loss"]):
+                where = f"in stage '{stage}' at step {step}"
+                raise InputError(f"the loss became {values['loss']} {where}: lower its learning rate")
+            for name, value in values.items():
+                curves.setdefault(name, []).append(value)
+            run.scalar(stage, step, **values)
+            total.backward()
+            if not lean:
+                moves[0]()
+    return curves
 
 
 @torch.no_grad()
@@ -233,7 +203,7 @@ def update(opt: torch.optim.Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -
 
 
 def cached_stage(
-    run: Run, stage: str, key: dict, build: Callable[[], tuple[dict[str, Tensor], dict[str, list[float] | Tensor]]]
+    run: Run, stage: str, key: dict, build: Callable[[], tuple[dict[str, Tensor], dict[str, list[float]]]]
 ) -> dict[str, Tensor]:
     """The tensors that `build` gives for `stage`, through `run.cached`. The curves, which it gives beside them, are
     stored with the tensors and drawn again on a hit; the mean of the loss's last tenth becomes a metric."""
@@ -242,7 +212,7 @@ def cached_stage(
     def build_and_draw() -> dict[str, Tensor]:
         fresh.append(stage)
         tensors, curves = build()
-        stored = {f"curve/{name}": torch.as_tensor(curve) for name, curve in curves.items()}
+        stored = {f"curve/{name}": torch.tensor(curve) for name, curve in curves.items()}
         return stored | {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     state = dict(run.cached(stage, key, build_and_draw))
@@ -253,3 +223,10 @@ def cached_stage(
         last = loss[-max(1, len(loss) // 10) :]
         run.metrics[f"{stage}_loss"] = sum(last) / len(last)
     return state
+
+
+def tune(params: dict[str, Tensor], loss: Callable, run: Run, stage: str, key: dict, *how: Any) -> None:
+    """`minimise` the loss over `params`, or take their values from an earlier run that has stored them."""
+    build = lambda: (params, minimise(loss, params.values(), run, stage, *how))
+    for name, value in cached_stage(run, stage, key, build).items():
+        params[name].copy_(value)

@@ -25,15 +25,14 @@ class DDIMInversion(Method):
     fixed_point_steps: int = 0  # further network calls per step of the inversion, which make it exact
 
     def __post_init__(self) -> None:
-        check(self, "guidance_scale", "inversion_scale")
-        check(self, "fixed_point_steps", whole=True)
+        check(self)
         check_invertible(self)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         trajectory = self.sampler.trajectory(model.schedule)
         as_source = guided(model, task.source_prompt, self.inversion_scale)
         as_target = guided(model, task.prompt, self.guidance_scale)
-        top = ddim.invert(as_source, z, trajectory, self.fixed_point_steps, run.progress("inversion"))
+        top = ddim.invert(as_source, z, trajectory, self.fixed_point_steps, run.progress("inversion")).latent
         run.tensors["inverted_latent"] = top
         edit = ddim.sample(as_target, top, trajectory, progress=run.progress("editing"))
         yield {"guidance_scale": float(self.guidance_scale)}, edit

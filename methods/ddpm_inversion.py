@@ -31,9 +31,7 @@ class DDPMInversion(Method):
     num_samples: int = 1  # edits, each along a path of its own
 
     def __post_init__(self) -> None:
-        check(self, "skip", high=1)
-        check(self, "guidance_scale", "source_guidance_scale")
-        check(self, "num_samples", low=1, whole=True)
+        check(self, shares=["skip"], counts=["num_samples"])
         if self.sampler.kind == "ddim" and self.sampler.eta == 0:
             raise InputError("sampler.eta is 0, so there is no noise to find: use sampler=ddpm or sampler.eta=1")
 

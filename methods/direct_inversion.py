@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_choice, check_samples, cosine
+from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_samples, cosine
 from methods.direct_inversion_extras import cohere, other_grid, with_cosine
 from samplers import Denoiser, Sampler, Trajectory, ddim, guided, noise_like
 
@@ -44,12 +44,13 @@ class DirectInversion(Method):
     coherence_lr: float = 0.02  # their learning rate, in units of the latent
 
     def __post_init__(self) -> None:
-        check(self, "edit_strength", "blend_fraction", "structural_similarity", "alpha", "beta", "diversity", high=1)
-        check(self, "semantic_coherence", "coherence_lr", "guidance_scale")
-        check(self, "coherence_steps", "fixed_point_steps", whole=True)
-        check(self, "num_samples", "inversion_steps", low=1, whole=True)
-        check_choice(self, ("noise", "latent", "path"), "blend")
-        check_choice(self, ("cosine", "linear", "gaussian"), "mix")
+        check(
+            self,
+            shares=["edit_strength", "blend_fraction", "structural_similarity", "alpha", "beta", "diversity"],
+            counts=["num_samples", "inversion_steps"],
+            blend=["noise", "latent", "path"],
+            mix=["cosine", "linear", "gaussian"],
+        )
         if self.sampler.kind != "ddim":
             raise InputError(f"sampler.kind is {self.sampler.kind}: Direct Inversion needs ddim")
         if self.blend == "path" and self.inversion_steps not in (None, self.sampler.steps):
@@ -64,12 +65,11 @@ class DirectInversion(Method):
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         if self.semantic_coherence and model.clip is None:
             raise InputError("method.semantic_coherence needs a model with a CLIP image tower, and this one has none")
-        trajectory = self.sampler.trajectory(model.schedule)
-        upward = trajectory
+        upward = trajectory = self.sampler.trajectory(model.schedule)
         if self.inversion_steps not in (None, len(trajectory)):
             upward = other_grid(model.schedule, trajectory, self.inversion_steps)
         empty = guided(model, self.inversion_prompt)
-        recording = ddim.record(empty, z, upward, self.fixed_point_steps, run.progress("inversion"))
+        recording = ddim.invert(empty, z, upward, self.fixed_point_steps, run.progress("inversion"))
         again = ddim.sample(recording.replay, recording.latent, trajectory)
         run.metrics["inverted_source_cosine"] = cosine(recording.latent, z)
         run.metrics["inverted_std"] = float(recording.latent.std())  # 1 where it is as noisy as it should be

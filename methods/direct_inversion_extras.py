@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import InputError
-from methods.base import Descent, Run
+from methods.base import Run, minimise
 from samplers import NoiseSchedule, Trajectory
 
 
@@ -44,10 +44,10 @@ def cohere(model, prompt: str, z_edit: Tensor, weight: float, steps: int, lr: fl
     def agreement() -> Tensor:
         return (model.clip.image_features(model.decode_latents(z)) * text).sum()
 
+    def loss() -> dict[str, Tensor]:
+        return {"clip": weight * (1 - agreement()), "distance": F.mse_loss(z, z_edit.float())}
+
     run.metrics["clip_cosine_before"] = float(agreement())
-    descent = Descent([z], lr, "adam", stage, run)
-    with torch.enable_grad():
-        for _ in run.progress(stage)(range(steps)):
-            descent.step(clip=weight * (1 - agreement()), distance=F.mse_loss(z, z_edit.float()))
+    minimise(loss, [z], run, stage, steps, lr)
     run.metrics["clip_cosine_after"] = float(agreement())
     return z.detach().to(z_edit)

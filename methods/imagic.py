@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from methods import base, imagic_extras, lora
-from methods.base import RECONSTRUCTION, Descent, Method, Result, Run, cached_stage, check, check_choice
+from methods.base import RECONSTRUCTION, Method, Result, Run, check, tune
 from samplers import Conditioning, Sampler, ddim, guided, noise_like
 
 
@@ -49,27 +49,26 @@ class Imagic(Method):
     style_from: float = 0.5  # the fraction of the steps after which style_eta takes over
 
     def __post_init__(self) -> None:
-        check(self, "eta", high=1, many=True)
-        check(self, "style_eta", "style_from", high=1)
-        check(self, "embedding_steps", "tuning_steps", "decoder_steps", whole=True)
-        check(self, "num_embeddings", "tuning_batch", "lora_rank", "num_samples", low=1, whole=True)
-        check(self, "embedding_lr", "tuning_lr", "lora_lr", "decoder_lr")
-        check(self, "embedding_noise", "clip_weight", "guidance_scale")
-        check_choice(self, base.OPTIMIZERS, "embedding_optimizer", "tuning_optimizer")
-        check_choice(self, ("target", "random"), "embedding_init")
-        check_choice(self, ("all", "attention", "lora"), "tune")
-        check_choice(self, ("inversion", "noise"), "start")
+        check(
+            self,
+            shares=("eta", "style_eta", "style_from"),
+            counts=("num_embeddings", "tuning_batch", "lora_rank", "num_samples"),
+            embedding_init=("target", "random"),
+            embedding_optimizer=base.OPTIMIZERS,
+            tuning_optimizer=base.OPTIMIZERS,
+            tune=("all", "attention", "lora"),
+            start=("inversion", "noise"),
+        )
         noisy = self.start == "noise" or self.sampler.kind == "ddpm" or self.sampler.eta > 0
         base.check_samples(self, noisy or self.num_samples <= self.num_embeddings)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        trajectory = self.sampler.trajectory(model.schedule)
-        target = model.encode_text([task.prompt])
-        with base.checkpointing(model.unet, self.gradient_checkpointing):
-            optimised = self.optimise_embedding(model, task, z, target, run)
-            decoder = imagic_extras.fitted_decoder(model, z, task.image, self.decoder_steps, self.decoder_lr, run)
-            with self.tuned_network(model, task, z, optimised, run), decoder:
-                yield from self.interpolate(model, z, target, optimised, trajectory, run)
+        model.unet.gradient_checkpointing |= self.gradient_checkpointing
+        trajectory, target = self.sampler.trajectory(model.schedule), model.encode_text([task.prompt])
+        optimised = self.optimise_embedding(model, task, z, target, run)
+        decoder = imagic_extras.fitted_decoder(model, z, task.image, self.decoder_steps, self.decoder_lr, run)
+        with self.tuned_network(model, task, z, optimised, run), decoder:
+            yield from self.interpolate(model, z, target, optimised, trajectory, run)
 
     def optimise_embedding(self, model, task, z: Tensor, target: Conditioning, run: Run) -> Conditioning:
         """(A) e_opt = argmin_e E ||eps - eps_theta(x_t, t, e)||^2, starting at e_tgt (eq. 2): a row for each embedding.
@@ -80,19 +79,17 @@ class Imagic(Method):
         e, spread = target.states.float().repeat(len(rows), 1, 1), target.states.float().std()
         if self.embedding_init == "random":  # normal, with the target's mean and standard deviation
             e = target.states.float().mean() + spread * noise_like(e, noise)
+        clip = imagic_extras.clip_term(model, task, self.clip_weight)
 
-        def build() -> tuple[dict, dict]:
-            clip = imagic_extras.clip_term(model, task, self.clip_weight)
-            descent = Descent([e], self.embedding_lr, self.embedding_optimizer, "embedding", run)
-            with torch.enable_grad():
-                for _ in run.progress("embedding")(range(self.embedding_steps)):
-                    noisy = e + self.embedding_noise * spread * noise_like(e, noise) if self.embedding_noise else e
-                    c = replace(rows, states=noisy.to(model.dtype))
-                    descent.step(denoising=denoising_losses(model, z, c, noise).sum(), **clip(c.states))
-            return {"e_opt": e.to(model.dtype)}, descent.curves
+        def loss() -> dict[str, Tensor]:
+            noisy = e + self.embedding_noise * spread * noise_like(e, noise) if self.embedding_noise else e
+            c = replace(rows, states=noisy.to(model.dtype))
+            return {"denoising": denoising_losses(model, z, c, noise).sum(), **clip(c.states)}
 
-        state = cached_stage(run, "embedding", self.key(task, run, "embedding", "clip"), build)
-        optimised = replace(rows, states=state["e_opt"].to(rows.states))
+        key = self.key(task, run, "embedding", "clip")
+        how = self.embedding_steps, self.embedding_lr, self.embedding_optimizer
+        tune({"e_opt": e}, loss, run, "embedding", key, *how)
+        optimised = replace(rows, states=e.detach().to(rows.states))
         run.metrics["embedding_cosine"] = sum(base.cosine(e, target.states) for e in optimised.states) / len(rows)
         run.tensors |= {"target_embedding": target.states, "optimised_embedding": optimised.states}
         return optimised
@@ -107,18 +104,13 @@ class Imagic(Method):
             weights, lr = lora.adapters(model.unet, self.lora_rank, run.noise("lora")), self.lora_lr
         noise, lean = run.noise("tuning"), self.gradient_checkpointing or self.tuning_optimizer == "adafactor"
 
-        def build() -> tuple[dict, dict]:
-            descent = Descent(theta.values(), lr, self.tuning_optimizer, "tuning", run, lean)
-            with torch.enable_grad():
-                for _ in run.progress("tuning")(range(self.tuning_steps)):
-                    c = optimised[torch.randint(len(optimised), (self.tuning_batch,), generator=noise)]
-                    descent.step(denoising=denoising_losses(model, z, c, noise).mean())
-            return theta, descent.curves
+        def loss() -> dict[str, Tensor]:
+            c = optimised[torch.randint(len(optimised), (self.tuning_batch,), generator=noise)]
+            return {"denoising": denoising_losses(model, z, c, noise).mean()}
 
         with weights as theta:
-            tuned = cached_stage(run, "tuning", self.key(task, run, "embedding", "clip", "tun", "lora"), build)
-            for name, weight in theta.items():
-                weight.copy_(tuned[name])
+            key = self.key(task, run, "embedding", "clip", "tun", "lora")
+            tune(theta, loss, run, "tuning", key, self.tuning_steps, lr, self.tuning_optimizer, lean)
             yield
 
     def interpolate(self, model, z: Tensor, target: Conditioning, optimised, trajectory, run: Run) -> Iterator[Result]:
@@ -127,7 +119,7 @@ class Imagic(Method):
         starts = [noise_like(z, run.noise("start", i)) for i in samples]
         if self.start == "inversion":
             up = [guided(model, optimised[i % len(optimised)]) for i in samples]
-            starts = [ddim.invert(denoise, z, trajectory, progress=run.progress("inversion")) for denoise in up]
+            starts = [ddim.invert(denoise, z, trajectory, progress=run.progress("inversion")).latent for denoise in up]
         run.tensors["start_latents"] = torch.cat(starts)
 
         def sample(i: int, eta: float, late_eta: float, stage: str) -> Tensor:

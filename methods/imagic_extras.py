@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import Descent, Run, cached_stage, restored
+from methods.base import Run, restored, tune
 from samplers import Denoiser, Trajectory
 
 
@@ -37,19 +36,15 @@ def fitted_decoder(model, z: Tensor, image: Tensor, steps: int, lr: float, run: 
     out. With 0 steps nothing is fitted.
     """
     names = [name for name, _ in model.autoencoder.named_parameters() if name.startswith("decoder.")]
+    pixels = image.to(model.device).float()
 
-    def build() -> tuple[dict, dict]:
-        descent, pixels = Descent(phi.values(), lr, "adam", "decoder", run), image.to(model.device).float()
-        with torch.enable_grad():
-            for _ in run.progress("decoder")(range(steps)):
-                error = model.decode_latents(z).float() - pixels
-                descent.step(l1=error.abs().mean(), l2=error.square().mean())
-        return phi, descent.curves
+    def loss() -> dict[str, Tensor]:
+        error = model.decode_latents(z).float() - pixels
+        return {"l1": error.abs().mean(), "l2": error.square().mean()}
 
     with restored(model.autoencoder, names if steps else []) as phi:
-        fitted = cached_stage(run, "decoder", {"method": "imagic", "steps": steps, "lr": lr}, build) if steps else {}
-        for name, weight in phi.items():
-            weight.copy_(fitted[name])
+        if steps:
+            tune(phi, loss, run, "decoder", {"method": "imagic", "steps": steps, "lr": lr}, steps, lr)
         yield
 
 

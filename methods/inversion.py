@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from errors import InputError
@@ -45,7 +44,7 @@ class Source:
         null, source, target). Returns the reconstruction and the edit, latents (1, c, h, w).
         """
         trajectory, prompts = self.trajectory, Conditioning.cat([self.text, target])
-        x = repeat(self.path.latent, "1 ... -> branch ...", branch=2)
+        x = torch.cat([self.path.latent, self.path.latent])
         for i in run.progress("editing")(range(len(trajectory))):
             if i < len(self.nulls):  # else that of the step before, whose texts are projected already
                 denoise = guided(model, prompts, scale, self.nulls[i])
@@ -66,15 +65,17 @@ class Inversion:
     Sampling leads away from the empty prompt, so guidance leaves the path.
     """
 
+    group = "inversion"  # its settings on the command line
+
     fixed_point_steps: int = 0  # further network calls per step of the inversion, which make it exact
 
     def __post_init__(self) -> None:
-        check(self, "fixed_point_steps", whole=True)
+        check(self)
 
     def invert(self, model, task, z: Tensor, trajectory: Trajectory, guidance_scale: float, run: Run) -> Source:
         """Invert z (1, c, h, w), float64, under `task.source_prompt`; `guidance_scale` is that of the sampling."""
         text = model.encode_text([task.source_prompt])
-        path = ddim.record(guided(model, text), z, trajectory, self.fixed_point_steps, run.progress("inversion"))
+        path = ddim.invert(guided(model, text), z, trajectory, self.fixed_point_steps, run.progress("inversion"))
         run.tensors["inverted_latent"] = path.latent
         return Source(trajectory, path, text, [model.encode_text([""])])
 
@@ -116,11 +117,6 @@ class NullText(Inversion):
     null_lr: float = 1e-2  # [eta] their learning rate, which falls to half over the sampling
     stop_loss: float = 1e-5  # mean square error of the latent that ends them; rises by 2e-5 with each step of sampling
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "inner_steps", whole=True)
-        check(self, "null_lr", "stop_loss")
-
     def invert(self, model, task, z: Tensor, trajectory: Trajectory, guidance_scale: float, run: Run) -> Source:
         source = super().invert(model, task, z, trajectory, guidance_scale, run)
         if guidance_scale == 1:  # the null text has no weight
@@ -131,7 +127,7 @@ class NullText(Inversion):
         stored = cached_stage(run, "null_text", key, lambda: self.optimise(model, source, guidance_scale, run))
         return replace(source, nulls=[Conditioning(states, null.vector) for states in stored["nulls"].to(null.states)])
 
-    def optimise(self, model, source: Source, w: float, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def optimise(self, model, source: Source, w: float, run: Run) -> tuple[dict, dict]:
         """For t = T ... 1, `inner_steps` times: null_t <- null_t - lr grad ||z*_{t-1} - z_{t-1}(z_t, null_t, text)||^2.
         The next step begins with the null text that this one found. Returns {"nulls": (steps, 1, L, C)} and
         {"loss": (steps,)}. Raises InputError for a loss that is not finite.
@@ -164,4 +160,4 @@ class NullText(Inversion):
             nulls.append(states.detach().to(null.states))
             run.scalar("null_text", i, loss=error)
             del eps_null, lower, loss  # the graph, which would lie in memory beside the next step's
-        return {"nulls": torch.stack(nulls)}, {"loss": torch.tensor(losses)}
+        return {"nulls": torch.stack(nulls)}, {"loss": losses}

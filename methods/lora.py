@@ -4,7 +4,7 @@ The products stay apart, in tuning and in sampling: the sum W + B A in half prec
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -25,19 +25,16 @@ def adapters(network: nn.Module, rank: int, generator: torch.Generator) -> Itera
     changes at first. The rank is capped by a layer's smaller side, beyond which it would add nothing.
     """
     linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-    matrices, hooks = {}, []
-    try:
+    matrices = {}
+    with ExitStack() as hooks:
         for name in in_attention(linear):
             n_out, n_in = linear[name].weight.shape
             r, device = min(rank, n_in, n_out), linear[name].weight.device
             a = nn.Parameter((torch.randn(r, n_in, generator=generator) * n_in**-0.5).to(device))
             b = nn.Parameter(torch.zeros(n_out, r, device=device))
-            hooks.append(linear[name].register_forward_hook(partial(adapted, a, b)))
+            hooks.enter_context(linear[name].register_forward_hook(partial(adapted, a, b)))
             matrices |= {f"{name}.a": a, f"{name}.b": b}
         yield matrices
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def adapted(a: Tensor, b: Tensor, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:

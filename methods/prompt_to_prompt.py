@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_choice, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
 from methods.inversion import Inversion
 from models.attention import Hook, attention, attention_map
 from samplers import Sampler
@@ -39,9 +39,7 @@ class PromptToPrompt(Method):
     reweight: dict[str, float] | None = None  # [c] factors for words of the prompt, such as {blue: 2}, in those steps
 
     def __post_init__(self) -> None:
-        check(self, "guidance_scale")
-        check(self, "cross_replace", "self_replace", high=1)
-        check_choice(self, ("replace", "refine"), "words")
+        check(self, shares=["cross_replace", "self_replace"], words=["replace", "refine"])
         check_invertible(self)
         if self.guidance_scale == 0:
             raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")

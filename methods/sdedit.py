@@ -23,9 +23,7 @@ class SDEdit(Method):
     num_samples: int = 1  # edits, each from noise of its own
 
     def __post_init__(self) -> None:
-        check(self, "strength", high=1)
-        check(self, "guidance_scale")
-        check(self, "num_samples", low=1, whole=True)
+        check(self, shares=["strength"], counts=["num_samples"])
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         trajectory = self.sampler.trajectory(model.schedule).tail(self.strength)

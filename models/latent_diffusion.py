@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,6 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         if prediction not in ("epsilon", "v"):
             raise InputError(f"prediction is {prediction!r}: choose epsilon or v")
-        if not isinstance(image_size, int) or image_size < 1:
-            raise InputError(f"image_size is {image_size!r}: it must be a number of pixels")
         self.unet, self.autoencoder, self.text = unet, autoencoder, text
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
@@ -58,7 +57,7 @@ class LatentDiffusion(nn.Module):
     @property
     def fingerprint(self) -> str:
         """A hash of everything that determines the outputs: the config, the schedule and all weights."""
-        settings = [self.config, self.schedule.to_dict(), self.prediction, self.autoencoder.scale_factor]
+        settings = [self.config, asdict(self.schedule), self.prediction, self.autoencoder.scale_factor]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -70,10 +69,8 @@ class LatentDiffusion(nn.Module):
         a sample. Raises InputError where H or W does not fit the networks."""
         factor = self.autoencoder.downsampling * self.unet.downsampling
         if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise InputError(
-                f"an image of {x.shape[-1]}x{x.shape[-2]} pixels does not fit this model: "
-                f"width and height must be multiples of {factor}"
-            )
+            size = f"{x.shape[-1]}x{x.shape[-2]}"
+            raise InputError(f"an image of {size} pixels does not fit this model: it takes multiples of {factor}")
         return self.autoencoder.encode(x.to(self.device, self.dtype), generator)
 
     def decode_latents(self, z: Tensor) -> Tensor:
@@ -114,14 +111,7 @@ def build(
         unet, autoencoder = UNet(**config["unet"]), Autoencoder(**config["vae"])
         vision = config.get("vision")
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
-    model = LatentDiffusion(
-        unet,
-        autoencoder,
-        text,
-        NoiseSchedule(**config["schedule"]),
-        config.get("prediction", "epsilon"),
-        config.get("image_size", 512),
-        clip,
-    )
+    others = {name: config[name] for name in ("prediction", "image_size") if name in config}
+    model = LatentDiffusion(unet, autoencoder, text, NoiseSchedule(**config["schedule"]), clip=clip, **others)
     model.config = dict(config)
     return model.eval()

@@ -1,7 +1,6 @@
 """DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert.
 
-Both walks take the same `Trajectory`, and run without gradients (a denoiser may switch them on for itself). Steps are
-differentiable, for methods that write a loop of their own.
+Both walks take the same `Trajectory` and run without gradients. Steps are differentiable, for loops of a method's own.
 """
 
 import math
@@ -23,14 +22,13 @@ def step(
 ) -> Tensor:
     """x at alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, with sigma by eq. 16.
 
-    With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only;
-    `noise` is then the standard normal draw, and without one the step's mean is returned.
+    With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only; `noise`
+    is then a standard normal draw, and without one the step's mean is returned.
     x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors.
     """
     a, b = float(alpha_bar_from), float(alpha_bar_to)
     sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)) if eta > 0 else 0.0
-    # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in: what cancels
-    # in the coefficient of eps then cancels in float64.
+    # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in
     scale = math.sqrt(b / a)
     direction = math.sqrt(max(1 - b - sigma**2, 0.0)) - scale * math.sqrt(1 - a)
     mean = scale * x + direction * eps
@@ -47,10 +45,7 @@ def walk(
     callback: Callback | None = None,
 ) -> Tensor:
     """Noise -> clean: x (B, ...) at the first noise level is brought to the last, one network call a step.
-
-    `move(x, prediction, i)` takes step i. The denoiser gets t as an int. `callback(i, x)` sees x after step i and may
-    return a replacement.
-    """
+    `move(x, prediction, i)` takes step i. `callback(i, x)` sees x after step i and may return a replacement."""
     for i in (progress or iter)(range(len(trajectory))):
         x = move(x, denoise(x, int(trajectory.timesteps[i])), i)
         replacement = None if callback is None else callback(i, x)
@@ -68,7 +63,7 @@ def sample(
     callback: Callback | None = None,
 ) -> Tensor:
     """`walk` by DDIM's steps. eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior
-    variance. The last step adds no noise, since no later one would remove it: it returns the mean."""
+    variance. The last step returns its mean, since no later one would remove noise."""
 
     def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
         if eta == 0:
@@ -81,7 +76,7 @@ def sample(
 
 @dataclass
 class Inversion:
-    """An inversion, step by step. All fields are tensors, so it can be stored and built again from them.
+    """An inversion, step by step.
 
     latents:   (steps + 1, B, ...); latents[i] is at trajectory.alpha_bars[i], latents[-1] is the given x0.
     eps:       (steps, B, ...); eps[i] belongs to timesteps[i] and leads from latents[i + 1] up to latents[i].
@@ -97,38 +92,30 @@ class Inversion:
         """(B, ...) The inverted latent, where sampling starts."""
         return self.latents[0]
 
-    def replay(self, x: Tensor, t: int | Tensor) -> Tensor:
-        """The recording as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
-        rounding error for any network, since each step down undoes the step up. At a timestep that was not recorded it
-        gives the noise of the nearest one."""
-        return self.eps[int((self.timesteps - int(t)).abs().argmin())]
+    def replay(self, x: Tensor, t: int) -> Tensor:
+        """The recorded noise as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
+        rounding error for any network, since each step down undoes the step up. A timestep that was not recorded gets
+        the noise of the nearest one."""
+        return self.eps[int((self.timesteps - t).abs().argmin())]
 
 
 @torch.no_grad()
-def record(
+def invert(
     denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
 ) -> Inversion:
     """Clean -> noise: from x0 (B, ...) at alpha_bars[-1] to the x at alpha_bars[0] from which `sample` with eta 0
-    arrives at x0, keeping every latent and every noise on the way.
+    arrives at x0, with every latent and every noise on the way.
 
     Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
     The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.
-    1 + fixed_point_steps network calls a step. The error shrinks in proportion to the stride without
-    fixed-point steps, and geometrically with them, wherever the step is a contraction.
+    1 + fixed_point_steps network calls a step. Without fixed-point steps the error is proportional to the stride;
+    with them it shrinks geometrically, wherever the step is a contraction.
     """
     x, latents, noises = x0, [x0], []
-    for done in (progress or iter)(range(len(trajectory))):
-        i = len(trajectory) - 1 - done
+    for i in (progress or iter)(range(len(trajectory))[::-1]):
         for _ in range(1 + fixed_point_steps):
             eps = denoise(x, int(trajectory.timesteps[i]))
             x = trajectory.step(latents[-1], eps, i + 1, i)
         latents.append(x)
         noises.append(eps)
     return Inversion(torch.stack(latents[::-1]), torch.stack(noises[::-1]), trajectory.timesteps)
-
-
-def invert(
-    denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
-) -> Tensor:
-    """`record`'s inverted latent alone."""
-    return record(denoise, x0, trajectory, fixed_point_steps, progress).latent

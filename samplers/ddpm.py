@@ -23,12 +23,12 @@ def step(
     variance: str = "posterior",
     noise: Tensor | None = None,
 ) -> Tensor:
-    """A draw of p(x_to | x_from): the posterior q(x_to | x_from, x0) at the x0 implied by eps. Eq. 6, 7, 11.
+    """Draw from p(x_to | x_from): the posterior q(x_to | x_from, x0) at the x0 that eps implies. Eq. 6, 7, 11.
 
     With alpha = alpha_bar_from / alpha_bar_to and beta = 1 - alpha the variance is
-      posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, that of q(x_to | x_from, x0); exact for
-                   data that is a single point ("fixed small" in Ho et al.'s code);
-      fixed_large  beta; exact for data that is standard normal.
+      posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, exact for data that is a single point ("fixed
+                   small" in Ho et al.'s code);
+      fixed_large  beta, exact for data that is standard normal.
     x, eps, noise: (B, ...); 0 < alpha_bar_from <= alpha_bar_to <= 1, numbers or 0-dim tensors. `noise` is a standard
     normal draw; without one the mean is returned.
     """
@@ -51,9 +51,7 @@ def sample(
     callback: Callback | None = None,
 ) -> Tensor:
     """Noise -> clean, algorithm 2: `ddim.walk` by ancestral steps. With the posterior variance it equals `ddim.sample`
-    with eta 1 and the same generator. The last step returns its mean, as z = 0 at t = 1 in the paper: noise that no
-    later step removes would stay in the picture.
-    """
+    with eta 1 and the same generator. The last step returns its mean, as z = 0 at t = 1 in the paper."""
 
     def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
         noise = noise_like(x, generator) if i + 1 < len(trajectory) else None

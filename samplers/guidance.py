@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
-from einops import repeat
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, "int | Tensor"], Tensor]
+Denoiser = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,27 +44,15 @@ class Conditioning:
         """f of the states, and of the vector where there is one."""
         return Conditioning(f(self.states), None if self.vector is None else f(self.vector))
 
-    def to(self, *args: Any) -> Conditioning:
-        """Both tensors as by `Tensor.to`."""
-        return self.map(lambda x: x.to(*args))
-
     def expand(self, images: int) -> Conditioning:
-        """One row for each of `images`, from one row or from as many. Raises ValueError for another number."""
-        if len(self) not in (1, images):
-            raise ValueError(f"a conditioning of {len(self)} rows cannot guide a batch of {images} images")
+        """One row for each of `images`, from one row or from as many; another number is torch's RuntimeError."""
         return self.map(lambda x: x.expand(images, *x.shape[1:]))
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.states.requires_grad or (self.vector is not None and self.vector.requires_grad)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """All rows of `parts`, in their order."""
-        vectors = [part.vector for part in parts]
-        return Conditioning(
-            torch.cat([part.states for part in parts]), None if vectors[0] is None else torch.cat(vectors)
-        )
+        vector = None if parts[0].vector is None else torch.cat([part.vector for part in parts])
+        return Conditioning(torch.cat([part.states for part in parts]), vector)
 
 
 def guided(model, text: str | Conditioning, scale: float = 1.0, null: str | Conditioning = "") -> Denoiser:
@@ -73,35 +60,28 @@ def guided(model, text: str | Conditioning, scale: float = 1.0, null: str | Cond
 
     model: has `encode_text`, `project` and `predict`, as `models.LatentDiffusion`.
     text, null: a prompt, or a Conditioning of one row for all images or of one row each. Scale 1 runs the text branch
-    alone and scale 0 the null branch alone, each on a batch of B.
+    alone and scale 0 the null branch alone, each on x itself.
 
     The keys and values of the text depend on neither x nor t: they are projected once per batch size and kept. Build
-    a new denoiser after a change of the weights. A conditioning that requires grad is handed to the network as it is
-    at every call, so that each call has a graph of its own.
-    Raises ValueError where a conditioning has another number of rows than the batch.
+    a new denoiser after a change of the weights. Where states require grad, the network gets the text as it is at every
+    call, so that each call has a graph of its own.
     """
     if isinstance(text, str) and scale != 0:
         text = model.encode_text([text])
     if isinstance(null, str) and scale != 1:
         null = model.encode_text([null])
     branches = {1: [text], 0: [null]}.get(scale, [null, text])
-    learning = any(branch.requires_grad for branch in branches)
-    projected: dict[int, Any] = {}  # by the number of images
 
-    def conditioning(images: int) -> Any:
-        if learning:
-            return Conditioning.cat([branch.expand(images) for branch in branches])
-        if images not in projected:
-            projected[images] = model.project(Conditioning.cat([branch.expand(images) for branch in branches]))
-        return projected[images]
+    def joined(images: int) -> Conditioning:
+        return Conditioning.cat([branch.expand(images) for branch in branches])
 
-    def denoise(x: Tensor, t: int | Tensor) -> Tensor:
-        batch = repeat(x, "b ... -> (branch b) ...", branch=len(branches))
-        if isinstance(t, Tensor) and t.ndim == 1:
-            t = repeat(t, "b -> (branch b)", branch=len(branches))
-        predictions = model.predict(batch, t, conditioning(len(x))).chunk(len(branches))
+    learning = any(branch.states.requires_grad for branch in branches)
+    context = joined if learning else cache(lambda images: model.project(joined(images)))
+
+    def denoise(x: Tensor, t: int) -> Tensor:
         if len(branches) == 1:
-            return predictions[0]
-        return predictions[0] + scale * (predictions[1] - predictions[0])
+            return model.predict(x, t, context(len(x)))
+        of_null, of_text = model.predict(torch.cat([x, x]), t, context(len(x))).chunk(2)
+        return of_null + scale * (of_text - of_null)
 
     return denoise

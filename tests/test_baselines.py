@@ -126,7 +126,7 @@ def test_ddim_inversion_is_up_under_one_prompt_and_down_under_the_other(tiny_mod
     ((_, latent, _),), (again, _), run = edit(method, tiny_model, task)
     trajectory, z = tiny_model.schedule.trajectory(4), tiny_model.encode_image(task.image).double()
     as_source = guided(tiny_model, task.source_prompt, 0.5)
-    up = ddim.invert(as_source, z, trajectory)
+    up = ddim.invert(as_source, z, trajectory).latent
     down = ddim.sample(as_source, up, trajectory)
     close(run.tensors["inverted_latent"], up)
     close(latent, ddim.sample(guided(tiny_model, task.prompt, 3.0), up, trajectory))

@@ -78,7 +78,7 @@ def test_the_inversion_may_take_other_steps(tiny_model, task, edit, blend):
     results = edit(method(inversion_steps=6, **kwargs), tiny_model, task)
     down = tiny_model.schedule.trajectory(4)
     up = other_grid(tiny_model.schedule, down, 6)
-    recording = ddim.record(guided(tiny_model, ""), tiny_model.encode_image(task.image).double(), up)
+    recording = ddim.invert(guided(tiny_model, ""), tiny_model.encode_image(task.image).double(), up)
     denoise, z = guided(tiny_model, task.prompt, 2.0), recording.latent
     for i, t in enumerate(down.timesteps.tolist()):
         nearest = min(range(6), key=lambda j: abs(int(up.timesteps[j]) - t))

@@ -7,19 +7,15 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods.base import OPTIMIZERS, Descent, Run, restored, to_image
+from methods.base import OPTIMIZERS, Method, Run, minimise, restored
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from samplers import Sampler
 
 
-def descend(loss, params, steps, lr, optimizer="adam", lean=False):
-    """Take `steps` steps; loss() gives a term or a dictionary of them. Returns the curves."""
-    descent = Descent(params, lr, optimizer, "fit", Run(), lean)
-    for _ in range(steps):
-        terms = loss()
-        descent.step(**terms if isinstance(terms, dict) else {"term": terms})
-    return descent.curves
+def descend(loss, params, *how):
+    """Minimise one term; `how` is steps, learning rate and perhaps more."""
+    return minimise(lambda: {"term": loss()}, params, Run(), "fit", *how)["loss"]
 
 
 def fit(dtype, optimizer, lean):
@@ -35,7 +31,7 @@ def fit(dtype, optimizer, lean):
 
     for p in params:
         p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(q.grad is not None for q in params)))
-    return descend(terms, params, 6, 1e-2, optimizer, lean), params, max(alive)
+    return minimise(terms, params, Run(), "fit", 6, 1e-2, optimizer, lean), params, max(alive)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -58,7 +54,7 @@ def test_the_optimisers_update_rules():
 
     def run(optimizer, steps, lr, dtype=torch.float32):
         x = torch.tensor([2.0], dtype=dtype)
-        return descend(lambda: (x**2).sum(), [x], steps, lr, optimizer)["loss"], float(x.detach())
+        return descend(lambda: (x**2).sum(), [x], steps, lr, optimizer), float(x.detach())
 
     assert run("sgd", 5, 0.1)[0] == pytest.approx(losses, rel=1e-5) and run("sgd", 5, 0.1)[1] == pytest.approx(p)
     assert run("adam", 1, 0.1)[1] == pytest.approx(1.9, rel=1e-5)  # Adam's first step is lr long
@@ -80,7 +76,7 @@ def test_the_learning_rate_is_the_length_of_a_step(optimizer):
 def test_no_parameter_moves_for_a_loss_that_is_not_finite(lean, value):
     p = torch.ones(3)
     with pytest.raises(InputError, match="'fit' at step 0"):
-        descend(lambda: p.sum() * value, [p], 3, 0.1, lean=lean)
+        descend(lambda: p.sum() * value, [p], 3, 0.1, "adam", lean)
     assert torch.equal(p, torch.ones(3)) and p.grad is None and not p._post_accumulate_grad_hooks
 
 
@@ -104,15 +100,16 @@ def test_noise_depends_on_seed_and_stage_alone():
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_picture_that_is_not_finite_is_refused(value):
+def test_a_picture_that_is_not_finite_is_refused(tiny_model, task, edit, monkeypatch, value):
     """Clamped first, an infinite one would pass for white."""
 
-    class Decoder:
-        def decode_latents(self, z):
-            return torch.full((1, 3, 4, 4), value)
+    class Nothing(Method):
+        def edit(self, model, task, z, run):
+            yield {}, z
 
+    monkeypatch.setattr(tiny_model, "decode_latents", lambda z: torch.full((1, 3, 4, 4), value))
     with pytest.raises(InputError, match="NaN or infinite"):
-        to_image(Decoder(), torch.zeros(1, 4, 2, 2))
+        edit(Nothing(), tiny_model, task)
 
 
 OUT_OF_RANGE = {
