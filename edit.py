@@ -41,7 +41,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from hydra.utils import instantiate
 
     import models
-    from data.images import check_size, find
+    from data.images import find
     from data.tasks import Entry
     from evaluation import runner
     from models.attention import why_not_fused
@@ -65,7 +65,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         raise InputError(reason)
     method = instantiate(cfg.method, _convert_="all")
     source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
-    own = [name for name in ("image", "prompt", "source_prompt") if cfg[name] is not None]
+    own = [name for name in ("image", "prompt", "source_prompt", "negative_prompt") if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     wanted = runner.names(cfg.objective)
@@ -78,7 +78,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         model.unet.compile()
     multiple = model.autoencoder.downsampling * model.unet.downsampling
     size = model.image_size if cfg.size is None else cfg.size
-    check_size(size, multiple)
+    if not isinstance(size, int) or size < 1 or size % multiple:
+        raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
     kernels = [cfg.attention, channels_last, cfg.compile, cfg.deterministic]
     editor = runner.Editor(model, method, method_name, metrics, cache, logger, kernels, fingerprint)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,49 +18,32 @@ PIE_TYPES = (
     "random", "change_object", "add_object", "delete_object", "change_content", "change_pose", "change_color",
     "change_material", "change_background", "change_style",
 )  # fmt: skip
-FIELDS = ("image", "prompt", "source_prompt", "mask", "truth", "category", "name")
+FIELDS = ("image", "prompt", "source_prompt", "negative_prompt", "mask", "truth", "category", "name")
 
 
 class ListOfEdits(Tasks):
-    """The user's own list: a .csv file with a header, or .jsonl with one object a line, of
-
-        image, prompt      needed
-        source_prompt      describes the picture before the edit
-        mask, truth        pictures: painted where the edit belongs; the correct result
-        category, name     the kind of edit; the task's name, otherwise its number and the image's
-
-    with pictures named relative to the file. Raises InputError, naming the line, for a list that is broken.
-    """
+    """The user's own list: a .csv file with a header, or .jsonl with one object a line. Each edit has an `image` and a
+    `prompt`, and others of the FIELDS; conf/task/folder.yaml explains them. Raises InputError, naming the line, for a
+    list that is broken."""
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
-        if not path:
-            raise InputError("task.path is missing: name your list of edits, task.path=edits.csv or edits.jsonl")
-        file = Path(path).expanduser()
+        file = Path(path or "").expanduser()
         if not file.is_file():
-            raise InputError(f"task.path={path}: there is no such file")
-        entries = [self.entry(file.parent, place, row, i) for i, (place, row) in enumerate(read_rows(file))]
-        name, count = Counter(entry.name for entry in entries).most_common(1)[0] if entries else ("", 0)
-        if count > 1:
-            raise InputError(
-                f"{file}: two tasks would have the folder {name}: give them names that differ within 100 letters, "
-                "digits, _ and -"
-            )
-        super().__init__(entries, fit, **choice)
-
-    @staticmethod
-    def entry(folder: Path, place: str, row: dict, i: int) -> Entry:
-        for name, value in row.items():
-            if name not in FIELDS:
-                raise InputError(f"{place}: {name} is unknown; the fields are {', '.join(FIELDS)}")
-            if isinstance(value, (list, dict)):
-                raise InputError(f"{place}: {name} must be one text; give each {name} a line of its own")
-        row = {name: "" if row.get(name) is None else str(row[name]).strip() for name in FIELDS}
-        for name in ("image", "prompt"):
-            if not row[name]:
-                raise InputError(f"{place}: {name} is missing")
-        pictures = {name: folder / row[name] if row[name] else None for name in ("image", "mask", "truth")}
-        name = folder_name(row["name"] or f"{i:04d}_{pictures['image'].stem}")
-        return Entry(name, row["prompt"], row["source_prompt"], row["category"], **pictures)
+            raise InputError(f"task.path={path}: there is no such list of edits; name a .csv or .jsonl file")
+        entries = {}
+        for i, (place, row) in enumerate(read_rows(file)):
+            for name, value in row.items():
+                if name not in FIELDS or isinstance(value, (list, dict)):
+                    raise InputError(f"{place}: {name} must be one text, and one of {', '.join(FIELDS)}")
+            texts = {name: str(value).strip() for name, value in row.items() if value not in (None, "")}
+            if not texts.keys() >= {"image", "prompt"}:
+                raise InputError(f"{place}: image and prompt are needed")
+            paths = {name: file.parent / texts.pop(name) for name in ("image", "mask", "truth") if name in texts}
+            name = folder_name(texts.pop("name", f"{i:04d}_{paths['image'].stem}"))
+            if name in entries:
+                raise InputError(f"{place}: another task has the folder {name} too; give it a name of its own")
+            entries[name] = Entry(name, **texts | paths)
+        super().__init__(list(entries.values()), fit, **choice)
 
 
 class PieBench(Tasks):
@@ -111,10 +93,9 @@ class TedBench(Tasks):
 def read_index(path: str | None, index: str, title: str, source: str):
     """The benchmark's folder and the content of its index file, in JSON. Raises InputError with the address of the
     data where the file is missing."""
-    folder = Path(path).expanduser() if path else None
-    if folder is None or not (folder / index).is_file():
-        problem = f"task.path={path} holds no {index}" if path else "task.path is missing"
-        raise InputError(f"{problem}: download {title} from {source}, and name its folder")
+    folder = Path(path or "").expanduser()
+    if not (folder / index).is_file():
+        raise InputError(f"task.path={path} holds no {index}: download {title} from {source}, and name its folder")
     return folder, json.loads((folder / index).read_text(encoding="utf-8-sig"))
 
 

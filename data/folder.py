@@ -21,17 +21,14 @@ from data.tables import read_rows, read_text
 from errors import InputError
 
 SPLITS = ("train", "heldout")
-METADATA = ("metadata.jsonl", "metadata.csv")
-LENGTH = 10**9
 
 
 class Folder:
     """Every epoch is another permutation of the pictures; item i depends on (split, size, seed, i) alone.
 
     `held_out` is the share of the pictures, chosen by a hash of their names, that only split "heldout" shows; at
-    least one of each where there are two, and with 0 both splits show all. Items are as OpenMoji's, with the file's
-    name as "concept". Raises InputError for a missing folder, picture or caption at once, and for a broken picture when
-    it is drawn.
+    least one of each where there are two, and with 0 both splits show all. Items are as OpenMoji's. Raises InputError
+    for a missing folder, picture or caption at once, and for a broken picture when it is drawn.
     """
 
     def __init__(
@@ -43,9 +40,8 @@ class Folder:
         fit: str = "crop",  # crop | pad | stretch
         held_out: float = 0.0,  # in [0, 1)
     ):
-        for name, value, known in (("split", split, SPLITS), ("fit", fit, FITS)):
-            if value not in known:
-                raise InputError(f"data.{name}={value}: choose one of {', '.join(known)}")
+        if fit not in FITS:
+            raise InputError(f"data.fit={fit}: choose one of {', '.join(FITS)}")
         if not 0 <= held_out < 1:
             raise InputError(f"data.held_out={held_out} must be at least 0 and below 1")
         if not path:
@@ -53,19 +49,19 @@ class Folder:
         self.size, self.seed, self.fit, self.split = size, seed, fit, split
         self.folder = Path(path).expanduser()
         self.captions = read_captions(self.folder)
-        self.names = _share(sorted(self.captions), split, held_out)
+        self.names = sorted(self.captions)
+        if held_out:
+            by_hash = sorted(self.names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+            count = min(max(round(len(by_hash) * held_out), 1), len(by_hash) - 1)
+            self.names = sorted(by_hash[:count] if split == "heldout" else by_hash[count:])
         if not self.names:
             raise InputError(f"data.path={path}: one captioned picture is too few to hold any out; data.held_out=0")
-
-    def __len__(self) -> int:
-        return LENGTH
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         epoch, place = divmod(i, len(self.names))
         name = self.names[_permutation(self.seed, SPLITS.index(self.split), epoch, len(self.names))[place]]
         image = read_image(self.folder / name, self.size, self.fit)[0]
-        image = ((image + 1) * 127.5).round().to(torch.uint8)
-        return {"image": image, "caption": self.captions[name], "concept": name}
+        return {"image": ((image + 1) * 127.5).round().to(torch.uint8), "caption": self.captions[name]}
 
     def vocabulary(self) -> list[str]:
         """Texts that hold every word of the captions of both splits."""
@@ -77,15 +73,6 @@ def _permutation(seed: int, split: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, split, epoch]).permutation(count)
 
 
-def _share(names: list[str], split: str, held_out: float) -> list[str]:
-    """The names of a split: the first `held_out` of them in the order of a hash are held out."""
-    if held_out == 0:
-        return names
-    count = min(max(round(len(names) * held_out), 1), len(names) - 1)
-    chosen = set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count])
-    return [name for name in names if (name in chosen) == (split == "heldout")]
-
-
 def read_captions(folder: Path) -> dict[str, str]:
     """File names, relative to `folder`, and their captions; of several captions of a picture the first.
 
@@ -95,34 +82,23 @@ def read_captions(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise InputError(f"data.path={folder}: there is no such folder")
     files = {path: None for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"}
-    found = [caption for file in files if file.name in METADATA for caption in _from_metadata(file)]
+    found = []
+    for file in files:
+        for place, row in read_rows(file) if file.name in ("metadata.jsonl", "metadata.csv") else ():
+            picture, text = file.parent / str(row.get("file_name")), row.get("text")
+            if not (picture.is_file() and isinstance(text, str)):
+                raise InputError(f'{place}: wanted {{"file_name": "dog.jpg", "text": "a dog"}} of an existing file')
+            found.append((picture, text))
     Image.init()
     pictures = [file for file in files if file.suffix.lower() in Image.EXTENSION]
     texts = [(picture, picture.with_suffix(suffix)) for picture in pictures for suffix in (".txt", ".caption")]
     found += [(picture, read_text(text)) for picture, text in texts if text in files]
     captions = {os.path.relpath(picture, folder): text.strip() for picture, text in reversed(found)}
     if not captions:
-        raise InputError(
-            f"data.path={folder} holds no captioned picture: write metadata.jsonl with one "
-            '{"file_name": "dog.jpg", "text": "a dog"} a line, or a dog.txt beside each dog.jpg'
-        )
+        raise InputError(f"data.path={folder} holds no captions: write a dog.txt beside dog.jpg, or metadata.jsonl")
     silent = sum(os.path.relpath(picture, folder) not in captions for picture in pictures)
-    if silent or len(found) > len(captions):
-        warnings.warn(
-            f"data.path={folder}: {len(captions)} captioned pictures; left out are {silent} pictures without a caption "
-            f"and {len(found) - len(captions)} further captions of pictures that have one",
-            stacklevel=3,
-        )
-    return captions
-
-
-def _from_metadata(metadata: Path) -> list[tuple[Path, str]]:
-    captions = []
-    for place, row in read_rows(metadata):
-        name, text = row.get("file_name"), row.get("text")
-        if not (isinstance(name, str) and name and isinstance(text, str)):
-            raise InputError(f'{place}: wanted {{"file_name": "dog.jpg", "text": "a dog"}}')
-        if not (metadata.parent / name).is_file():
-            raise InputError(f"{place}: there is no picture {metadata.parent / name}")
-        captions.append((metadata.parent / name, text))
+    further = len(found) - len(captions)
+    if silent or further:
+        left_out = f"{silent} pictures without a caption, and {further} further captions of the others"
+        warnings.warn(f"data.path={folder}: {len(captions)} captioned pictures; left out are {left_out}", stacklevel=3)
     return captions

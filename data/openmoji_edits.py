@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
 
 from data.images import CLONE
 from data.openmoji import Library, Scene, load_library
@@ -28,29 +27,22 @@ class OpenMojiEdits(Tasks):
     """A list of `data/examples` by its `name`. The mask is where input and truth differ."""
 
     def __init__(self, name: str = "openmoji_edits_v1", **choice):
-        self.file = CLONE / "data" / "examples" / f"{name}.jsonl"
-        edits = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        file = CLONE / "data" / "examples" / f"{name}.jsonl"
+        edits = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         self.edits = {edit["name"]: edit for edit in edits}
-        self.drawings: Tensor | None = None  # (edits, 2, 3, SIDE, SIDE) uint8
+        pixels = torch.from_numpy(np.array(Image.open(file.with_suffix(".png")).convert("RGB")))
+        pairs = rearrange(pixels, "(i h) (j pair w) c -> (i j) pair c h w", h=SIDE, w=SIDE, pair=2)
+        self.drawings = dict(zip(self.edits, pairs, strict=True))  # input and truth of each
         super().__init__([Entry(e["name"], e["prompt"], e["source_prompt"], e["category"]) for e in edits], **choice)
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
-        if size == SIDE:
-            pair = self.stored(entry.name)
-        else:
-            library = load_library(size)
-            edit = self.edits[entry.name]
-            pair = torch.stack([library.image(read_scene(edit[key], library)) for key in ("source", "target")])
+        pair = self.drawings[entry.name]
+        if size != SIDE:
+            library, edit = load_library(size), self.edits[entry.name]
+            pair = torch.stack([library.draw(read_scene(edit[key], library)) for key in ("source", "target")])
         image, truth = (pair.float() / 127.5 - 1).split(1)
         mask = (image != truth).any(1, keepdim=True).float()
         return EditTask(image, entry.prompt, entry.source_prompt, entry.name, mask, truth, entry.category)
-
-    def stored(self, name: str) -> Tensor:
-        """Input and truth of the named edit, (2, 3, SIDE, SIDE) uint8."""
-        if self.drawings is None:
-            pixels = torch.from_numpy(np.array(Image.open(self.file.with_suffix(".png")).convert("RGB")))
-            self.drawings = rearrange(pixels, "(i h) (j pair w) c -> (i j) pair c h w", h=SIDE, w=SIDE, pair=2)
-        return self.drawings[list(self.edits).index(name)]
 
 
 def read_scene(stored: dict, library: Library) -> Scene:

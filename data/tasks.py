@@ -6,7 +6,6 @@ pictures of one task, at about `size` x `size` pixels, with sides that are multi
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ class EditTask:
     mask: Tensor | None = None
     truth: Tensor | None = None  # the correct result, where it is known
     category: str = ""  # the kind of edit, in a benchmark that has kinds
+    negative_prompt: str = ""  # guidance leads away from it
 
     def to(self, device: torch.device) -> "EditTask":
         moved = {name: getattr(self, name) for name in ("image", "mask", "truth")}
@@ -47,6 +47,7 @@ class Entry:
     image: Path | None = None
     mask: Path | None = None
     truth: Path | None = None
+    negative_prompt: str = ""
 
 
 class Tasks:
@@ -69,27 +70,41 @@ class Tasks:
     ):
         if fit not in (*FITS, "keep"):
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise InputError(f"task.limit={limit}: a whole number, 1 or more, of tasks of each category; null for all")
+        kinds: dict[str, list[Entry]] = {}
+        for entry in entries:
+            kinds.setdefault(entry.category, []).append(entry)
+        chosen = set()
+        for kind in [categories] if isinstance(categories, str) else kinds if categories is None else categories:
+            if kind not in kinds:
+                raise InputError(f"task.categories: there is no {kind}; choose from {', '.join(kinds)}")
+            chosen |= {entry.name for entry in kinds[kind][:limit]}
+        if not chosen:
+            raise InputError("task: there is nothing to edit in this list")
         self.fit = fit
-        self.entries = chosen(entries, categories, limit)
-        index, count = parse_shard(shard)
+        self.entries = [entry for entry in entries if entry.name in chosen]
+        index, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if shard is not None:
+            parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
+            if not parts or not int(parts[1]) < int(parts[2]):
+                raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
+            index, count = map(int, parts.groups())
         self.share = self.entries[index::count]
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
-        pictures = {"image": open_rgb(entry.image), "mask": self.mask(entry)}
-        pictures["truth"] = open_rgb(entry.truth) if entry.truth else None
-        tensors, (w, h) = {}, pictures["image"].size
-        for name, other in pictures.items():
+        image, truth, tensors = open_rgb(entry.image), open_rgb(entry.truth) if entry.truth else None, {}
+        for name, other in {"image": image, "mask": self.mask(entry), "truth": truth}.items():
             if other is not None:
                 tensors[name] = to_tensor(fit_picture(other, size, self.fit, multiple))
-                alike = abs(w * other.height - h * other.width) <= max(w, h, *other.size)  # but for a pixel
-                if not (alike or self.fit == "stretch") or tensors[name].shape != tensors["image"].shape:
-                    shapes = f"{other.width} x {other.height} pixels, than its image, {w} x {h}"
-                    raise InputError(f"the {name} of task {entry.name} has another shape, {shapes}")
+                unlike = abs(image.width * other.height - image.height * other.width) > max(*image.size, *other.size)
+                if unlike or tensors[name].shape != tensors["image"].shape:
+                    raise InputError(f"the {name} of task {entry.name} has another shape than its image")
         if "mask" in tensors:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
-        texts = {name: getattr(entry, name) for name in ("prompt", "source_prompt", "name", "category")}
-        return EditTask(**tensors, **texts)
+        texts = ("prompt", "source_prompt", "name", "category", "negative_prompt")
+        return EditTask(**tensors, **{name: getattr(entry, name) for name in texts})
 
     def mask(self, entry: Entry) -> Image.Image | None:
         """White where the edit belongs, else black."""
@@ -109,50 +124,20 @@ class OneImage(Tasks):
         image: str | None,
         prompt: str | None,
         source_prompt: str | None = None,
+        negative_prompt: str = "",
         fit: str = "crop",
         example: dict[str, str] | None = None,
     ):
         if image is None and example:
             image = example["image"]
             if prompt is None:
-                prompt = example["prompt"]
-                source_prompt = example.get("source_prompt") if source_prompt is None else source_prompt
-        if image is None:
-            raise InputError("image is missing: name the picture to edit, for example image=dog.jpg")
-        prompt, source_prompt = ("" if text is None else str(text).strip() for text in (prompt, source_prompt))
-        if not prompt:
-            raise InputError('prompt is empty: say what the picture should show, prompt="a dog on a blue background"')
+                prompt, source_prompt = example["prompt"], source_prompt or example["source_prompt"]
+        texts = ["" if text is None else str(text).strip() for text in (prompt, source_prompt, negative_prompt)]
+        if image is None or not texts[0]:
+            raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
         with opened(image):  # only its header, so that a missing file ends the run early
             pass
-        super().__init__([Entry("edit", prompt, source_prompt, image=find(image))], fit)
-
-
-def chosen(entries: Sequence[Entry], categories: str | Sequence[str] | None, limit: int | None) -> list[Entry]:
-    """Those of the named categories, at most `limit` of each, in their order."""
-    known = list(dict.fromkeys(entry.category for entry in entries))
-    wanted = [categories] if isinstance(categories, str) else known if categories is None else list(categories)
-    for category in wanted:
-        if category not in known:
-            raise InputError(f"task.categories: there is no {category}; choose from {', '.join(known)}")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise InputError(f"task.limit={limit}: a whole number, 1 or more, of tasks of each category; null for all")
-    kept, count = [], Counter()
-    for entry in entries:
-        count[entry.category] += 1
-        if entry.category in wanted and (limit is None or count[entry.category] <= limit):
-            kept.append(entry)
-    if not kept:
-        raise InputError("task: there is nothing to edit in this list")
-    return kept
-
-
-def parse_shard(shard: str | None) -> tuple[int, int]:
-    """From "i/n" to (i, n), 0 <= i < n; None -> this process's rank among torchrun's."""
-    if shard is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
-    if not parts or not int(parts[1]) < int(parts[2]):
-        raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
-    return int(parts[1]), int(parts[2])
+        prompt, source, negative = texts
+        super().__init__([Entry("edit", prompt, source, negative_prompt=negative, image=find(image))], fit)
