@@ -94,12 +94,6 @@ def test_labels_are_the_settings_in_which_edits_differ(settings, expected):
     assert list(dict.fromkeys(report.labelled(rows)["label"])) == expected
 
 
-def test_a_failed_task_counts_for_every_label_of_its_job():
-    rows = [edit(job="0", **{"edit.eta": eta}) for eta in (0.4, 0.8)] + [failure("t1", job="0")]
-    found = report.means(report.labelled(pd.DataFrame(rows)), ["label"])
-    assert found[["edits", "failed"]].to_numpy().tolist() == [[1, 1], [1, 1]]
-
-
 def test_means_and_standard_errors_by_hand():
     """Edits of one task are not independent: the error is that of the tasks' means."""
     values = {"t0": (0.0, 1.0), "t1": (1.0, 1.0), "t2": (0.0, 0.0)}
@@ -108,6 +102,9 @@ def test_means_and_standard_errors_by_hand():
     line = report.means(report.labelled(pd.DataFrame(rows)), ["label"]).iloc[0]
     assert (line["edits"], line["failed"], line["success"], line["psnr_to_truth"]) == (7, 1, 0.5, 20)
     assert line["success_se"] == pytest.approx(np.std([0.5, 1, 0], ddof=1) / math.sqrt(3))
+    failed = [*(edit(**{"edit.eta": eta}) for eta in (0.4, 0.8)), failure("t1")]  # it counts for every label of its job
+    found = report.means(report.labelled(pd.DataFrame(failed)), ["label"])
+    assert found[["edits", "failed"]].to_numpy().tolist() == [[1, 1], [1, 1]]
     seeds = pd.DataFrame([edit(success=v, seed=i) for i, v in enumerate((0.0, 1.0, 1.0))])
     line = report.means(report.labelled(seeds), ["label"]).iloc[0]
     assert line["success_se"] == pytest.approx(np.std([0, 1, 1], ddof=1) / math.sqrt(3))  # one task: of the edits
