@@ -23,10 +23,9 @@ def main(cfg: DictConfig) -> float | list[float] | None:
     with cli.job():
         hydra_config = HydraConfig.get()
         shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if shared and hydra_config.mode == RunMode.MULTIRUN:
-            cli.end("error: torchrun shares the tasks of one run: start a sweep, --multirun, without it", 1)
-        if shared and not any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra):
-            raise InputError("the processes of torchrun must share a folder: name it, for example hydra.run.dir=runs/a")
+        named = any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra)
+        if shared and (hydra_config.mode == RunMode.MULTIRUN or not named):
+            cli.end("error: torchrun shares the tasks of one run: name a hydra.run.dir=PATH, no --multirun", 1)
         value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
         # A sweep says so in its own end, and torchrun would stop the other processes.
         if failed and hydra_config.mode == RunMode.RUN and not shared:
@@ -44,7 +43,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from data.images import find
     from data.tasks import Entry
     from evaluation import runner
-    from models.attention import why_not_fused
+    from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
 
     for name in ("compile", "deterministic"):
@@ -61,8 +60,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)
     if device.index:
         torch.cuda.set_device(device)
-    if cfg.attention == "fused" and (reason := why_not_fused(device)):
-        raise InputError(reason)
+    check_backend(cfg.attention, device)
     method = instantiate(cfg.method, _convert_="all")
     source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
     own = [name for name in ("image", "prompt", "source_prompt", "negative_prompt") if cfg[name] not in (None, "")]

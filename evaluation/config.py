@@ -5,6 +5,7 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 """
 
 import ast
+import itertools
 import json
 import re
 from pathlib import Path
@@ -25,23 +26,24 @@ class Source(NamedTuple):
     file: Path
     name: str
     bases: list[str]
-    fields: dict[str, tuple[ast.AnnAssign, str]]  # its own, each with the comment behind it
+    settings: dict[str, tuple[Any, str]]  # its own: each default, as Hydra's configs hold it, and the comment behind it
 
 
 def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> None:
     """Register each method, each inversion, and conf/suited.yaml as `suited=FAMILY_METHOD`. Raises InputError where a
-    file is not Python, or a default is not a plain value."""
+    default is not a plain value."""
     store, classes, settings = ConfigStore.instance(), read(methods), {}
     for source in classes:
         line, target = ancestors(source, classes), f"methods.{source.file.stem}.{source.name}"
         if any("Method" in each.bases for each in line):
             name = source.file.stem
             group = "settings" if (conf / "method" / f"{name}.yaml").exists() else "method"
-        elif line[0].name == "Inversion":  # itself is DDIM's
-            group, name = "inversion", snake_case(source.name) if source.bases else "ddim"
+        elif line[0].name == "Inversion":  # itself is DDIM's; NullText -> null_text, PnP -> pnp
+            name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", source.name).lower() if source.bases else "ddim"
+            group = "inversion"
         else:
             continue
-        settings[target] = {name: item for each in line for name, item in default_values(each).items()}
+        settings[target] = {name: item for each in line for name, item in each.settings.items()}
         defaults = {name: default for name, (default, _) in settings[target].items()}
         store.store(group=group, name=name, node={"_target_": target, **defaults})
     for family, suited in OmegaConf.load(conf / "suited.yaml").items():
@@ -68,48 +70,25 @@ def read(folder: Path) -> list[Source]:
     """The classes of all files in a folder."""
     classes = []
     for file in sorted(folder.glob("*.py")):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        try:
-            tree = ast.parse("\n".join(lines))
-        except SyntaxError as error:
-            raise InputError(f"{file}, line {error.lineno}: {error.msg}") from None
-        for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-            fields = {}
+        text = file.read_text(encoding="utf-8")
+        for node in (node for node in ast.parse(text, file).body if isinstance(node, ast.ClassDef)):
+            settings = {}
             for item in (item for item in node.body if isinstance(item, ast.AnnAssign)):
+                name, comment = item.target.id, text.splitlines()[item.end_lineno - 1].encode()[item.end_col_offset :]
                 if "ClassVar" in ast.unparse(item.annotation):
                     continue
-                comment = lines[item.end_lineno - 1].encode()[item.end_col_offset :].decode().strip(" #")
-                fields[item.target.id] = item, comment
+                try:
+                    value = MISSING if item.value is None else ast.literal_eval(item.value)
+                except ValueError:
+                    raise InputError(f"{file}: the default of {name} must be a number or another plain value") from None
+                settings[name] = GROUPS.get(name, value), comment.decode().strip(" #")
             bases = [ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases]
-            classes.append(Source(file, node.name, bases, fields))
+            classes.append(Source(file, node.name, bases, settings))
     return classes
 
 
 def ancestors(source: Source, classes: list[Source]) -> list[Source]:
     """The class and those that it derives from, itself last. Among namesakes, that of the same file is meant."""
-    line = []
-    for base in reversed(source.bases):
-        named = [other for other in classes if other.name == base]
-        for other in sorted(named, key=lambda other: other.file != source.file)[:1]:
-            line += ancestors(other, classes)
-    return [*line, source]
-
-
-def default_values(source: Source) -> dict[str, tuple[Any, str]]:
-    """The default of each of a class's own fields, as Hydra's configs hold it, and its comment."""
-    values = {}
-    for name, (item, comment) in source.fields.items():
-        try:
-            value = MISSING if item.value is None else ast.literal_eval(item.value)
-        except ValueError:
-            raise InputError(
-                f"{source.file}, line {item.lineno}: the default of {name} must be a plain value: a number, a text, "
-                "True, False, None, or a list of these"
-            ) from None
-        values[name] = GROUPS.get(name, value), comment
-    return values
-
-
-def snake_case(name: str) -> str:
-    """NullText -> null_text, PnP -> pnp."""
-    return re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", name).lower()
+    known = {other.name: other for other in sorted(classes, key=lambda other: other.file == source.file)}
+    line = [ancestors(known[base], classes) for base in reversed(source.bases) if base in known]
+    return [*itertools.chain(*line), source]

@@ -5,25 +5,24 @@ rows each. One picture is a run of one task, which is edited anew each time.
 """
 
 import hashlib
-import inspect
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
-import tempfile
-import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from time import perf_counter
 
+import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -31,16 +30,18 @@ from tqdm import tqdm
 from data.images import to_pil
 from data.tasks import EditTask, Entry, Tasks
 from errors import InputError
-from evaluation import report
-from evaluation.cache import TuningCache, code_fingerprint, digest
-from evaluation.cli import explain, one_line, overrides
+from evaluation.cache import TuningCache, digest, on_cpu
+from evaluation.cli import explain, overrides
 from evaluation.metrics import Metrics, psnr
 from evaluation.wandb_log import WandbLogger
 from files import whole_file
-from methods.base import RECONSTRUCTION, Method, Run, cosine, perform, source_latent
+from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
-OUTPUTS = ("input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt")
-SAME_ERRORS = 3  # in a row end a run
+CLONE = Path(__file__).resolve().parent.parent
+# An edit's files, and the rows of a single picture, which would name others.
+OUTPUTS = (
+    "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "rows.jsonl",
+)  # fmt: skip
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
 NOT_COMPARED = (
     "logger.", "cache.", "device.", "objective.", "model.weights.", "task.categories.", "task.limit.", "task.shard.",
@@ -64,32 +65,23 @@ class Counted:
 class TaskRun(Run):
     """The run of one task: shows progress, collects curves, caches tuned states, and knows what it costs."""
 
-    def __init__(
-        self,
-        model: Counted,
-        seed: int,
-        cache: TuningCache,
-        identity: dict,  # all but a stage's key on which tuned states depend
-        logger: WandbLogger,
-        alone: bool = True,  # else the tasks have a bar of their own, which is enough for a log file
-    ):
+    def __init__(self, editor: "Editor", image: Tensor, seed: int, alone: bool = True):
         super().__init__(seed)
-        self.model, self.cache, self.identity, self.logger, self.alone = model, cache, identity, logger, alone
+        self.model, self.cache, self.logger = Counted(editor.model), editor.cache, editor.logger
+        self.identity = editor.identity | {"image": digest(image)}
+        self.alone = alone  # else the tasks have a bar of their own, which is enough for a log file
         self.curves: dict[str, dict[str, list[float]]] = {}
-        # What to add to the time and the evaluations of this process: cached tuning, less the reconstruction.
-        self.more_seconds, self.more_evaluations, self.cached_peak = 0.0, 0, 0.0
         self.bar: tqdm | None = None
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-        self.began = self.now()
+        self.peak = 0.0  # of cached tunings, in 10^9 bytes
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        self.offset = self.cost = np.zeros(2)
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def bars(iterable: Iterable) -> Iterator:
             silent = not self.alone and not sys.stderr.isatty()
-            with progress_bar(iterable, stage, leave=self.alone, disable=silent) as bar:
-                outer, self.bar = self.bar, bar
-                yield from bar
-                self.bar = outer
+            with progress_bar(iterable, stage, leave=self.alone, disable=silent) as self.bar:
+                yield from self.bar
 
         return bars
 
@@ -103,39 +95,36 @@ class TaskRun(Run):
 
     def cached(self, stage: str, key: dict, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """An entry holds its own cost, so that an edit costs its tuning wherever that was done."""
+        if not self.cache.enabled:
+            return on_cpu(build())
+        start = self.cost
 
         def measured() -> tuple[dict[str, Tensor], dict]:
-            start, evaluations = self.now(), self.model.evaluations
-            tensors = build()
-            cost = {"seconds": self.now() - start, "evaluations": self.model.evaluations - evaluations}
-            return tensors, cost | {"peak_memory_gb": peak_memory(self.model.device)}
+            before, tensors = self.cost, build()
+            return tensors, {"cost": list(self.cost - before), "peak": peak_memory(self.model.device)}
 
-        start, evaluations = self.now(), self.model.evaluations
-        tensors, cost, found = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
-        self.more_seconds += cost["seconds"] - (self.now() - start)  # reading, writing and waiting cost nothing
-        self.more_evaluations += cost["evaluations"] - (self.model.evaluations - evaluations)
-        self.cached_peak = max(self.cached_peak, cost["peak_memory_gb"])
+        tensors, notes, found = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
+        self.cost = start + notes["cost"]  # reading, writing and waiting cost nothing
+        self.peak = max(self.peak, notes["peak"])
         if found and self.alone:
             tqdm.write(f"{stage}: from the cache", file=sys.stderr)
         return tensors
 
-    def now(self) -> float:
-        """Seconds, when all work so far is done."""
+    @property
+    def cost(self) -> np.ndarray:
+        """Seconds and evaluations, when all work so far is done. It can be set, as a clock."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+        return self.offset + (perf_counter(), self.model.evaluations)
 
-    def cost(self) -> dict[str, float]:
-        return {
-            "seconds": self.now() - self.began + self.more_seconds,
-            "evaluations": self.model.evaluations + self.more_evaluations,
-            "peak_memory_gb": max(self.cached_peak, peak_memory(self.model.device)),
-        }
+    @cost.setter
+    def cost(self, value: np.ndarray) -> None:
+        self.offset = self.offset + value - self.cost
 
 
 @dataclass
 class Editor:
-    """What all tasks of a run have in common."""
+    """All that the tasks of a run have in common."""
 
     model: torch.nn.Module
     method: Method
@@ -147,66 +136,67 @@ class Editor:
     fingerprint: str | None = None  # the model's
 
     def __post_init__(self) -> None:
+        device = self.model.device
         self.identity = {
             "model": self.fingerprint,
             "dtype": str(self.model.dtype),
-            "device": device_name(self.model.device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "kernels": list(self.kernels),
             "torch": torch.__version__,
-            "code": code_fingerprint(files_of(self.method)),
+            "code": digest(*(file.read_bytes() for file in sorted(code_of(self.method)))),
         }
 
     def edit_task(self, task: EditTask, place: Path, seed: int, alone: bool = True) -> tuple[list[dict], dict]:
-        """Edit one task and write its files to `place`. Returns a row for each edit, with files relative to `place`,
-        and the curves of its stages, {stage: {name: one value for each step}}.
+        """Edit one task and write its files to `place`, where those of an earlier run are removed. Returns a row for
+        each edit, with a path for each file, and the curves of its stages, {stage: {name: one value for each step}}.
 
         An edit's seconds and evaluations are those from the encoding of the picture to its decoding: tuning included,
         cached or not, and the reconstruction left out. Raises InputError where a result is not finite.
         """
         torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
-        identity = self.identity | {"image": digest(task.image)}
-        run = TaskRun(Counted(self.model), seed, self.cache, identity, self.logger, alone)
-        results, latents, pictures, reconstruction, before = [], [], [], None, run.cost()
+        run, results, reconstruction = TaskRun(self, task.image, seed, alone), [], None
+        before = run.cost
         for settings, latent, picture in perform(self.method, run.model, task, run):
-            cost = run.cost()
             if settings == RECONSTRUCTION:
-                reconstruction = picture
-                run.more_seconds -= cost["seconds"] - before["seconds"]
-                run.more_evaluations -= cost["evaluations"] - before["evaluations"]
+                reconstruction, run.cost = picture, before
             else:
-                results.append((settings, dict(run.metrics), cost))
-                latents.append(latent)
-                pictures.append(picture)
-            before = run.cost()
+                (seconds, evaluations), peak = run.cost, max(run.peak, peak_memory(self.model.device))
+                cost = {"seconds": seconds, "evaluations": int(evaluations), "peak_memory_gb": peak}
+                results.append((settings, latent, picture, run.metrics | cost))
+            before = run.cost
 
         with torch.no_grad():
-            source = source_latent(self.model, task.image)
-        of_all = {"task": task.name, "category": task.category, "method": self.name, "seed": seed}
-        of_all |= {"prompt": task.prompt, "source_prompt": task.source_prompt}
-        known = {f"input_{name}": n for name, n in self.metrics.read(self.model, task.image, task).items()}
-        if task.truth is not None:
-            known |= {f"truth_{name}": n for name, n in self.metrics.read(self.model, task.truth, task).items()}
+            source = self.model.encode_image(task.image).double()
+        shown = {"input": task.image, "reconstruction": reconstruction, "truth": task.truth}
+        files = {place / f"{name}.png": picture for name, picture in shown.items() if picture is not None}
+        known = {}
+        for role in ("input", "truth") if task.truth is not None else ("input",):
+            known |= {f"{role}_{name}": n for name, n in self.metrics.read(self.model, shown[role], task).items()}
         if reconstruction is not None:
             known["reconstruction_psnr"] = float(psnr(reconstruction[None].to(task.image), task.image))
-        shown = {"input": task.image, "reconstruction": reconstruction, "truth": task.truth}
-        shown = {f"{name}.png": picture for name, picture in shown.items() if picture is not None}
-        of_all |= {name.removesuffix(".png"): name for name in shown}
+        of_all = {"task": task.name, "category": task.category, "method": self.name, "seed": seed}
+        of_all |= {"prompt": task.prompt, "source_prompt": task.source_prompt} | {path.stem: path for path in files}
         rows = []
-        for (settings, metrics, cost), latent, picture in zip(results, latents, pictures, strict=True):
+        for settings, latent, picture, numbers in results:
             measured, left_out = self.metrics.measure(self.model, picture[None].to(task.image), task)
-            numbers = run.metrics | metrics | {"edit_source_cosine": cosine(latent, source)} | measured | known | cost
+            numbers = run.metrics | numbers | {"edit_source_cosine": cosine(latent, source)} | measured | known
             left_out |= {name: f"it is {value}" for name, value in numbers.items() if not math.isfinite(value)}
             name = "_".join([f"{len(rows):02d}", *(f"{name}-{short(value)}" for name, value in settings.items())])
-            row = of_all | {"sample": settings.get("sample", 0), "file": f"edits/{name}.png", "left_out": left_out}
+            file = place / "edits" / f"{name}.png"
+            row = of_all | {"sample": settings.get("sample", 0), "file": file, "left_out": left_out}
             row |= {f"edit.{name}": value for name, value in settings.items() if name != "sample"}
             rows.append(row | {name: value for name, value in numbers.items() if math.isfinite(value)})
-            shown[row["file"]] = picture
-        tensors = run.tensors | {"source_latent": source, "edited_latents": torch.cat(latents)}
-        with whole_outputs(place) as folder:
-            (folder / "edits").mkdir()
-            for name, picture in shown.items():
-                to_pil(picture).save(folder / name)
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "tensors.safetensors")
+            files[file] = picture
+
+        for old in (place / name for name in OUTPUTS):
+            shutil.rmtree(old, ignore_errors=True)
+            old.unlink(missing_ok=True)
+        (place / "edits").mkdir(parents=True)
+        for path, picture in files.items():
+            to_pil(picture).save(path)
+        latents = torch.cat([latent for _, latent, *_ in results])
+        tensors = run.tensors | {"source_latent": source, "edited_latents": latents}
+        save_file(on_cpu(tensors), place / "tensors.safetensors")
         return rows, run.curves
 
 
@@ -220,70 +210,70 @@ def edit_all(
 ) -> list[dict]:
     """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
 
-    A task that fails leaves a row with `error`; the next run tries it again, after those never tried. Raises InputError
-    where the folder holds results of other settings, where several tasks in a row fail with the same error, and for a
-    wanted metric that does not exist. For one picture errors are raised, and rows of an earlier run are replaced.
+    A task that fails leaves a row with `error`; the next run tries it again. Raises InputError where the folder holds
+    results of other settings, and for a wanted metric that does not exist. For one picture errors are raised, and rows
+    of an earlier run are replaced.
     """
-    single, rank = source.single, int(os.environ.get("RANK", 0))
     folder.mkdir(parents=True, exist_ok=True)
-    if not single:
+    if not source.single:
         claim(folder, settings)
-    typed, before = overrides(), [] if single else rows_of(source, folder)
-    done, tried = {row["task"] for row in before if "error" not in row}, {row["task"] for row in before}
-    waiting = sorted((e for e in source.share if e.name not in done), key=lambda entry: entry.name in tried)
+    typed, before = overrides(), [] if source.single else rows_of(source, folder)
+    done = {row["task"] for row in before if "error" not in row}
+    waiting = [entry for entry in source.share if entry.name not in done]
     mine = folder / "rows.jsonl"
     if source.share and len(source.share) < len(source.entries):
         mine = folder / f"rows-{source.entries.index(source.share[0])}.jsonl"
-    curves, same, last = {}, 0, ""
-    bar = progress_bar(desc="tasks", total=len(source.share), initial=len(source.share) - len(waiting), disable=single)
+    curves, total = {}, len(source.share)
+    bar = progress_bar(desc="tasks", total=total, initial=total - len(waiting), disable=source.single)
     try:
         for entry in waiting:
-            place, own_seed = (folder, seed) if single else (folder / entry.name, task_seed(seed, entry.name))
+            place, own_seed = (folder, seed) if source.single else (folder / entry.name, task_seed(seed, entry.name))
             try:
                 rows, curves = edit(entry, place, own_seed)
-                same = 0
             except Exception as error:
-                if single:
+                if source.single:
                     raise
-                line = explain(error) or one_line(error)
+                line = explain(error) or repr(error)
                 place.mkdir(exist_ok=True)
                 (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 bar.write(f"{entry.name} failed: {line}", file=sys.stderr)
-                rows, same, last = [{"task": entry.name, "error": line}], same + 1 if line == last else 1, line
-            if not single:
-                rows = [{k: f"{entry.name}/{v}" if k in report.FILES else v for k, v in row.items()} for row in rows]
-            with mine.open("w" if single else "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(typed | marks(entry) | row) + "\n" for row in rows))
+                rows = [{"task": entry.name, "error": line}]
+            with mine.open("a", encoding="utf-8") as file:
+                for row in rows:
+                    row = typed | marks(entry) | row
+                    file.write(json.dumps(row, default=lambda path: path.relative_to(folder).as_posix()) + "\n")
             bar.update()
-            check_objective(wanted, rows)
-            if same == SAME_ERRORS:
-                raise InputError(f"{same} tasks in a row failed alike, so the run ends: {last}")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            wait_for_all()
+            if "error" not in rows[0]:  # an unknown metric would else show at the end only
+                objective([name for name in wanted if not any(name in row | row["left_out"] for row in rows)], rows)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the first process of torchrun reports on all
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+            dist.barrier()
+            dist.destroy_process_group()
     finally:
         bar.close()
         rows = rows_of(source, folder)
-        if rows and rank == 0:
-            import pandas as pd  # slow to import
+        if rows and int(os.environ.get("RANK", 0)) == 0:
+            import pandas as pd
 
-            print(report.write(folder, pd.DataFrame(rows), len(source.entries), curves if single else None))
-            if {row["task"] for row in rows if "error" not in row} < {entry.name for entry in source.entries}:
-                sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-                place = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}" if sweep else f"hydra.run.dir={folder}"
-                print(f"the same command goes on from here with {place}")
+            from evaluation import report
+
+            print(report.write(folder, pd.DataFrame(rows), len(source.entries), curves if source.single else None))
+            if len({row["task"] for row in rows if "error" not in row}) < len(source.entries):
+                print(f"the same command goes on from here with hydra.run.dir={folder} (a sweep: with hydra.sweep.dir)")
     return rows
 
 
 def rows_of(source: Tasks, folder: Path) -> list[dict]:
     """The rows of all processes, in the order of the tasks. Failures of tasks that are done by now are left out, and so
     are rows of tasks that have changed: names may be line numbers."""
-    groups: dict[str, list[dict]] = {}
+    from evaluation import report  # imports pandas
+
+    groups, rows = defaultdict(list), []
     for file in sorted(folder.glob("rows*.jsonl")):
         for row in report.json_lines(file):
-            groups.setdefault(row.get("task", ""), []).append(row)
-    rows = []
+            groups[row.get("task")].append(row)
     for entry in source.entries:
-        group = [row for row in groups.get(entry.name, []) if row.items() >= marks(entry).items()]
+        group = [row for row in groups[entry.name] if row.items() >= marks(entry).items()]
         rows += [row for row in group if "error" not in row] or group[-1:]
     return rows
 
@@ -292,13 +282,14 @@ def marks(entry: Entry) -> dict[str, str]:
     """By which a row's task is known again, beside its name."""
     pictures = ", ".join(str(path) for path in (entry.image, entry.mask, entry.truth) if path)
     own = {"category": entry.category, "prompt": entry.prompt, "source_prompt": entry.source_prompt}
-    return own | ({"pictures": pictures} if pictures else {})
+    more = {"negative_prompt": entry.negative_prompt, "pictures": pictures}
+    return own | {name: text for name, text in more.items() if text}
 
 
 def claim(folder: Path, settings: dict) -> None:
     """Write down the settings of a folder's results. Raises InputError where it holds results of others."""
-    path, ours = folder / "settings.json", flat(json.loads(json.dumps(settings)))
-    ours = {name: value for name, value in ours.items() if not f"{name}.".startswith(NOT_COMPARED)}
+    path = folder / "settings.json"
+    ours = {name: value for name, value in flat(settings).items() if not f"{name}.".startswith(NOT_COMPARED)}
     if path.exists() and any(folder.glob("rows*.jsonl")):
         theirs = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
@@ -323,21 +314,8 @@ def task_seed(seed: int, name: str) -> int:
 
 
 def names(objective: str | Sequence[str] | None) -> list[str]:
-    """The metrics that the setting `objective` names, none for null. Raises InputError for another kind of value."""
-    if objective is None:
-        return []
-    metrics = [objective] if isinstance(objective, str) or not isinstance(objective, Sequence) else list(objective)
-    if not metrics or not all(isinstance(name, str) and name for name in metrics):
-        raise InputError(f"objective={objective}: name a metric, or a list such as [success,psnr_to_input_kept]")
-    return metrics
-
-
-def check_objective(wanted: Sequence[str], rows: Sequence[dict]) -> None:
-    """Raise InputError for a metric that no edit can have, as soon as one task is measured."""
-    for name in wanted:
-        if not any(name in row or name in row.get("left_out", ()) or "error" in row for row in rows):
-            numbers = sorted({key for row in rows for key, value in row.items() if isinstance(value, int | float)})
-            raise InputError(f"objective={name} is unknown: choose from {', '.join(numbers)}")
+    """The metrics that the setting `objective` names, none for null."""
+    return [objective] if isinstance(objective, str) else list(objective or [])
 
 
 def objective(wanted: Sequence[str], rows: Sequence[dict]) -> float | list[float] | None:
@@ -350,44 +328,18 @@ def objective(wanted: Sequence[str], rows: Sequence[dict]) -> float | list[float
     for name in wanted:
         values = [row[name] for row in rows if name in row]
         if not values:
-            why = next((row["left_out"][name] for row in rows if name in row["left_out"]), "no edit has it")
+            numbers = sorted({key for row in rows for key, value in row.items() if isinstance(value, int | float)})
+            why = f"it is unknown: choose from {', '.join(numbers)}"
+            why = next((row["left_out"][name] for row in rows if name in row["left_out"]), why)
             raise InputError(f"objective={name} cannot be computed: {why}")
         means.append(sum(values) / len(values))
     return means if len(means) > 1 else means[0] if means else None
 
 
-@contextmanager
-def whole_outputs(place: Path) -> Iterator[Path]:
-    """An empty folder whose entries replace the outputs in `place` when the block ends well. Outputs of an earlier run
-    that this one lacks are removed. If the block raises, `place` stays as it was."""
-    place.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=place))
-    try:
-        yield folder
-        old = folder / ".old"
-        old.mkdir()
-        for name in OUTPUTS:
-            if (place / name).exists():
-                os.replace(place / name, old / name)
-            if (folder / name).exists():
-                os.replace(folder / name, place / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for_all() -> None:
-    """Return when every process of torchrun has come here, so that the first of them reports on all."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def progress_bar(*args, **kwargs) -> tqdm:
     """A bar on stderr; in a log file a line every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(*args, **kwargs, file=sys.stderr, mininterval=interval, dynamic_ncols=True)
+    return tqdm(*args, **kwargs, mininterval=interval, dynamic_ncols=True)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -398,24 +350,20 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def files_of(method: Method) -> set[Path]:
-    """The files of methods/ that a method and its parts are written in, with those that they import."""
-    names = [kind.__module__ for part in (method, *vars(method).values()) for kind in type(part).__mro__]
-    files: set[Path] = set()
-    while names:
-        module = sys.modules.get(names.pop())
-        if module is not None and module.__name__.startswith("methods.") and Path(module.__file__) not in files:
-            files.add(Path(module.__file__))
-            used = vars(module).values()
-            names += [thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", "") for thing in used]
+def code_of(method: Method) -> set[Path]:
+    """The files whose code a tuning runs: those of the method and its parts, with those of methods/ that they import,
+    and all samplers and networks."""
+    files = {file for room in ("samplers", "models") for file in (CLONE / room).glob("*.py")}
+    waiting = {type(part).__module__ for part in (method, *vars(method).values())}
+    while waiting:
+        file = CLONE / f"{waiting.pop().replace('.', '/')}.py"
+        if file.parent.name == "methods" and file.exists() and file not in files:
+            files.add(file)
+            for line in re.findall(r"(?:from|import) methods\b.*", file.read_text(encoding="utf-8")):
+                waiting |= {f"methods.{word}" for word in re.findall(r"\w+", line)}
     return files
 
 
 def short(value: float | int | str) -> str:
     """A setting as a part of a file's name that needs no quotes in a shell."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+    return re.sub(r"[^\w.-]", "-", f"{value:g}" if isinstance(value, float) else str(value))

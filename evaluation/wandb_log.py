@@ -14,21 +14,12 @@ TABLE_SIDE = 256  # pixels, at most, of a picture in a table
 
 
 class WandbLogger:
-    """Outside of `run`, and in mode disabled, nothing is logged."""
+    """Outside of `run`, and in mode disabled, nothing is logged. `about` goes to wandb.init: project, name, tags."""
 
-    def __init__(
-        self,
-        mode: str = "offline",
-        project: str = "palimpsest",
-        entity: str | None = None,
-        name: str | None = None,
-        group: str | None = None,
-        tags: Sequence[str] = (),
-    ):
+    def __init__(self, mode: str = "offline", **about):
         if mode not in MODES:
             raise InputError(f"logger.mode={mode} is unknown: choose from {', '.join(MODES)}")
-        self.mode, self.active = mode, None
-        self.about = dict(project=project, entity=entity, name=name, group=group, tags=list(tags))
+        self.mode, self.about, self.active = mode, about, None
 
     @contextmanager
     def run(self, folder: Path, config: dict) -> Iterator[None]:
@@ -40,10 +31,9 @@ class WandbLogger:
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", x_disable_stats=self.mode == "offline")
+        about = dict(mode=self.mode, dir=folder, config=config, settings=quiet, reinit="finish_previous")
         try:
-            self.active = wandb.init(
-                mode=self.mode, dir=folder, config=config, settings=quiet, reinit="finish_previous", **self.about
-            )
+            self.active = wandb.init(**about, **self.about)
         except wandb.errors.Error as error:
             raise InputError(f"W&B could not start: {error} (logger.mode=offline needs no account)") from error
         self.stages, code = set(), 1
@@ -63,14 +53,6 @@ class WandbLogger:
             self.active.define_metric(f"{stage}/step", hidden=True)
             self.active.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self.active.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
-
-    def pictures(self, pictures: dict[str, Image.Image | Path]) -> None:
-        """Pictures, or files of them, by name."""
-        if self.active is None:
-            return
-        import wandb
-
-        self.active.log({name: wandb.Image(str(p) if isinstance(p, Path) else p) for name, p in pictures.items()})
 
     def report(self, folder: Path, rows: Sequence[dict]) -> None:
         """Log a run in `folder`: tables with the pictures of each edit, the sheet, plots, and means as the summary."""
@@ -94,7 +76,7 @@ class WandbLogger:
                 table[column] = [small(file) if file else None for file in table[column]]
             self.active.log({name: wandb.Table(dataframe=table, allow_mixed_types=True)})
         files = [folder / "sheet.png", *folder.glob("plots/*.png")]
-        self.pictures({file.stem: file for file in files if file.exists()})
+        self.active.log({file.stem: wandb.Image(str(file)) for file in files if file.exists()})
         for line in report.records(tables["overall"]):
             label = f"{line.pop('label')}/" if len(tables["overall"]) > 1 else ""
             self.active.summary.update({label + name: value for name, value in line.items() if name != "label"})

@@ -82,7 +82,6 @@ def test_disabled_never_imports_wandb(tmp_path, monkeypatch):
     logger = WandbLogger("disabled")
     with logger.run(tmp_path, {}):
         logger.scalars("stage", 0, {"loss": 1.0})
-        logger.pictures({})
         logger.report(tmp_path, [{"task": "t"}])
     with pytest.raises(InputError, match=r"logger\.mode"):
         WandbLogger("on")
