@@ -174,8 +174,7 @@ class Editor:
             known |= {f"{role}_{name}": n for name, n in self.metrics.read(self.model, shown[role], task).items()}
         if reconstruction is not None:
             known["reconstruction_psnr"] = float(psnr(reconstruction[None].to(task.image), task.image))
-        of_all = {"task": task.name, "category": task.category, "method": self.name, "seed": seed}
-        of_all |= {"prompt": task.prompt, "source_prompt": task.source_prompt} | {path.stem: path for path in files}
+        of_all = {"method": self.name, "seed": seed} | {path.stem: path for path in files}
         rows = []
         for settings, latent, picture, numbers in results:
             measured, left_out = self.metrics.measure(self.model, picture[None].to(task.image), task)
@@ -237,7 +236,7 @@ def edit_all(
                 place.mkdir(exist_ok=True)
                 (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 bar.write(f"{entry.name} failed: {line}", file=sys.stderr)
-                rows = [{"task": entry.name, "error": line}]
+                rows = [{"error": line}]
             with mine.open("a", encoding="utf-8") as file:
                 for row in rows:
                     row = typed | marks(entry) | row
@@ -279,11 +278,10 @@ def rows_of(source: Tasks, folder: Path) -> list[dict]:
 
 
 def marks(entry: Entry) -> dict[str, str]:
-    """By which a row's task is known again, beside its name."""
-    pictures = ", ".join(str(path) for path in (entry.image, entry.mask, entry.truth) if path)
-    own = {"category": entry.category, "prompt": entry.prompt, "source_prompt": entry.source_prompt}
-    more = {"negative_prompt": entry.negative_prompt, "pictures": pictures}
-    return own | {name: text for name, text in more.items() if text}
+    """By which a row's task is known again."""
+    texts = ("category", "prompt", "source_prompt", "negative_prompt")
+    pictures = [str(path) for path in (entry.image, entry.mask, entry.truth) if path]
+    return {"task": entry.name, **{name: getattr(entry, name) for name in texts}, "pictures": ", ".join(pictures)}
 
 
 def claim(folder: Path, settings: dict) -> None:

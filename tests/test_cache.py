@@ -86,16 +86,6 @@ def test_of_two_that_want_one_entry_one_builds(tmp_path):
     assert sorted(found) == [False, True] and build.calls == 1
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        TuningCache(dir=tmp_path).get({}, interrupted)
-    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob(".*"))
-    assert TuningCache(dir=tmp_path).get({}, Build())[2] is False
-
-
 def test_a_state_that_cannot_be_written_is_there_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.cache.save_file", lambda *arguments: os.remove("/nowhere/file"))
     with pytest.warns(UserWarning, match="cache"):
