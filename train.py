@@ -1,13 +1,11 @@
 """Train a text-to-image model part by part: `python train.py part=autoencoder|clip|unet`, judge it: `part=evaluation`,
-or all of this in turn: `part=all`.
+or all of this in turn: `part=all`. Wiring only; see conf/train.yaml.
 
-Wiring only: the loop is in training/loop.py, the losses in training/losses.py, the settings in conf/train.yaml. Under
-`torchrun --nproc-per-node=N train.py ...` N processes share each batch.
+Under `torchrun --nproc-per-node=N train.py ...` N processes share each batch.
 """
 
+import atexit
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import hydra
 import torch
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -22,16 +21,14 @@ from tqdm import tqdm
 from data.images import to_pil
 from errors import InputError
 from evaluation import cli
-from files import whole_file
 from models import build, load
 from models.checkpoints import SECTIONS_OF, part_of, read_config, read_part
 from models.device import choose_device, computes_in
 from models.text import compact_vocabulary
-from training.evaluate import evaluate, pictures
+from training.evaluate import evaluate
 from training.loop import Objective, Settings, train
-from training.losses import AutoencoderObjective, ClipObjective, UNetObjective
+from training.losses import OBJECTIVES
 
-NEEDS = {"autoencoder": [], "clip": [], "unet": ["autoencoder", "clip"]}  # parts that must be trained before
 ConfigStore.instance().store(group="training", name="defaults", node=Settings)
 
 
@@ -48,16 +45,24 @@ def run(cfg: DictConfig) -> bool:
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    out = Path(cfg.out)
+    out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)
+    bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and computes_in("bfloat16", device))
     (out / "training").mkdir(parents=True, exist_ok=True)
-    parts = [cfg.part] if "name" in cfg.part else cfg.part.values()
-    with process_group(cfg.device) as (rank, device), logger(cfg, out, rank) as log:
-        bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and computes_in("bfloat16", device))
-        for part in parts:
+    if "WORLD_SIZE" in os.environ:  # torchrun started several processes
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        logger.mode = "disabled"  # the first process logs the whole run
+    with logger.run(out, OmegaConf.to_container(cfg, resolve=True)):
+        for part in [cfg.part] if "name" in cfg.part else cfg.part.values():
             if part.name != "evaluation":
                 objective, dataset = assemble(cfg, part, out)
                 settings, file = OmegaConf.to_object(part.training), out / "training" / f"{part.name}.pt"
-                if not train(objective, dataset, settings, file, device, cfg.seed, bfloat16, partial(log, part.name)):
+                logged = partial(log, logger, out, part.name)
+                if not train(objective, dataset, settings, file, device, cfg.seed, bfloat16, logged):
                     return False
             elif rank == 0:
                 model = load(out, device=device)
@@ -67,104 +72,53 @@ def run(cfg: DictConfig) -> bool:
 
 def datasets(cfg: DictConfig, size: int, seed: int) -> dict[str, Dataset]:
     """Pictures of what training shows, and of what it does not."""
-    return {
-        "trained": hydra.utils.instantiate(cfg.data.train, size=size, seed=seed),
-        "heldout": hydra.utils.instantiate(cfg.data.heldout, size=size, seed=seed + 1),
-    }
+    trained = instantiate(cfg.data, split="train", size=size, seed=seed)
+    return {"trained": trained, "heldout": instantiate(cfg.data, split="heldout", size=size, seed=seed + 1)}
 
 
 def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, Dataset]:
-    """The objective of a part, on a model whose other parts are read from `out`, and its training data. Raises
-    InputError where `arch` contradicts a part that is already trained."""
-    arch = OmegaConf.to_container(cfg.arch, resolve=True)
-    if (out / "config.json").exists():
-        stored = read_config(out)
+    """The objective of a part and its training data. The UNet's other parts are read from `out`; raises InputError
+    where `arch` contradicts them."""
+    arch, states = OmegaConf.to_container(cfg.arch, resolve=True), {}
+    for name in ("autoencoder", "clip") if part.name == "unet" else ():
+        states[name], stored = read_part(out, name), read_config(out)
         arch["vae"]["scale_factor"] = stored["vae"]["scale_factor"]  # which was measured
-        for other, sections in SECTIONS_OF.items():
-            differing = [f"arch.{section}" for section in sections if stored.get(section) != arch.get(section)]
-            if differing and other != part.name and (out / f"{other}.safetensors").exists():
-                raise InputError(f"{differing[0]} is not that of the {other} in {out}: choose another `out`")
-    states = {name: read_part(out, name) for name in NEEDS[part.name]}
+        for section in SECTIONS_OF[name]:
+            if stored.get(section) != arch.get(section):
+                raise InputError(f"arch.{section} is not that of the {name} in {out}: choose another `out`")
     if cfg.init:  # a training state in `out`, where there is one, is resumed all the same
         states[part.name] = read_part(Path(cfg.init), part.name)
     data = datasets(cfg, arch["image_size"], cfg.seed)
-    vocabulary = states["clip"].get("text.vocabulary") if "clip" in states else None
+    vocabulary = states.get("clip", {}).get("text.vocabulary")
     if part.name == "clip" and not cfg.init:
         vocabulary = compact_vocabulary(data["trained"].vocabulary())
     model = build(arch, seed=cfg.seed, vocabulary=vocabulary)
     for name, state in states.items():
         start_from(part_of(model, name), state, f"{cfg.init if name == part.name else out}/{name}")
-    options = OmegaConf.to_container(part.objective, resolve=True)
-    if part.name == "autoencoder":
-        return AutoencoderObjective(model, out, data["heldout"], **options), data["trained"]
-    if part.name == "clip":
-        return ClipObjective(model, out, datasets(cfg, arch["image_size"], cfg.seed + 1), **options), data["trained"]
-    prompts = options.pop("prompts") or pictures(data["trained"], range(10**8, 10**8 + 16))[1]
-    return UNetObjective(model, out, data["heldout"], prompts, **options), data["trained"]
+    return OBJECTIVES[part.name](model, out, data, **OmegaConf.to_container(part.objective)), data["trained"]
 
 
 def start_from(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load the weights whose shapes agree, and print in one line which others stay random. Raises InputError if none
-    agrees."""
+    """Load the weights whose shapes agree, and count the others, which stay random. Raises InputError if none agrees."""
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise InputError(f"{source}: no weight has a shape that arch asks for")
-    module.load_state_dict(fitting, strict=False)
-    if left := [k for k in own if k not in fitting]:
-        names = ", ".join(left[:8]) + (", ..." if len(left) > 8 else "")
-        print(f"{source} lacks {len(left)} of {len(own)} weights in this shape, which start at random: {names}")
+    if left := module.load_state_dict(fitting, strict=False).missing_keys:
+        print(f"{source}: {len(left)} of {len(own)} weights start at random, from {left[0]} to {left[-1]}")
 
 
-@contextmanager
-def logger(cfg: DictConfig, out: Path, rank: int) -> Iterator[Callable]:
-    """Yield log(part, numbers, pictures, step): pictures become files in `out`/training, and unless
-    logger.mode=disabled, all goes to one W&B run. Only rank 0 logs."""
-    wanted = {k: v for k, v in OmegaConf.to_container(cfg.logger).items() if k != "_target_"}
-    run = nullcontext()
-    if rank == 0 and cfg.logger.mode != "disabled":
+def log(logger, out: Path, part: str, numbers: dict, grids: dict, step: int) -> None:
+    """Write pictures to `out`/training, print a validation's numbers, and send all to W&B."""
+    images = {name: to_pil(grid) for name, grid in grids.items()}
+    for name, image in images.items():
+        image.save(out / "training" / f"{name}_{step:07d}.png")
+    if "loss" not in numbers:  # of a validation
+        tqdm.write(f"{part}, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+    if logger.active:
         import wandb
 
-        config, quiet = OmegaConf.to_container(cfg, resolve=True), wandb.Settings(silent=True, console="off")
-        try:
-            run = wandb.init(dir=out, config=config, settings=quiet, **wanted)
-        except wandb.errors.Error as error:
-            raise InputError(f"W&B could not start: {error} (logger.mode=offline needs no account)") from error
-        for part in NEEDS:
-            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-
-    def log(part: str, numbers: dict, grids: dict, step: int) -> None:
-        if rank > 0:
-            return
-        images = {name: to_pil(picture) for name, picture in grids.items()}
-        for name, image in images.items():
-            with whole_file(out / "training" / f"{name}_{step:07d}.png") as file:
-                image.save(file, format="PNG")
-        if "loss" not in numbers:  # of a validation
-            tqdm.write(f"{part}, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        if cfg.logger.mode != "disabled":
-            point = numbers | {name: wandb.Image(image) for name, image in images.items()} | {"step": step}
-            run.log({f"{part}/{name}": value for name, value in point.items()})
-
-    with run:
-        yield log
-
-
-@contextmanager
-def process_group(device_name: str) -> Iterator[tuple[int, torch.device]]:
-    """(rank, device) of this process, joined to the others where torchrun started several."""
-    device = choose_device(device_name)
-    if "WORLD_SIZE" not in os.environ:
-        yield 0, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), device
-    finally:
-        dist.destroy_process_group()
+        logger.scalars(part, step, numbers | {name: wandb.Image(image) for name, image in images.items()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loop on a small problem: resuming, averaging, sharing a batch between processes, ending by steps or by time."""
+"""The loop on a small problem: resuming, averaging, accumulating, ending by steps or by time."""
 
 import math
 import os
@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from errors import InputError
@@ -32,7 +30,8 @@ class Regression(Objective):
 
     def __init__(self, width=16, noise=0.1, before=lambda call: None):
         torch.manual_seed(0)
-        super().__init__(nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, 1)))
+        model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, 1))})
+        super().__init__(model, "net", Path())
         self.noise, self.before, self.calls, self.exported = noise, before, 0, 0
 
     def draw(self, batch_size, generator):
@@ -58,27 +57,18 @@ def run(folder, settings=SETTINGS, objective=None, **options):
     def log(numbers, pictures, step):
         lines.append(numbers | {"step": step})
 
-    file = Path(folder) / "state.pt"
-    return train(objective or Regression(), Points(), settings, file, torch.device("cpu"), log=log, **options), lines
+    folder.mkdir(exist_ok=True)
+    file, device = folder / "state.pt", torch.device("cpu")
+    return train(objective or Regression(), Points(), settings, file, device, log=log, **options), lines
 
 
 def state(folder):
-    return torch.load(Path(folder) / "state.pt", weights_only=True)
-
-
-def assert_same_state(a, b, **tolerance):
-    for part in ("trained", "average"):
-        for name in a[part]:
-            torch.testing.assert_close(a[part][name], b[part][name], msg=f"{part}.{name}", **tolerance)
-
-
-class Stop(Exception):
-    pass
+    return torch.load(folder / "state.pt", weights_only=True)
 
 
 def interrupt(call):
     if call == 7:
-        raise Stop
+        raise KeyboardInterrupt
 
 
 def terminate(call):
@@ -88,18 +78,15 @@ def terminate(call):
 
 def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
     run(tmp_path / "whole")
-    with pytest.raises(Stop):  # after the state of step 4, before that of step 8
+    with pytest.raises(KeyboardInterrupt):  # after the state of step 4, before that of step 8
         run(tmp_path / "killed", objective=Regression(before=interrupt))
     assert state(tmp_path / "killed")["step"] == 4
     finished, _ = run(tmp_path / "stopped", objective=Regression(before=terminate))
     assert not finished and state(tmp_path / "stopped")["step"] == 6
     for folder in ("killed", "stopped"):
         assert run(tmp_path / folder)[0]
-        whole, cut = state(tmp_path / "whole"), state(tmp_path / folder)
-        assert cut["step"] == 12
-        assert_same_state(whole, cut, atol=0, rtol=0)
-        for index, slot in whole["optimizer"]["state"].items():
-            assert torch.equal(slot["exp_avg_sq"], cut["optimizer"]["state"][index]["exp_avg_sq"])
+        whole, cut = (state(tmp_path / name) | {"seconds": 0} for name in ("whole", folder))
+        torch.testing.assert_close(whole, cut, atol=0, rtol=0)
 
 
 def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
@@ -113,21 +100,8 @@ def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
 def test_accumulation_equals_one_large_batch(tmp_path):
     run(tmp_path / "one", objective=Regression(noise=0))  # micro-batches draw their noise in other pieces
     run(tmp_path / "four", replace(SETTINGS, accumulate=4), Regression(noise=0))
-    assert_same_state(state(tmp_path / "one"), state(tmp_path / "four"), atol=1e-5, rtol=1e-4)
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    run(folder, replace(SETTINGS, accumulate=2))
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
-    (tmp_path / "two").mkdir()
-    mp.spawn(worker, args=(str(tmp_path / "two"),), nprocs=2)
-    run(tmp_path / "one", replace(SETTINGS, accumulate=2))
-    assert_same_state(state(tmp_path / "one"), state(tmp_path / "two"), atol=1e-6, rtol=1e-5)
+    one, four = (state(tmp_path / name)["trained"] for name in ("one", "four"))
+    torch.testing.assert_close(one, four, atol=1e-5, rtol=1e-4)
 
 
 def test_minutes_end_a_run_and_bend_its_cosine(tmp_path, monkeypatch):
@@ -156,16 +130,14 @@ def test_minutes_end_a_run_and_bend_its_cosine(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_diverged_run_keeps_its_last_good_state(tmp_path, name):
-    class Diverging(Regression):
-        def forward(self, batch):
-            loss, values = super().forward(batch)
-            w = self.trained[0].weight
-            infinite_slope = ((w - w.detach()).sqrt() * 0).sum()  # of a finite loss
-            broken = loss * math.nan if name == "loss" else loss + infinite_slope
-            return (broken if self.calls == 8 else loss), values
+    def breaks(call):
+        w = objective.trained[0].weight
+        infinite_slope = 1 + ((w - w.detach()).sqrt() * 0).sum()  # of a finite loss
+        return {"loss": math.nan, "grad_norm": infinite_slope}[name] if call == 8 else 1.0
 
+    objective = Regression(before=breaks)
     with pytest.raises(InputError, match=f"{name} .* 8"):
-        run(tmp_path, SETTINGS, Diverging())
+        run(tmp_path, objective=objective)
     good = state(tmp_path)
     assert good["step"] == 4 and all(w.isfinite().all() for w in good["trained"].values())
 
@@ -173,7 +145,7 @@ def test_a_diverged_run_keeps_its_last_good_state(tmp_path, name):
 def test_a_kill_before_the_publication_is_made_up_for(tmp_path):
     first, again = Regression(), Regression()
     first.export = lambda trained: interrupt(first.calls - 5)
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path, replace(SETTINGS, save_every=100), first)
     finished, lines = run(tmp_path, replace(SETTINGS, save_every=100), again)
     assert finished and again.exported == 1 and lines[-1] == {"score": 1.0, "step": 12}

@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from files import whole_file
-
-Log = Callable[[dict[str, float], dict[str, Tensor], int], None]  # (numbers, pictures (3, H, W) in [-1, 1], step)
+from models.checkpoints import export_part
 
 
 @dataclass
@@ -64,21 +63,25 @@ class Settings:
 
 
 class Objective(nn.Module):
-    """A loss of which only `trained` learns. A subclass has
+    """A loss of which only one part of a model learns, `trained`. A subclass has
 
     forward(batch)                the loss, and numbers to log
     draw(batch_size, generator)   a global micro-batch's random numbers, on the generator's device, batch first
     validate(trained)             numbers, and pictures (3, H, W) in [-1, 1], of the averaged weights
-    export(trained)               writes the averaged weights where `models.load` finds them
     """
 
-    def __init__(self, trained: nn.Module):
+    def __init__(self, model: nn.Module, part: str, out: Path):
         super().__init__()
-        self.trained = trained.requires_grad_(True)
+        self.model, self.part, self.out = model.requires_grad_(False), part, out
+        self.trained = getattr(model, part).requires_grad_(True)
 
     def collate(self, items: Sequence[dict]) -> dict[str, Tensor]:
         """Items of the data set -> a batch on the CPU; called in a loader's process."""
         return {"image": torch.stack([i["image"] for i in items])}
+
+    def export(self, trained: nn.Module) -> None:
+        """Write the averaged weights to the folder `out`, where `models.load` finds them."""
+        export_part(self.model, trained, self.out, self.part)
 
 
 def train(
@@ -89,14 +92,13 @@ def train(
     device: torch.device,
     seed: int = 0,
     bfloat16: bool = False,
-    log: Log = lambda numbers, pictures, step: None,
+    log: Callable[[dict, dict, int], None] = lambda numbers, pictures, step: None,
 ) -> bool:
     """Train until `settings.steps` or `settings.minutes` are done; resume from `state_file` if it exists.
 
     Minutes are those of the clock, from the end of this process's first step on, so that compilation does not count.
-    Returns True when done, False when a SIGTERM stopped it, after saving. Raises InputError if the batch cannot be
-    split evenly, if the state is of another run, or if the loss or its gradient is no longer finite (naming the step;
-    the last good state stays).
+    Returns False when a SIGTERM stopped it, after saving. Raises InputError if the batch cannot be split evenly, if the
+    state is of another run, or if the loss or its gradient is no longer finite; the last good state stays.
     """
     s, distributed = settings, dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -116,15 +118,9 @@ def train(
     model = DistributedDataParallel(objective, broadcast_buffers=False) if distributed else objective
     own = s.batch_size // s.accumulate // world  # this process's share of a micro-batch
     starts = itertools.count(step * s.batch_size + rank * own, own * world)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=(range(start, start + own) for start in starts),
-        collate_fn=objective.collate,
-        num_workers=s.workers,
-        prefetch_factor=4 if s.workers else None,
-        pin_memory=device.type == "cuda",
-    )
-    batches = iter(loader)
+    indices = (range(start, start + own) for start in starts)
+    loading = {"collate_fn": objective.collate, "num_workers": s.workers, "pin_memory": device.type == "cuda"}
+    batches = iter(DataLoader(dataset, batch_sampler=indices, **loading))
     clock = None  # the moment at which the training would have begun, had it never been interrupted
     stop = threading.Event()
     with ExitStack() as exits:
@@ -161,24 +157,25 @@ def train(
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 clock = time.perf_counter() - seconds
-            seconds, stopping = agreed(time.perf_counter() - clock, stop.is_set())
+            # On the CPU, so that no device waits.
+            both = torch.tensor([time.perf_counter() - clock, stop.is_set()], dtype=torch.float64)
+            seconds, stopping = over_all(both, dist.ReduceOp.MAX)
             done = s.progress(step, seconds) == 1
             validating = done or step % s.validate_every == 0
             saving = validating or stopping or step % s.save_every == 0
             if saving or step % s.log_every == 0:
-                values = averaged(numbers, world)
+                means = torch.stack([value.float() for value in numbers.values()]) / world
+                values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
                 for name in ("loss", "grad_norm"):  # before anything is saved: the last good state stays
                     if not math.isfinite(values[name]):
                         raise InputError(f"{name} became {values[name]} by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
             if saving and rank == 0:
-                if done or not stopping:  # before the state, so that a kill in between is made up for
-                    with torch.no_grad():
-                        objective.export(average)
-                        if validating:
-                            log(*objective.validate(average), step)
-                state_file.parent.mkdir(parents=True, exist_ok=True)
+                with torch.no_grad():  # before the state, so that a kill in between is made up for
+                    objective.export(average)
+                    if validating:
+                        log(*objective.validate(average), step)
                 networks = {name: part.state_dict() for name, part in stateful.items()}
                 with whole_file(state_file) as partial:
                     torch.save(networks | identity | {"step": step, "seconds": seconds}, partial)
@@ -191,10 +188,9 @@ def train(
 
 def adamw(trained: nn.Module, s: Settings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019); biases and gains do not decay."""
-    matrices = [p for p in trained.parameters() if p.ndim > 1]
-    vectors = [p for p in trained.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=tuple(s.betas), fused=True)
+    matrices = {"params": [p for p in trained.parameters() if p.ndim > 1], "weight_decay": s.weight_decay}
+    vectors = {"params": [p for p in trained.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=s.lr, betas=tuple(s.betas), fused=True)
 
 
 @torch.no_grad()
@@ -206,8 +202,8 @@ def update_average(average: nn.Module, trained: nn.Module, step: int, decay: flo
 
 
 def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.device) -> tuple[int, float]:
-    """Read a state; return its step and seconds. Steps, minutes and rates may differ from those it was saved with. With
-    another seed or batch size the data would not continue: an InputError, as networks of other sizes are."""
+    """Read a state; return its step and seconds. Raises InputError for networks of other sizes, and for another seed or
+    batch size, with which the data would not continue; steps, minutes and rates may differ."""
     stored = torch.load(file, map_location=device, weights_only=True)
     for name, value in identity.items():
         if stored[name] != value:
@@ -220,18 +216,8 @@ def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.
     return stored["step"], stored["seconds"]
 
 
-def agreed(seconds: float, stopping: bool) -> tuple[float, bool]:
-    """The largest of all processes' seconds, and whether one is to stop; on the CPU, so that no device waits."""
-    if not dist.is_initialized():
-        return seconds, stopping
-    both = torch.tensor([seconds, float(stopping)], dtype=torch.float64)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    return both[0].item(), bool(both[1])
-
-
-def averaged(numbers: dict[str, Tensor], world: int) -> dict[str, float]:
-    """Means over all processes, read from the device at once."""
-    values = torch.stack([value.float() for value in numbers.values()])
-    if world > 1:
-        dist.all_reduce(values)
-    return dict(zip(numbers, (values / world).tolist(), strict=True))
+def over_all(values: Tensor, operation: dist.ReduceOp) -> list[float]:
+    """Numbers, combined over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values, operation)
+    return values.tolist()

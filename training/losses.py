@@ -11,24 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from models.checkpoints import export_part
 from models.latent_diffusion import LatentDiffusion
-from models.text import BEGIN, END
-from training.evaluate import clip_scores, grid, mean_psnr, pictures, sample, top1
+from models.text import BEGIN, END, UNKNOWN
+from training.evaluate import clip_scores, grid, pictures, reconstruct, sample, top1
 from training.loop import Objective
 
-NO_TOKEN = -1  # an id that no vocabulary lists, and that a compact one therefore gives the unknown token's row
+Datasets = Mapping[str, Dataset]  # "trained" and "heldout"
+UNSEEN = 10**8  # the index of the first training picture that no training reaches
 
 
 class AutoencoderObjective(Objective):
     """L1 + 2 L2 between a picture and its reconstruction, and a light KL to the unit Gaussian (Kingma & Welling,
     2014), all as means over elements."""
 
-    def __init__(self, model: LatentDiffusion, out: Path, heldout: Dataset, kl_weight: float, probes: int):
-        super().__init__(model.requires_grad_(False).autoencoder)
+    def __init__(self, model: LatentDiffusion, out: Path, data: Datasets, kl_weight: float, probes: int):
+        super().__init__(model, "autoencoder", out)
+        self.kl_weight = kl_weight
         self.trained.scale_factor = 1.0  # plays no part in training, and is measured at each export
-        self.model, self.out, self.kl_weight = model, out, kl_weight
-        self.heldout = pictures(heldout, range(probes))[0]
+        self.heldout = pictures(data["heldout"], range(probes))[0]
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         shape = batch_size, *self.model.latent_shape
@@ -45,38 +45,32 @@ class AutoencoderObjective(Objective):
         return reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
 
     def validate(self, trained: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
-        y = torch.cat([trained.decode(z).cpu() for z in self.latents(trained).split(32)])
-        pairs = torch.stack([self.heldout[:32], y[:32]], dim=1).flatten(0, 1)
-        return {"heldout_psnr": mean_psnr(y, self.heldout)}, {"reconstructions": grid(pairs)}
+        psnr, pairs = reconstruct(trained, self.heldout)
+        return {"heldout_psnr": psnr}, {"reconstructions": pairs}
 
     def export(self, trained: nn.Module) -> None:
         """The weights, with the scale that gives latents unit variance in the config."""
-        self.model.config["vae"]["scale_factor"] = round(1 / self.latents(trained).std().item(), 5)
-        export_part(self.model, trained, self.out, "autoencoder")
-
-    def latents(self, trained: nn.Module) -> Tensor:
         device = next(trained.parameters()).device
-        return torch.cat([trained.encode(x.to(device)) for x in self.heldout.split(32)])
+        latents = torch.cat([trained.encode(x.to(device)) for x in self.heldout.split(32)])
+        self.model.config["vae"]["scale_factor"] = round(1 / latents.std().item(), 5)
+        super().export(trained)
 
 
 class ClipObjective(Objective):
     """The contrastive loss of CLIP (Radford et al., 2021), by open_clip. A few tokens are replaced by the unknown
     one, so that its embedding learns to mean nothing; a full vocabulary has none, and keeps all."""
 
-    def __init__(
-        self, model: LatentDiffusion, out: Path, datasets: Mapping[str, Dataset], unknown_rate: float, probes: int
-    ):
+    def __init__(self, model: LatentDiffusion, out: Path, data: Datasets, unknown_rate: float, probes: int):
         from open_clip.loss import ClipLoss
 
-        super().__init__(model.requires_grad_(False).clip)
-        self.model, self.out = model, out
+        super().__init__(model, "clip", out)
         self.unknown_rate = 0.0 if model.text.vocabulary is None else unknown_rate
-        self.probes = {name: pictures(dataset, range(probes)) for name, dataset in datasets.items()}
+        self.probes = {name: pictures(of, range(UNSEEN, UNSEEN + probes)) for name, of in data.items()}
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
 
     def collate(self, items: Sequence[dict]) -> dict[str, Tensor]:
-        return super().collate(items) | {"ids": self.model.text.tokenize([i["caption"] for i in items])}
+        return Objective.collate(self, items) | {"ids": self.model.text.tokenize([i["caption"] for i in items])}
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         shape = batch_size, self.model.text.context_length
@@ -85,7 +79,7 @@ class ClipObjective(Objective):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids = batch["ids"]
         special = (ids == 0) | (ids == BEGIN) | (ids == END)
-        ids = ids.masked_fill(~(batch["keep"] | special), NO_TOKEN)
+        ids = ids.masked_fill(~(batch["keep"] | special), UNKNOWN)
         images = self.trained.image_features(batch["image"].float() / 127.5 - 1)
         texts = self.trained.token_features(ids)
         scale = self.trained.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
@@ -95,29 +89,21 @@ class ClipObjective(Objective):
         shares = {name: top1(clip_scores(trained, *probe), probe[1]) for name, probe in self.probes.items()}
         return {f"top1_of_100_{name}": share for name, share in shares.items()}, {}
 
-    def export(self, trained: nn.Module) -> None:
-        export_part(self.model, trained, self.out, "clip")
-
 
 class UNetObjective(Objective):
     """Denoising (Ho et al., 2020) of the latents, in the model's own prediction type, with a share of empty prompts for
     guidance (Ho & Salimans, 2021) and min-SNR weights (Hang et al., 2023; gamma 0: none): min(SNR, gamma) / SNR for
     epsilon, min(SNR, gamma) / (SNR + 1) for v."""
 
+    collate = ClipObjective.collate
+
     def __init__(
-        self,
-        model: LatentDiffusion,
-        out: Path,
-        heldout: Dataset,
-        prompts: Sequence[str],
-        prompt_dropout: float,
-        min_snr_gamma: float,
-        guidance_scale: float,
-        probes: int,
-    ):
-        super().__init__(model.requires_grad_(False).unet)
-        self.model, self.out, self.prompt_dropout = model, out, prompt_dropout
-        self.prompts, self.guidance_scale = prompts, guidance_scale
+        self, model: LatentDiffusion, out: Path, data: Datasets, probes: int, prompt_dropout: float,
+        min_snr_gamma: float, guidance_scale: float, prompts: Sequence[str] | None = None,
+    ):  # fmt: skip
+        super().__init__(model, "unet", out)
+        self.prompt_dropout, self.guidance_scale = prompt_dropout, guidance_scale
+        self.prompts = prompts or pictures(data["trained"], range(UNSEEN, UNSEEN + 16))[1]
         alpha_bar = model.schedule.alpha_bars
         snr = alpha_bar / (1 - alpha_bar)
         weight = snr.clamp(max=min_snr_gamma) / (snr if model.prediction == "epsilon" else snr + 1)
@@ -125,15 +111,8 @@ class UNetObjective(Objective):
         # Buffers go to the device with the networks, so that no step waits for a copy.
         self.register_buffer("tables", torch.stack(tables).float())
         self.register_buffer("empty", model.text.tokenize([""]))
-        images, captions = pictures(heldout, range(probes))
-        self.probe = self.draw(len(images), torch.Generator().manual_seed(0)) | {
-            "ids": model.text.tokenize(captions),
-            "image": ((images + 1) * 127.5).round(),
-            "keep": torch.ones(len(images), dtype=torch.bool),
-        }
-
-    def collate(self, items: Sequence[dict]) -> dict[str, Tensor]:
-        return super().collate(items) | {"ids": self.model.text.tokenize([i["caption"] for i in items])}
+        self.probe = self.collate([data["heldout"][i] for i in range(probes)])
+        self.probe |= self.draw(probes, torch.Generator().manual_seed(0)) | {"keep": torch.ones(probes).bool()}
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         where = {"generator": generator, "device": generator.device}
@@ -143,11 +122,8 @@ class UNetObjective(Objective):
             "keep": torch.rand(batch_size, **where) >= self.prompt_dropout,
         }
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(self.trained, batch)
-
-    def loss(self, unet: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of `unet`, and the plain one."""
+    def forward(self, batch: dict[str, Tensor], unet: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of `unet`, or else of the trained one, and the plain loss."""
         with torch.no_grad():
             x0 = self.model.autoencoder.encode(batch["image"].float() / 127.5 - 1).float()
             context = self.model.text.encode_tokens(torch.where(batch["keep"][:, None], batch["ids"], self.empty))
@@ -155,16 +131,16 @@ class UNetObjective(Objective):
         alpha, sigma, noise = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1), batch["noise"]
         x_t = alpha * x0 + sigma * noise  # in float32, whatever autocast does to the networks
         target = noise if self.model.prediction == "epsilon" else alpha * noise - sigma * x0
-        error = (unet(x_t, batch["t"], context).float() - target).square().mean(dim=(1, 2, 3))
+        error = ((unet or self.trained)(x_t, batch["t"], context).float() - target).square().mean(dim=(1, 2, 3))
         return (error * weight).mean(), {"mse": error.mean()}
 
     def validate(self, trained: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
         batches = zip(*(v.to(self.tables.device).split(32) for v in self.probe.values()), strict=True)
-        losses = [self.loss(trained, dict(zip(self.probe, batch, strict=True)))[0] for batch in batches]
+        losses = [self(dict(zip(self.probe, batch, strict=True)), trained)[0] for batch in batches]
         averaged = copy.copy(self.model)  # shares all parts but the one that is judged
         averaged._modules = self.model._modules | {"unet": trained}
         images = sample(averaged, self.prompts, self.guidance_scale, seed=0)
         return {"heldout_loss": torch.stack(losses).mean().item()}, {"samples": grid(images)}
 
-    def export(self, trained: nn.Module) -> None:
-        export_part(self.model, trained, self.out, "unet")
+
+OBJECTIVES = {"autoencoder": AutoencoderObjective, "clip": ClipObjective, "unet": UNetObjective}
