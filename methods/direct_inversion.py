@@ -97,8 +97,7 @@ class DirectInversion(Method):
         latent  eps + lambda (z_x - eps), the inverted latent itself, which is nearly all noise;
         path    after each step x + lambda (x_recorded - x), the latent that the inversion passed there.
 
-        lambda is 0 after the first `blend_fraction` of the steps. Strength 0 means the recorded noise alone in all
-        steps, for every blend and fraction: the reconstruction, where sampling starts at z_x and adds no noise.
+        lambda is 0 after the first `blend_fraction` of the steps. Strength 0 is the recorded noise alone in all steps.
         """
         blended = round(self.blend_fraction * len(trajectory))
         lam = {t: (1 - self.edit_strength) * (step < blended) for step, t in enumerate(trajectory.timesteps.tolist())}
@@ -107,13 +106,13 @@ class DirectInversion(Method):
             if self.edit_strength == 0:
                 return recording.replay(x, t)
             eps = target(x, t)
-            if self.blend == "noise":
-                return eps + lam[t] * (recording.replay(x, t) - eps)
-            return eps + lam[t] * (recording.latent - eps) if self.blend == "latent" else eps
+            if self.blend == "path":
+                return eps
+            return eps + lam[t] * ((recording.replay(x, t) if self.blend == "noise" else recording.latent) - eps)
 
-        def after(step: int, x: Tensor) -> Tensor:
-            held = lam[int(trajectory.timesteps[step])] if self.blend == "path" else 0.0
-            return x + held * (recording.latents[step + 1] - x) if held else x
+        def after(step: int, x: Tensor) -> Tensor | None:
+            if self.blend == "path" and step < blended:
+                return x + (1 - self.edit_strength) * (recording.latents[step + 1] - x)
 
         noise, progress = run.noise("sampling", i), run.progress("editing")
         return self.sampler.sample(denoise, start, trajectory, noise, progress, after)

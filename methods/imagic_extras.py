@@ -11,10 +11,8 @@ from samplers import Denoiser, Trajectory
 
 
 def clip_term(model, task, weight: float) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A function of text states (K, L, C): weight (1 - cos(CLIP of the states, CLIP of the image)), summed over rows.
-
-    It gives no term where `weight` is 0. Raises InputError for a model without a CLIP image tower.
-    """
+    """A function of text states (K, L, C): weight (1 - cos(CLIP of the states, CLIP of the image)), summed over rows;
+    no term for weight 0. Raises InputError for a model without a CLIP image tower."""
     if weight == 0:
         return lambda states: {}
     if model.clip is None:
@@ -31,10 +29,7 @@ def clip_term(model, task, weight: float) -> Callable[[Tensor], dict[str, Tensor
 @contextmanager
 def fitted_decoder(model, z: Tensor, image: Tensor, steps: int, lr: float, run: Run) -> Iterator[None]:
     """Inside, phi = argmin_phi ||D_phi(z) - image||_1 + ||D_phi(z) - image||_2^2; afterwards the decoder is as before.
-
-    It has the part of the paper's auxiliary network, Imagen's super-resolution: to draw detail that diffusion leaves
-    out. With 0 steps nothing is fitted.
-    """
+    Like the paper's auxiliary network, Imagen's super-resolution, it draws detail that diffusion leaves out."""
     names = [name for name, _ in model.autoencoder.named_parameters() if name.startswith("decoder.")]
     pixels = image.to(model.device).float()
 

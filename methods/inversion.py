@@ -60,10 +60,8 @@ class Source:
 
 @dataclass
 class Inversion:
-    """DDIM inversion (Song, Meng & Ermon, 2020, arXiv 2010.02502, eq. 13 backwards).
-
-    Sampling leads away from the empty prompt, so guidance leaves the path.
-    """
+    """DDIM inversion (Song, Meng & Ermon, 2020, arXiv 2010.02502, eq. 13 backwards). Sampling leads away from the empty
+    prompt, so guidance leaves the path."""
 
     group = "inversion"  # its settings on the command line
 

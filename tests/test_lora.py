@@ -32,25 +32,16 @@ def test_it_starts_as_nothing_and_leaves_nothing_even_after_an_error(tiny_model)
 @torch.no_grad()
 def test_it_acts_like_the_sum_of_weight_and_low_rank_product(tiny_model):
     unet, g = tiny_model.unet, torch.Generator().manual_seed(2)
-    with lora.adapters(unet, 2, Run().noise("lora")) as matrices:
-        for m in matrices.values():
-            m.normal_(std=0.2, generator=g)
+    with lora.adapters(unet, 40, Run().noise("lora")) as matrices:
+        for name, m in matrices.items():
+            assert min(m.shape) <= min(40, *unet.get_submodule(name[:-2]).weight.shape)  # a higher rank adds nothing
+            m.normal_(std=0.05, generator=g)
         adapted = forward(unet)
     layers = {name[:-2] for name in matrices}
     with restored(unet, [f"{layer}.weight" for layer in layers]) as weights:
         for layer in layers:
             weights[f"{layer}.weight"] += matrices[f"{layer}.b"] @ matrices[f"{layer}.a"]
         torch.testing.assert_close(forward(unet), adapted, atol=1e-4, rtol=1e-4)
-
-
-def test_gradients_reach_the_matrices_only_and_the_rank_is_capped(tiny_model):
-    unet = tiny_model.unet
-    with lora.adapters(unet, 10_000, Run().noise("lora")) as matrices:
-        forward(unet).square().sum().backward()
-        assert all(matrices[name].grad.any() for name in matrices if name.endswith(".b"))
-        assert all(p.grad is None for p in unet.parameters())
-        for name, m in matrices.items():
-            assert min(m.shape) <= min(unet.get_submodule(name[:-2]).weight.shape)
 
 
 @torch.no_grad()

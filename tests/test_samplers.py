@@ -253,17 +253,12 @@ def test_a_replayed_recording_is_exact_for_any_network(schedule, steps, spacing,
     # Near full noise x0 survives in x_T only as sqrt(alpha_bar) of it; rounding is amplified by the inverse.
     scale = float(recording.latents.abs().max()) / math.sqrt(float(trajectory.alpha_bars[0]))
     assert (torch.stack(path) - recording.latents[1:]).abs().max() < 1e-13 * scale
-
-
-def test_off_the_recorded_grid_the_nearest_timestep_is_replayed() -> None:
-    recording = ddim.invert(network, normal(2, 4), SD.trajectory(10))  # at 901, 801, ... 1
-    for t, i in ((999, 0), (852, 0), (850, 1), (2, 9), (0, 9)):
-        assert torch.equal(recording.replay(recording.latent, t), recording.eps[i])
+    assert torch.equal(recording.replay(x0, int(trajectory.timesteps[-1]) - 1), recording.eps[-1])  # the nearest
 
 
 def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
-    """With every latent replaced by the recorded one, any network ends at x0: the other blend's extreme."""
-    trajectory, x0, bars = SD.trajectory(10), normal(2, 4), []
+    """With every latent replaced by the recorded one, any network ends at x0. A sampler hands its settings on."""
+    trajectory, x0, bars = Sampler(steps=10).trajectory(SD), normal(2, 4), []
 
     def progress(iterable):
         for i in iterable:
@@ -272,8 +267,14 @@ def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
 
     recording = ddim.invert(network, x0, trajectory, progress=progress)
     back = lambda i, x: recording.latents[i + 1]
-    for sampler in (Sampler("ddim", eta=0.5), Sampler("ddpm")):
+    make = lambda: torch.Generator().manual_seed(0)
+    for sampler, sample, setting in (
+        (Sampler("ddim", eta=0.3), ddim.sample, 0.3),
+        (Sampler("ddpm", variance="fixed_large"), ddpm.sample, "fixed_large"),
+    ):
         assert torch.equal(sampler.sample(network, recording.latent, trajectory, None, progress, back), x0)
+        expected = sample(network, x0, trajectory, setting, make())
+        assert torch.equal(sampler.sample(network, x0, trajectory, make()), expected)
     assert bars == [*range(10)][::-1] + [*range(10)] * 2
 
 
@@ -318,18 +319,6 @@ def test_ddim_with_eta_1_is_ddpm(schedule, steps: int, spacing: str, seed: int) 
 
 
 # --- settings ---------------------------------------------------------------------------------------------
-
-
-def test_sampler_passes_its_settings_on() -> None:
-    x, make = normal(2, 4), lambda: torch.Generator().manual_seed(0)
-    sampler = Sampler("ddim", steps=9, spacing="trailing", eta=0.3)
-    trajectory = sampler.trajectory(SD)
-    assert torch.equal(trajectory.timesteps, SD.trajectory(9, "trailing").timesteps)
-    expected = ddim.sample(network, x, trajectory, 0.3, make())
-    assert torch.equal(sampler.sample(network, x, trajectory, make()), expected)
-    expected = ddpm.sample(network, x, trajectory, "fixed_large", make())
-    sampler = Sampler("ddpm", variance="fixed_large")
-    assert torch.equal(sampler.sample(network, x, trajectory, make()), expected)
 
 
 WRONG = [("kind", "plms"), ("spacing", "karras"), ("variance", "learned"), ("eta", 1.1), ("eta", "some")]

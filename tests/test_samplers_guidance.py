@@ -106,11 +106,3 @@ def test_a_conditioning_is_interpolated_indexed_and_joined_as_a_whole() -> None:
         torch.testing.assert_close(getattr(mixed, part), 0.25 * x + 0.75 * y)
         assert torch.equal(getattr(joined, part)[:2], torch.stack([x[0], y[1]]))
     assert len(joined) == 4 and (a[0] + Conditioning(b.states[:1], b.vector[:1])).vector.shape == (1, 6)
-
-
-def test_an_int_timestep_reaches_the_schedule_as_it_is(tiny_model, monkeypatch) -> None:
-    """As a tensor on a device it would have to be read back, which makes the CPU wait at each step."""
-    seen, convert = [], tiny_model.schedule.eps_from_v
-    monkeypatch.setattr(tiny_model.schedule, "eps_from_v", lambda x, v, t: seen.append(t) or convert(x, v, t))
-    guided(tiny_model, "a cat", 2.0)(torch.randn(1, 4, 8, 8), 7)
-    assert seen == [7] and type(seen[0]) is int
