@@ -53,7 +53,7 @@ def test_the_example_method_is_a_choice(tmp_path):
     (tmp_path / "redraw.py").write_text(blocks("class Redraw"))
     classes = config.read(tmp_path)
     assert [source.name for source in classes] == ["Redraw"]
-    assert config.default_values(classes[0])["strength"] == (0.6, "share of the trajectory that is walked")
+    assert classes[0].settings["strength"] == (0.6, "share of the trajectory that is walked")
 
 
 @pytest.mark.parametrize(("program", "arguments"), COMMANDS)
