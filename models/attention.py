@@ -1,8 +1,7 @@
 """Scaled dot-product attention (Vaswani et al., 2017, eq. 1): one function with several backends, and two layers.
 
-Self-attention computes q, k and v in one matrix product. Cross-attention computes k and v of the text in one, and takes
-them ready made, because they depend on neither the noisy latent nor the timestep. An `Attention` object belongs to one
-network and is shared by its layers: it holds the backend and the hook.
+Self-attention computes q, k and v in one matrix product, cross-attention k and v of the text, which depend on neither
+the noisy latent nor the timestep. An `Attention` object belongs to one network; its layers share its backend and hook.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
       sdpa       PyTorch's fused kernels
       fused      this project's Triton kernels, for CUDA; heads wider than `WIDEST` go to sdpa
       reference  plain products, all in float32
-    Raises InputError for an unknown name, and for fused on a device that cannot run it.
+    Raises InputError as `check_backend` does.
     """
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "auto" and q.device.type == "cpu" and learning:
@@ -44,10 +43,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     if backend == "reference":
         return (attention_map(q, k) @ v.float()).to(q.dtype)
-    if backend != "fused":
-        raise unknown(backend)
-    if not torch.compiler.is_compiling() and (reason := why_not_fused(q.device)):
-        raise InputError(reason)
+    if not torch.compiler.is_compiling():
+        check_backend(backend, q.device)
     if q.shape[-1] > WIDEST:
         return F.scaled_dot_product_attention(q, k, v)
     from models.fused_attention import fused_attention  # here, because importing Triton takes a while
@@ -63,43 +60,36 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 @functools.cache
 def why_not_fused(device: torch.device) -> str | None:
     """Why the fused kernels cannot run on `device`, and an alternative; None if they can."""
+    needs = None
     if not find_spec("triton"):
-        return "fused attention needs Triton, which is not installed; use attention=auto"
-    if device.type != "cuda":
+        needs = "Triton, which is not installed"
+    elif device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests
-        return None if interpreted else f"fused attention needs a CUDA device, not {device.type}; use attention=auto"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        return f"fused attention needs compute capability 8.0 or more, which {name} lacks; use attention=auto"
-    return None
+        needs = None if interpreted else f"a CUDA device, not {device.type}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        needs = f"compute capability 8.0 or more, which {torch.cuda.get_device_name(device)} lacks"
+    return needs and f"fused attention needs {needs}; use attention=auto"
 
 
-def unknown(backend: str) -> InputError:
-    return InputError(f"unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+def check_backend(name: str, device: torch.device) -> None:
+    """Raise InputError for an unknown name, and for fused where the device cannot run it."""
+    if name not in BACKENDS:
+        raise InputError(f"attention={name} is unknown: {', '.join(BACKENDS)}")
+    if name == "fused" and (reason := why_not_fused(device)):
+        raise InputError(reason)
 
 
 class Attention:
     """The attention of one network: its layers call it, its owner sets `backend` (see `attention`) and hooks."""
 
-    def __init__(self, backend: str = "auto"):
-        self.backend = backend
+    def __init__(self):
+        self.backend = "auto"
         self.hook: Hook | None = None
-
-    @property
-    def backend(self) -> str:
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        """Raises InputError for an unknown name."""
-        if name not in BACKENDS:
-            raise unknown(name)
-        self._backend = name
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cross: bool = False) -> Tensor:
         """`attention(q, k, v)`, or the hook's result; `cross` says whether k and v are the text's."""
         out = None if self.hook is None else self.hook(q, k, v, cross)
-        return attention(q, k, v, self._backend) if out is None else out
+        return attention(q, k, v, self.backend) if out is None else out
 
     @contextmanager
     def hooked(self, hook: Hook) -> Iterator[None]:

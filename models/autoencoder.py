@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from errors import InputError
 from models.attention import attention
 from models.unet import Downsample, ResBlock, Upsample, group_norm, zero_init
 
@@ -33,15 +31,12 @@ class AttentionBlock(nn.Module):
         return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
 
 
-class Middle(nn.Module):
+class Middle(nn.Sequential):
     def __init__(self, channels: int):
         super().__init__()
         self.block_1 = ResBlock(channels, channels, eps=1e-6)
         self.attn_1 = AttentionBlock(channels)
         self.block_2 = ResBlock(channels, channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Level(nn.Module):
@@ -58,6 +53,10 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
+def res_blocks(widths: Sequence[int]) -> list[ResBlock]:
+    return [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
+
+
 class Encoder(nn.Module):
     def __init__(self, in_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
@@ -65,8 +64,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = ch
         for i, mult in enumerate(ch_mult):
-            widths = [width] + [mult * ch] * num_res_blocks
-            blocks = [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
+            blocks = res_blocks([width] + [mult * ch] * num_res_blocks)
             width = mult * ch
             last = i == len(ch_mult) - 1
             self.down.append(Level(blocks, None if last else Downsample(width, asymmetric=True)))
@@ -89,8 +87,7 @@ class Decoder(nn.Module):
         self.mid = Middle(width)
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
-            widths = [width] + [mult * ch] * (num_res_blocks + 1)
-            blocks = [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
+            blocks = res_blocks([width] + [mult * ch] * (num_res_blocks + 1))
             width = mult * ch
             levels.append(Level(blocks, Upsample(width) if i > 0 else None))
         self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest
@@ -121,8 +118,6 @@ class Autoencoder(nn.Module):
         patch: int = 1,
     ):
         super().__init__()
-        if not isinstance(scale_factor, int | float) or not 0 < scale_factor < math.inf:
-            raise InputError(f"vae.scale_factor is {scale_factor!r}: it must be a number above 0")
         self.patch, self.scale_factor, self.z_channels = patch, scale_factor, z_channels
         self.downsampling = patch * 2 ** (len(ch_mult) - 1)
         pixels = 3 * patch**2

@@ -5,8 +5,8 @@ log-sum-exp of each row; the backward pass makes the weights again from it.
 
 - Products accumulate in float32. Logits are in base 2, because the hardware's exponential is.
 - Nothing is added atomically: equal inputs give equal bits.
-- q, k and v are read where they lie, such as in one fused projection. Only their last dimension must be contiguous.
-- The output lies in memory as (B, N, heads, d), so that joining the heads is a view.
+- q, k and v are read where they lie, such as in one fused projection; the output lies as (B, N, heads, d), so that
+  joining the heads is a view.
 - A head is padded on the chip to a power of two, since Triton's blocks have no other size.
 
 The grid of every kernel is (blocks of rows, heads, batch).
@@ -193,11 +193,7 @@ def _blocks(width: int, dtype: torch.dtype, precision: str, held: int, device: t
 
 def _precision(dtype: torch.dtype) -> str:
     """float32 products are full float32 products, unless the user allowed TF32 in `torch.backends`."""
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -263,8 +259,6 @@ def _backward(
     return dq, dk, dv
 
 
-# --- for autograd and the compiler ---------------------------------------------------------------------------------
-
 # torch.compile takes these operators as they are. Eager calls do without them, which saves some 10 µs each.
 _forward_op = torch.library.custom_op("palimpsest::attention", _forward, mutates_args=())
 _backward_op = torch.library.custom_op("palimpsest::attention_backward", _backward, mutates_args=())
@@ -299,19 +293,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once.
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
-    `WIDEST`, N and M from 1 -> (B, heads, N, d). Under autocast they are cast first, as PyTorch's own attention does.
-    Raises InputError for another type, ValueError for shapes that do not fit together. It does not ask whether the
-    device can run it.
+    `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises InputError for another type, ValueError for shapes or types
+    that do not fit together. It does not ask whether the device can run it.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise InputError(f"fused attention takes float16, bfloat16 or float32, not {q.dtype}; use attention=sdpa")
     batch, heads, n, d = q.shape
-    m = k.shape[2]
-    if k.shape != (batch, heads, m, d) or v.shape != k.shape or d > WIDEST or 0 in (batch, heads, n, m, d):
-        raise ValueError(f"fused attention cannot take q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"fused attention needs one type, not {q.dtype}, {k.dtype}, {v.dtype}")
+    fits = k.shape == v.shape == (batch, heads, k.shape[2], d) and d <= WIDEST and 0 not in (batch, heads, n, d)
+    if not fits or not k.shape[2] or not q.dtype == k.dtype == v.dtype:
+        given = ", ".join(f"{[*x.shape]} {x.dtype}" for x in (q, k, v))
+        raise ValueError(f"fused attention cannot take q, k and v of {given}")
     return _Attention.apply(q, k, v)

@@ -1,11 +1,9 @@
 """Published checkpoints in this project's names: one table of rules for each network and layout.
 
-Two layouts are in use: the single file of the original release, whose keys begin with the network, and the model hub's
-folder, with a sub-folder for each network. A rule is a regular expression and its replacement; a key passes through all
-rules of its table, in order. A name of ours begins with the part that stores it: `unet.`, `autoencoder.` or `clip.`.
-
-A new family takes three steps: named sizes at the end of its networks' files, tables of rules here, and an entry in
-`FAMILIES` with the keys that tell it apart.
+Two layouts are in use: the original release's single file, and the model hub's folder, with a sub-folder for each
+network. A rule is a regular expression and its replacement; a key passes through all rules of its table, in order. A
+name of ours begins with the part that stores it. A new family has named sizes at the end of its networks' files, tables
+of rules here, and an entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -42,9 +40,6 @@ HUB_UNET = [
     (r"^unet\.conv_out\.", "unet.out.2."),
     (r"\.time_embedding\.linear_1\.", ".time_embed.0."),
     (r"\.time_embedding\.linear_2\.", ".time_embed.2."),
-    (r"\.mid_block\.resnets\.0\.", ".middle_block.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle_block.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle_block.2."),
     (r"\.time_emb_proj\.", ".time."),
     (r"\.conv_shortcut\.", ".skip."),
     *TRANSFORMER,
@@ -58,11 +53,11 @@ AUTOENCODER = [
 ]
 HUB_AUTOENCODER = [
     (r"^", "autoencoder."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
     (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
-    (r"\.attn_1\.(?:to_out\.0|proj_attn)\.", ".attn_1.to_out."),
+    (r"\.attn_1\.(to_out\.0|proj_attn)\.", ".attn_1.to_out."),
     (r"\.attn_1\.(q)uery\.|\.attn_1\.(k)ey\.|\.attn_1\.(v)alue\.", r".attn_1.to_\1\2\3."),  # until 2023
     (r"\.down_blocks\.(\d+)\.", r".down.\1."),
     (r"\.resnets\.", ".block."),
@@ -91,17 +86,20 @@ SINGLE_FILE = {  # where a key begins like this
     "cond_stage_model.model.": OPEN_CLIP_TEXT,
 }
 HUB = {"unet": HUB_UNET, "vae": HUB_AUTOENCODER, "text_encoder": CLIP_TEXT}  # by sub-folder
-HUB_SIZES = {  # sub-folder -> (our section of the config, the hub's names and ours)
-    "unet": ("unet", {
+HUB_SIZES = {  # config file -> (our section of the config, the hub's names and ours)
+    "unet/config.json": ("unet", {
         "in_channels": "in_channels", "out_channels": "out_channels", "layers_per_block": "num_res_blocks",
         "cross_attention_dim": "context_dim", "transformer_layers_per_block": "transformer_depth",
     }),
-    "vae": ("vae", {
+    "vae/config.json": ("vae", {
         "layers_per_block": "num_res_blocks", "latent_channels": "z_channels", "scaling_factor": "scale_factor",
     }),
-    "text_encoder": ("text", {
+    "text_encoder/config.json": ("text", {
         "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
         "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+    }),
+    "scheduler/scheduler_config.json": ("schedule", {
+        "beta_schedule": "kind", "beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps",
     }),
 }  # fmt: skip
 STACKS = [  # the files keep q, k and v apart, and the networks multiply them in one product
@@ -124,23 +122,24 @@ def from_hub(folder: str, key: str, sizes: Mapping[str, Any]) -> str | None:
     levels, and its decoder's levels from the coarsest; ours are numbered one after the other, and from the finest."""
     if re.search(NO_WEIGHTS, key):
         return None
-    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", key):
-        key = unet_block(*match.groups(), sizes["unet"]) + key[match.end() :]
+    if folder == "unet" and (match := re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?([a-z]+)\.(\d+)\.", key)):
+        way, level, kind, number = match.groups()
+        key = unet_block(way, int(level or 0), kind, int(number), **sizes["unet"]) + key[match.end() :]
     if match := re.match(r"decoder\.up_blocks\.(\d+)\.", key):
         key = f"decoder.up.{len(sizes['vae']['ch_mult']) - 1 - int(match[1])}.{key[match.end() :]}"
     return renamed(key, HUB[folder])
 
 
-def unet_block(way: str, level: str, kind: str, number: str, sizes: Mapping[str, Any]) -> str:
-    """With n residual blocks, a level takes n + 1 places on the way down, the last one a downsampling, and n + 1 on the
+def unet_block(way: str, level: int, kind: str, n: int, num_res_blocks, channel_mult, attention_levels, **_) -> str:
+    """With r residual blocks, a level takes r + 1 places on the way down, the last one a downsampling, and r + 1 on the
     way up, where upsampling comes after the residual block and the transformer."""
-    n, level, blocks = int(number), int(level), sizes["num_res_blocks"]
-    place, layer = level * (blocks + 1) + n, int(kind == "attentions")
+    place, layer = level * (num_res_blocks + 1) + n, int(kind == "attentions")
+    if way == "mid":
+        return f"middle_block.{2 * n + layer}."
     if way == "down":
-        return f"input_blocks.{place + 1 + (blocks if kind == 'downsamplers' else 0)}.{layer}."
+        return f"input_blocks.{place + 1 + (num_res_blocks if kind == 'downsamplers' else 0)}.{layer}."
     if kind == "upsamplers":
-        from_finest = len(sizes["channel_mult"]) - 1 - level
-        place, layer = place + blocks, 1 + (from_finest in sizes["attention_levels"])
+        place, layer = place + num_res_blocks, 1 + (len(channel_mult) - 1 - level in attention_levels)
     return f"output_blocks.{place}.{layer}."
 
 
@@ -163,21 +162,20 @@ FAMILIES = {  # by the keys of its text encoder in a single file
     "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
 }
-FOREIGN = [  # (a pattern of keys, the file's kind); the first that fits is named
-    (r"lora|hada_w|lokr_", "a LoRA, which adds to a model"),
-    (r"^conditioner\.embedders\.", "an SDXL, which is not supported"),
-    (r"joint_blocks\.|double_blocks\.|add_q_proj\.", "a diffusion transformer such as SD3, which is not supported"),
-    (r"^(conv_in|down_blocks|text_model|encoder|decoder|text\.tower|visual|input_blocks)\.", "one part of a model"),
-]
+FOREIGN = {  # a pattern of keys -> the file's kind; the first that fits is named
+    r"lora|hada_w|lokr_": "a LoRA, which adds to a model",
+    r"^conditioner\.embedders\.": "an SDXL, which is not supported",
+    r"joint_blocks\.|double_blocks\.|add_q_proj\.": "a diffusion transformer such as SD3, which is not supported",
+    r"^(conv_in|down_blocks|text_model|encoder|decoder|text\.tower|visual|input_blocks)\.": "one part of a model",
+}
 
 
 def family(keys: Iterable[str]) -> dict[str, Any]:
-    """The sizes of the family that a single file with these keys belongs to. Raises InputError for other files."""
-    keys = list(keys)
+    """The sizes of the family that a single file with these keys belongs to. Raises InputError for another file."""
+    text = "\n".join(["", *sorted(keys)])
     for prefix, sizes in FAMILIES.items():
-        wanted = ("model.diffusion_model.input_blocks.", "first_stage_model.", prefix)
-        if all(any(key.startswith(start) for key in keys) for start in wanted):
+        if f"\n{prefix}" in text and "\nmodel.diffusion_model.input_blocks." in text:
             return sizes
-    kinds = (kind for pattern, kind in FOREIGN if any(re.search(pattern, key) for key in keys))
-    kind = next(kinds, f"no Stable Diffusion: its keys are {', '.join(sorted(keys)[:3])}")
+    kinds = (kind for pattern, kind in FOREIGN.items() if re.search(pattern, text, re.MULTILINE))
+    kind = next(kinds, f"no Stable Diffusion: its keys are {', '.join(text.split()[:3])}")
     raise InputError(f"it seems to be {kind}; give a whole Stable Diffusion 1.x or 2.x, as a file or a folder")

@@ -23,32 +23,22 @@ UNKNOWN = 1  # every token that a compact vocabulary lacks: a row of its embeddi
 class TextEncoder(nn.Module):
     """Prompts to hidden states (B, L, C) of an open_clip text tower, after its final layer norm.
 
-    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is the end token for 1.x ("end")
-    and 0 for 2.x and for open_clip. `vocabulary`, where given, lists in ascending order the tokenizer's ids that the
-    tower knows; its embedding then has one row for each, behind a row for padding (0) and one for all other tokens
-    (`UNKNOWN`), so that a small model carries no rows that were never trained. Without one, a tower of n embeddings
-    knows the first n - 514 of the tokenizer's merges, and begins and ends prompts with n - 2 and n - 1.
+    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is an id, or "end" (1.x; 2.x and
+    open_clip have 0). `vocabulary`, where given, lists in ascending order the tokenizer's ids that the tower knows; its
+    embedding then has one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that
+    a small model carries no rows that were never trained. Without one, a tower of n embeddings knows the first n - 514
+    of the tokenizer's merges, and begins and ends prompts with n - 2 and n - 1.
     """
 
     def __init__(
-        self,
-        tower: nn.Module,  # an open_clip.TextTransformer
-        hidden_layer: str = "last",
-        pad_token: int | str = 0,  # an id, or "end"
-        vocabulary: Tensor | None = None,
+        self, tower: nn.Module, hidden_layer: str = "last", pad_token: int | str = 0, vocabulary: Tensor | None = None
     ):
         super().__init__()
-        if hidden_layer not in ("last", "penultimate"):
-            raise InputError(f"text.hidden_layer is {hidden_layer!r}: choose last or penultimate")
         size = min(tower.vocab_size, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
-        pad_token = size - 1 if pad_token == "end" else pad_token
-        if not isinstance(pad_token, int) or not 0 <= pad_token < size:
-            raise InputError(f"text.pad_token is {pad_token!r}: choose end, or a whole number from 0 to {size - 1}")
-        self.tower = tower
-        self.hidden_layer, self.pad_token = hidden_layer, pad_token
-        self.context_length = tower.context_length
-        self.register_buffer("vocabulary", vocabulary)
+        self.tower, self.context_length = tower, tower.context_length
         self.begin, self.end = size - 2, size - 1
+        self.hidden_layer, self.pad_token = hidden_layer, self.end if pad_token == "end" else pad_token
+        self.register_buffer("vocabulary", vocabulary)
         self._tokenizer = None
         self._known = None if vocabulary is None else set(vocabulary.tolist())
 
@@ -59,20 +49,15 @@ class TextEncoder(nn.Module):
             import open_clip
 
             self._tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
-            merges = self.begin - 512
-            if merges < 0:
-                raise InputError(f"text.vocab_size={self.end + 1} is too small: the tokenizer alone has 514")
             ranks = self._tokenizer.bpe_ranks
-            self._tokenizer.bpe_ranks = {pair: rank for pair, rank in ranks.items() if rank < merges}
+            self._tokenizer.bpe_ranks = {pair: rank for pair, rank in ranks.items() if rank < self.begin - 512}
         ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
+        room = self.context_length - 2
         for row, prompt in zip(ids, prompts, strict=True):
             tokens = self._tokenizer.encode(prompt)
-            if len(tokens) > self.context_length - 2:
-                warnings.warn(
-                    f"the prompt has {len(tokens)} tokens and is cut to {self.context_length - 2}: {prompt!r}",
-                    stacklevel=2,
-                )
-                tokens = tokens[: self.context_length - 2]
+            if len(tokens) > room:
+                warnings.warn(f"the prompt has {len(tokens)} tokens and is cut to {room}: {prompt!r}", stacklevel=2)
+                tokens = tokens[:room]
             if self._known is not None and (new := [t for t in tokens if t not in self._known]):
                 words = ", ".join(dict.fromkeys(self._tokenizer.decode([t]).strip() for t in new))
                 warnings.warn(f"this model has never seen: {words} (in the prompt {prompt!r})", stacklevel=2)
@@ -102,10 +87,7 @@ class TextEncoder(nn.Module):
         """
         projection = getattr(self.tower, "text_projection", None)
         if projection is None or self.hidden_layer != "last":
-            raise InputError(
-                "this checkpoint has no CLIP text projection for the states that condition it: "
-                "set the weight of the CLIP term to 0"
-            )
+            raise InputError("this model has no CLIP text projection: set the weight of the CLIP term to 0")
         end = ids.argmax(dim=-1).to(hidden.device)  # end is the largest id, and argmax takes the first of several
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), end].to(projection.dtype) @ projection
         return F.normalize(pooled.float(), dim=-1)
@@ -129,8 +111,8 @@ def compact_vocabulary(texts: Sequence[str]) -> Tensor:
 
 
 class Clip(nn.Module):
-    """An image tower beside a text encoder, with the learned temperature. Features are L2-normalised, (B, D),
-    float32 whatever the weights are."""
+    """An image tower beside a text encoder, with the learned temperature. Features are L2-normalised, (B, D), float32
+    with weights of any precision."""
 
     def __init__(self, visual: nn.Module, text: TextEncoder, image_size: int, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
@@ -156,49 +138,34 @@ class Clip(nn.Module):
 
 
 def build_text(
-    width: int,
-    heads: int,
-    layers: int,
     vocab_size: int = VOCABULARY,
-    context_length: int = 77,
     quick_gelu: bool = False,
     hidden_layer: str = "last",
     pad_token: int | str = 0,
-    embed_dim: int | None = None,
+    embed_dim: int | None = None,  # width of the CLIP projection, None for none
     vocabulary: Tensor | None = None,
+    **sizes: int,
 ) -> TextEncoder:
-    """A text encoder of the given sizes; `embed_dim` is the width of the CLIP projection, None for none."""
+    """A text encoder of the given sizes: `width`, `heads`, `layers`, `context_length` (77)."""
     from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 
     tower = TextTransformer(
-        context_length=context_length,
         vocab_size=vocab_size if vocabulary is None else len(vocabulary) + 2,
-        width=width,
-        heads=heads,
-        layers=layers,
         output_dim=embed_dim,
         act_layer=QuickGELU if quick_gelu else nn.GELU,
         norm_layer=LayerNorm,
+        **sizes,
     )
     with torch.device("cpu"):  # even while the weights are on the meta device: no file will bring the mask
         tower.attn_mask = tower.build_causal_mask()
     return TextEncoder(tower, hidden_layer, pad_token, vocabulary)
 
 
-def build_clip(text: TextEncoder, embed_dim: int, image_size: int, width: int, heads: int, layers: int, patch: int):
-    """`text` beside an open_clip vision transformer of the given sizes."""
+def build_clip(text: TextEncoder, embed_dim: int, image_size: int, patch: int, **sizes: int) -> Clip:
+    """`text` beside an open_clip vision transformer of the given sizes: `width`, `heads`, `layers`."""
     from open_clip.transformer import LayerNorm, VisionTransformer
 
-    visual = VisionTransformer(
-        image_size=image_size,
-        patch_size=patch,
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp_ratio=4.0,
-        output_dim=embed_dim,
-        norm_layer=LayerNorm,
-    )
+    visual = VisionTransformer(image_size, patch, mlp_ratio=4.0, output_dim=embed_dim, norm_layer=LayerNorm, **sizes)
     return Clip(visual, text, image_size)
 
 

@@ -1,7 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x and 2.x are sizes.
 
-Module names follow the released checkpoints (`input_blocks`, `middle_block`, `output_blocks`), so that weights are
-carried over by the few rules in `models/names.py`. The named sizes stand at the end.
+Module names follow the released checkpoints, so that the few rules in `models/names.py` carry weights over. The named
+sizes stand at the end.
 """
 
 from __future__ import annotations
@@ -47,11 +47,8 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))), with a 1x1 convolution on the skip where widths differ.
-
-    (B, in, H, W) -> (B, out, H, W). `time_dim` is the width of the time embedding that is added between the two
-    convolutions, or None for a block without one (the autoencoder's).
-    """
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))), with a 1x1 convolution on the skip where widths differ:
+    (B, in, H, W) -> (B, out, H, W). The autoencoder's blocks have no time (`time_dim` None)."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, eps: float = 1e-5):
         super().__init__()
@@ -82,10 +79,8 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A strided 3x3 convolution: (B, C, H, W) -> (B, C, H/2, W/2).
-
-    The UNet pads all four sides by one; the autoencoder pads right and bottom only (`asymmetric`).
-    """
+    """A strided 3x3 convolution: (B, C, H, W) -> (B, C, H/2, W/2). The UNet pads all four sides by one; the autoencoder
+    pads right and bottom only (`asymmetric`)."""
 
     def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
@@ -130,17 +125,9 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, residual: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(
-        self,
-        channels: int,
-        heads: int,
-        context_dim: int,  # width of the text states
-        depth: int,  # transformer blocks
-        attention: Attention,  # the network's
-        slot: int,  # place of the first block's keys and values in ProjectedContext.kv; the others follow
-    ):
+    def __init__(self, channels: int, heads: int, context_dim: int, depth: int, attention: Attention, slot: int):
         super().__init__()
-        self.slot = slot
+        self.slot = slot  # place of the first block's keys and values in ProjectedContext.kv; the others follow
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
@@ -169,18 +156,12 @@ class Stage(nn.Sequential):
         return x
 
 
-def at_level(value: int | Sequence[int] | None, level: int) -> int | None:
-    return value[level] if isinstance(value, Sequence) else value
-
-
 class UNet(nn.Module):
     """x (B, in_channels, h, w), t (B,) or a scalar, context (B, L, context_dim) -> (B, out_channels, h, w).
 
     h and w must be multiples of 2 ** (levels - 1). The output is raw: noise or v, see `LatentDiffusion.prediction`. The
     switch `gradient_checkpointing` trades a second forward pass for the memory of the activations. `attention` is
-    shared by all attention layers.
-
-    Raises InputError if both or neither of `num_heads` and `num_head_channels` are given.
+    shared by all attention layers. Raises InputError where the widths cannot be split into the heads.
     """
 
     def __init__(
@@ -195,7 +176,6 @@ class UNet(nn.Module):
         num_head_channels: int | None = None,  # ... or channels per head (Stable Diffusion 2.x: 64)
         transformer_depth: int | Sequence[int] = 1,  # transformer blocks per spatial transformer, likewise
         context_dim: int = 768,  # width of the text states
-        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         if (num_heads is None) == (num_head_channels is None):
@@ -204,31 +184,26 @@ class UNet(nn.Module):
         attention_levels = range(levels - 1) if attention_levels is None else attention_levels
         self.model_channels = model_channels
         self.downsampling = 2 ** (levels - 1)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = False
         self.attention = Attention()
         time_dim = 4 * model_channels
 
-        def res_block(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, time_dim)
-
         def transformer(c: int, level: int) -> SpatialTransformer:
-            heads = at_level(num_heads, level) if num_head_channels is None else c // num_head_channels
-            depth = at_level(transformer_depth, level)
-            if not heads >= 1 or c % heads:
+            heads, depth = (v[level] if isinstance(v, Sequence) else v for v in (num_heads, transformer_depth))
+            heads = heads or c // num_head_channels
+            if not heads or c % heads:
                 raise InputError(f"the UNet's width {c} cannot be split into {heads} heads")
             slot = sum(isinstance(m, CrossAttention) for m in self.modules())
             return SpatialTransformer(c, heads, context_dim, depth, self.attention, slot)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
         channels = model_channels
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [res_block(channels, mult * model_channels)]
+                layers = [ResBlock(channels, mult * model_channels, time_dim)]
                 channels = mult * model_channels
                 if level in attention_levels:
                     layers.append(transformer(channels, level))
@@ -239,13 +214,15 @@ class UNet(nn.Module):
                 skips.append(channels)
 
         self.middle_block = Stage(
-            res_block(channels, channels), transformer(channels, levels - 1), res_block(channels, channels)
+            ResBlock(channels, channels, time_dim),
+            transformer(channels, levels - 1),
+            ResBlock(channels, channels, time_dim),
         )
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [res_block(channels + skips.pop(), mult * model_channels)]
+                layers = [ResBlock(channels + skips.pop(), mult * model_channels, time_dim)]
                 channels = mult * model_channels
                 if level in attention_levels:
                     layers.append(transformer(channels, level))
@@ -265,11 +242,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         if not isinstance(context, ProjectedContext):
-            if context.shape[0] != x.shape[0]:
-                context = context.expand(x.shape[0], -1, -1)
-            context = self.project_context(context)
-        embedding = timestep_embedding(t, self.model_channels).to(x.dtype)
-        time = F.silu(self.time_embed(embedding))
+            context = self.project_context(context.expand(x.shape[0], -1, -1))
+        time = F.silu(self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype)))
 
         def run(stage: Stage, h: Tensor) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -288,21 +262,6 @@ class UNet(nn.Module):
 
 # Named sizes: of Stable Diffusion 1.x and of 2.x (Rombach et al., 2022). Later families go below.
 
-SD1 = dict(
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    channel_mult=[1, 2, 4, 4],
-    num_res_blocks=2,
-    num_heads=8,
-    context_dim=768,
-)
-SD2 = dict(
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    channel_mult=[1, 2, 4, 4],
-    num_res_blocks=2,
-    num_head_channels=64,
-    context_dim=1024,
-)
+LEVELS = dict(model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=2)
+SD1 = dict(**LEVELS, num_heads=8, context_dim=768)
+SD2 = dict(**LEVELS, num_head_channels=64, context_dim=1024)

@@ -45,8 +45,12 @@ def fixture_arch(name):
     return {section: values for section, values in arch.items() if section != "guidance_scale"}
 
 
-def hub_folder(path, ending=".safetensors"):
+def hub_folder(path, ending=".safetensors", prediction=None):
     """sd1_tiny in the hub's layout: its configs, and the single file's tensors under the names of its hub folder."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+    scheduler = betas | ({"prediction_type": prediction} if prediction else {})  # 1.4 states none
+    (path / "scheduler").mkdir(parents=True)
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     single, parts = load_file(FIXTURES / "sd1_tiny" / "model.safetensors"), {part: {} for part in WEIGHTS}
     for line in (FIXTURES / "sd1_tiny" / "hub" / "names.txt").read_text().splitlines():
         (part, name), key = line.split()[0].split("/"), line.split()[1]

@@ -82,8 +82,6 @@ def test_q_k_and_v_of_one_projection_are_read_in_place_and_heads_join_without_a_
     o = fused.fused_attention(q, k, v)
     assert rearrange(o, "b h n d -> b n (h d)").data_ptr() == o.data_ptr()
     assert torch.equal(o, fused.fused_attention(q.contiguous(), k.contiguous(), v.contiguous()))
-    far = torch.empty_strided((1, 1, 3, 8), (1, 1, 2**30, 1), device="meta")  # beyond 32 bits
-    assert fused._readable(far).is_contiguous()
 
 
 def test_huge_logits_give_the_value_of_the_largest():
@@ -146,41 +144,14 @@ def test_gradients_only_of_inputs_that_ask_for_them_and_the_same_bits_each_time(
     assert torch.equal(q.grad, full[0]) and k.grad is v.grad is None
 
 
-def test_it_is_differentiable_once():
-    q, k, v, _ = (x.requires_grad_() for x in draw(1, 1, 4, 5, 8))
-    (dq,) = torch.autograd.grad(fused.fused_attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dq.sum().backward()
-
-
-def test_compiled_recomputed_and_with_hooks_on_saved_tensors():
+def test_compiled_and_recomputed_it_gives_the_same_bits():
     q, k, v, do = draw(2, 2, 20, 30, 16)
     expected = run(q, k, v, do)
     compiled = torch.compile(fused.fused_attention, backend="aot_eager", fullgraph=True)
     recomputed = lambda *qkv: checkpoint(fused.fused_attention, *qkv, use_reentrant=False)
-    results = [run(q, k, v, do, compiled), run(q, k, v, do, recomputed)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
-        results.append(run(q, k, v, do))
-    for found in results:
+    for call in (compiled, recomputed):
+        found = run(q, k, v, do, call)
         assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
-
-
-def test_the_operators_give_the_compiler_their_shapes_and_strides():
-    q, k, v, do = draw(1, 2, 20, 30, 16)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fused._forward_op, (q, k, v), test_utils=checks)
-    saved = do, q, k, v, *fused._forward(q, k, v)
-    torch.library.opcheck(fused._backward_op, (*saved, True, False, True), test_utils=checks)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_autocast_casts_as_for_pytorchs_own(compiled):
-    q, k, v, do = draw(1, 2, 20, 30, 16)
-    call = torch.compile(fused.fused_attention, backend="aot_eager") if compiled else fused.fused_attention
-    with torch.autocast(DEVICE, torch.bfloat16):
-        o, *gradients = run(q, k, v, do.bfloat16(), call)
-    assert o.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in gradients)
-    assert_close((o, *gradients), exact(q, k, v, do), 2 * TOLERANCE[torch.bfloat16])  # the inputs are rounded as well
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -205,8 +176,6 @@ def test_inputs_that_it_does_not_take():
     q, k, v, _ = draw(1, 2, 3, 5, 8)
     with pytest.raises(InputError, match="float64"):
         fused.fused_attention(q.double(), k.double(), v.double())
-    for bad in ((q, k, v[:, :, 1:]), (q, k[..., :4], v[..., :4]), (q[:, :1], k, v), (q[:, :, :0], k, v)):
+    for bad in ((q, k, v[:, :, 1:]), (q, k[..., :4], v[..., :4]), (q[:, :1], k, v), (q, k, v.half())):
         with pytest.raises(ValueError, match="cannot take"):
             fused.fused_attention(*bad)
-    with pytest.raises(ValueError, match="one type"):
-        fused.fused_attention(q, k.half(), v)

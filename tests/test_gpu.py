@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models
-from data.tasks import EditTask
+from methods.base import RECONSTRUCTION, Run, perform
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from models.attention import attention
@@ -15,25 +15,22 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def on_gpu(tiny_model, tmp_path):
-    """The model as a user has it, from a file: loading casts what is stored, `.to` would cast everything."""
+    """The model as a user has it, from a file: loading leaves CLIP in float32, `.to` would cast everything."""
     models.save(tiny_model, tmp_path / "tiny", dtype=None)
     return lambda dtype: models.load(tmp_path / "tiny", device="cuda", dtype=dtype)
 
 
-def task_on(model):
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, 32, 32, generator=generator) * 2 - 1
-    return EditTask(image.to(model.device, model.dtype), "a red heart")
+def latents(model):
+    """Two of them on the CPU, normal."""
+    return torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_networks_agree_with_the_cpu(tiny_model, on_gpu):
-    model = on_gpu(torch.float32)
-    x = torch.randn(2, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(0))
-    context = tiny_model.text(["a cat", "a red heart"])
-    torch.testing.assert_close(model.text(["a cat", "a red heart"]).cpu(), context, atol=1e-3, rtol=1e-3)
-    expected = tiny_model.predict(x, torch.tensor([5, 900]), context)
-    actual = model.predict(x.cuda(), torch.tensor([5, 900]).cuda(), context.cuda())
-    torch.testing.assert_close(actual.cpu(), expected, atol=5e-3, rtol=5e-3)  # TF32 convolutions
+    model, x, t = on_gpu(torch.float32), latents(tiny_model), torch.tensor([5, 900])
+    texts = [m.encode_text(["a cat", "a red heart"]) for m in (model, tiny_model)]
+    torch.testing.assert_close(texts[0].states.cpu(), texts[1].states, atol=1e-3, rtol=1e-3)
+    actual = model.predict(x.to("cuda"), t.to("cuda"), texts[0])
+    torch.testing.assert_close(actual.cpu(), tiny_model.predict(x, t, texts[1]), atol=5e-3, rtol=5e-3)  # TF32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,44 +38,37 @@ def test_networks_agree_with_the_cpu(tiny_model, on_gpu):
     "method",
     [
         Imagic(Sampler(steps=3), embedding_steps=2, tuning_steps=2, clip_weight=0.1, decoder_steps=1),
+        Imagic(Sampler(steps=3), embedding_steps=2, tuning_steps=2, tune="lora", gradient_checkpointing=True),
         DirectInversion(Sampler(steps=3), semantic_coherence=1.0, coherence_steps=2, diversity=0.3),
     ],
 )
-def test_methods_run_and_give_the_model_back(on_gpu, method, dtype):
+def test_methods_run_and_give_the_model_back(on_gpu, task, method, dtype):
     model = on_gpu(dtype)
     before = model.fingerprint
-    result = method.edit(model, task_on(model))
-    assert result.edits[0].image.isfinite().all() and result.edits[0].image.device.type == "cpu"
+    results = list(perform(method, model, task.to("cuda"), Run()))
+    assert [result[0] == RECONSTRUCTION for result in results] == [False, True]
+    for _, latent, image in results:
+        assert latent.dtype == torch.float64 and latent.device.type == "cuda"
+        assert image.isfinite().all() and image.device.type == "cpu"
     assert model.fingerprint == before
 
 
+def test_replay_is_exact_in_bfloat16(on_gpu, task):
+    run, method = Run(), DirectInversion(Sampler(steps=5), edit_strength=0.0)
+    list(perform(method, on_gpu(torch.bfloat16), task.to("cuda"), run))
+    assert run.metrics["replay_error"] < 1e-9
+
+
 @torch.no_grad()
-def test_no_step_waits_for_the_device(on_gpu):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_waits_for_the_device(on_gpu, dtype):
     """The model predicts v, so that a step also asks the schedule for its numbers."""
-    model = on_gpu(torch.bfloat16)
-    x = torch.randn(2, *model.latent_shape, device="cuda", dtype=torch.bfloat16)
-    context = model.unet.project_context(model.text(["a cat", "a red heart"]))
-    model.predict(x, 500, context)  # loads what is loaded once
+    model = on_gpu(dtype)
+    x, projected = latents(model).to("cuda"), model.project(model.encode_text(["a cat", "a red heart"]))
+    model.predict(x, 500, projected)  # loads its libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.predict(x, 500, context)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_replay_is_exact_in_bfloat16(on_gpu):
-    model = on_gpu(torch.bfloat16)
-    result = DirectInversion(Sampler(steps=5), edit_strength=0.0).edit(model, task_on(model))
-    assert result.metrics["replay_error"] < 1e-9
-
-
-def test_a_step_does_not_wait_for_the_device(on_gpu):
-    model = on_gpu(torch.float32)
-    x, context = torch.randn(2, *model.latent_shape, device="cuda"), model.text(["a cat", "a dog"])
-    model.predict(x, 500, context)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model.predict(x, 501, context)
+        model.predict(x, 501, projected)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -137,25 +127,22 @@ def test_fused_attention_in_a_cuda_graph_compiled_and_with_nan(m):
 
 
 def test_the_unet_gives_the_same_with_fused_attention(on_gpu):
-    model = on_gpu(torch.float16)
-    x = torch.randn(2, *model.latent_shape, device="cuda", dtype=torch.float16)
-    context = model.text(["a cat", "a red heart"])
-    outputs = []
+    model, outputs = on_gpu(torch.float16), []
+    x, text = latents(model).to("cuda"), model.encode_text(["a cat", "a red heart"])
     for backend in ("fused", "reference"):
         model.unet.attention.backend = backend
-        outputs.append(model.unet(x, 500, context))
+        outputs.append(model.predict(x, 500, text))
     torch.testing.assert_close(*outputs, atol=1e-2, rtol=1e-2)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layout_and_compilation_change_rounding_only(on_gpu, dtype, compiled):
     plain, other = on_gpu(dtype), on_gpu(dtype).to(memory_format=torch.channels_last)
     if compiled:
         other.unet.compile()
-    x = torch.randn(2, *plain.latent_shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
-    context = plain.text(["a cat", "a red heart"])
-    with torch.no_grad():
-        for t in (900, 5):
-            expected, found = (model.predict(x, t, context).float() for model in (plain, other))
-            assert (found - expected).norm() < (5e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
+    x, text = latents(plain).to("cuda"), plain.encode_text(["a cat", "a red heart"])
+    for t in (900, 5):
+        expected, found = (model.predict(x, t, text) for model in (plain, other))
+        assert (found - expected).norm() < (5e-3 if dtype == torch.float32 else 5e-2) * expected.norm()

@@ -13,14 +13,19 @@ from hypothesis import strategies as st
 
 import models
 from errors import InputError
-from models.attention import Attention, CrossAttention, SelfAttention, attention, attention_map
+from models.attention import CrossAttention, SelfAttention, attention, attention_map
 from models.device import choose_channels_last, choose_device, choose_dtype
 from models.text import BEGIN, END, UNKNOWN, compact, compact_vocabulary
-from models.unet import UNet, timestep_embedding
+from models.unet import UNet
 
 
 def latents(model, batch, seed=0):
     return torch.randn(batch, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_unet(**sizes):
+    unet = UNet(model_channels=32, num_res_blocks=1, context_dim=16, num_heads=2, attention_levels=[0], **sizes)
+    return unet.requires_grad_(False)
 
 
 @settings(max_examples=25, deadline=None)
@@ -56,14 +61,10 @@ def test_auto_has_the_gradients_of_the_reference(dtype, rounding):
         torch.testing.assert_close(found, expected, atol=rounding, rtol=rounding)
 
 
-def test_backend_names():
+def test_an_unknown_backend_is_refused():
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(InputError, match="sdpa"):
         attention(q, q, q, backend="flash")
-    owner = Attention()
-    with pytest.raises(InputError, match="sdpa"):
-        owner.backend = "flash"
-    assert owner.backend == "auto"
 
 
 def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
@@ -86,9 +87,9 @@ def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
     assert unet.attention.hook is None and torch.equal(unet(x, 3, context), plain)
 
 
-def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook(tiny_model):
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
-    unet, graphs, seen = copy.deepcopy(tiny_model.unet), [], []
+def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook():
+    unet, graphs, seen = small_unet(channel_mult=[1]), [], []
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
 
     def keep(graph, inputs):
         graphs.append(graph)
@@ -101,31 +102,6 @@ def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook(t
         with unet.attention.hooked(lambda q, k, v, cross: seen.append(cross)):
             compiled(x, torch.tensor(3), context)
     assert len(graphs) == 1 and seen
-
-
-def test_timestep_embedding_is_cosines_then_sines():
-    e = timestep_embedding(torch.tensor([0, 7]), 8)
-    assert e[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-    assert e[1, 0].item() == pytest.approx(torch.cos(torch.tensor(7.0)).item())
-    assert e[1, 5].item() == pytest.approx(torch.sin(torch.tensor(7.0 * 10000**-0.25)).item(), abs=1e-6)
-
-
-def test_new_networks_start_from_zero_output(tiny_config):
-    """Last layers are zero, so an untrained UNet predicts nothing rather than noise of its own."""
-    model = models.build(tiny_config, seed=3)
-    out = model.unet(latents(model, 2), torch.tensor([3, 900]), model.text(["a", "b"]))
-    assert out.shape == (2, *model.latent_shape) and not out.any()
-
-
-def test_unet_depends_on_everything(tiny_model):
-    x, t = latents(tiny_model, 2), torch.tensor([100, 100])
-    context = tiny_model.text(["a cat", "a cat"])
-    base = tiny_model.unet(x, t, context)
-    torch.testing.assert_close(tiny_model.unet(x, 100, context[:1]), base)  # a scalar t, one context for all
-    assert (tiny_model.unet(x, t + 300, context) - base).abs().max() > 1e-3
-    other = tiny_model.unet(x, t, tiny_model.text(["a cat", "a red heart"]))
-    torch.testing.assert_close(other[0], base[0])
-    assert (other[1] - base[1]).abs().max() > 1e-4
 
 
 def test_projected_context_carries_gradients_to_the_text(tiny_model):
@@ -151,13 +127,12 @@ def test_gradient_checkpointing_changes_nothing(tiny_model):
 
 @pytest.mark.parametrize("heads", [{"num_heads": 2}, {"num_head_channels": 16}])
 def test_unet_topologies(heads):
+    """Untrained, a network predicts nothing rather than noise of its own: last layers are zero."""
     unet = UNet(model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=2, context_dim=16, **heads,
                 transformer_depth=2, attention_levels=[0, 2])  # fmt: skip
-    assert unet(torch.randn(2, 4, 8, 12), torch.tensor([1, 2]), torch.randn(2, 5, 16)).shape == (2, 4, 8, 12)
+    out = unet(torch.randn(2, 4, 8, 12), torch.tensor([1, 2]), torch.randn(2, 5, 16))
+    assert out.shape == (2, 4, 8, 12) and not out.any()
     assert len(unet.project_context(torch.randn(1, 5, 16)).kv) == 2 * (2 + 2 + 1 + 3 + 3)
-    for both in ({}, {"num_heads": 2, "num_head_channels": 16}):
-        with pytest.raises(InputError, match="num_heads"):
-            UNet(model_channels=32, channel_mult=(1,), context_dim=16, **both)
 
 
 def test_autoencoder_shapes_scale_and_posterior(tiny_model):
@@ -166,9 +141,9 @@ def test_autoencoder_shapes_scale_and_posterior(tiny_model):
     z = tiny_model.encode_image(x)
     assert z.shape == (2, 4, 8, 16) and tiny_model.decode_latents(z).shape == x.shape
     torch.testing.assert_close(z, mean * tiny_model.autoencoder.scale_factor)
-    draws = torch.stack([tiny_model.encode_image(x, torch.Generator().manual_seed(i)) for i in range(400)])
+    draws = torch.stack([tiny_model.encode_image(x, torch.Generator().manual_seed(i)) for i in range(50)])
     spread = (draws.std(0) / ((0.5 * logvar).exp() * tiny_model.autoencoder.scale_factor)).mean()
-    assert spread.item() == pytest.approx(1, abs=0.02)
+    assert spread.item() == pytest.approx(1, abs=0.03)
     with pytest.raises(InputError, match="multiples of 8"):
         tiny_model.encode_image(torch.zeros(1, 3, 36, 32))
 
@@ -198,26 +173,10 @@ def test_predicting_noise_neither_reads_from_the_device_nor_copies_to_it(tiny_co
         assert model.predict(x, 500, context).shape == x.shape
 
 
-def test_text_is_causal_and_padded(tiny_model):
-    ids = tiny_model.text.tokenize(["a cat", "a cat on a blue background"])
-    assert ids.shape == (2, 24) and ids[0, 0] == BEGIN and ids[0, 3] == END and not ids[0, 4:].any()
-    hidden = tiny_model.text.encode_tokens(ids)
-    torch.testing.assert_close(hidden[0, :3], hidden[1, :3])  # the same beginning, and later words cannot be seen
-    assert (hidden[0, 3] - hidden[1, 3]).abs().max() > 1e-3
-
-
 def test_long_prompt_is_cut_with_a_warning(tiny_model):
     with pytest.warns(UserWarning, match="cut to 22"):
         ids = tiny_model.text.tokenize(["very " * 50 + "long"])
     assert ids[0, -1] == END
-
-
-def test_compact_vocabulary():
-    vocabulary = compact_vocabulary(["a red heart", "a cat"])
-    assert vocabulary.tolist() == sorted(vocabulary.tolist()) and {BEGIN, END} <= set(vocabulary.tolist())
-    ids = torch.tensor([[BEGIN, int(vocabulary[0]), 1234, END, 0]])
-    rows = compact(ids, vocabulary)[0].tolist()
-    assert rows == [len(vocabulary), 2, UNKNOWN, len(vocabulary) + 1, 0]
 
 
 def test_the_unknown_token_is_in_no_vocabulary():
@@ -227,7 +186,9 @@ def test_the_unknown_token_is_in_no_vocabulary():
     captions = ['the "%" key', "a red heart"]
     assert UNKNOWN in {t for caption in captions for t in open_clip.SimpleTokenizer().encode(caption)}
     vocabulary = compact_vocabulary(captions)
-    assert compact(torch.tensor([[UNKNOWN, 0, END]]), vocabulary).tolist() == [[UNKNOWN, 0, len(vocabulary) + 1]]
+    ids = torch.tensor([UNKNOWN, 0, END, BEGIN, int(vocabulary[0]), 1234])
+    last = len(vocabulary) + 1
+    assert compact(ids, vocabulary).tolist() == [UNKNOWN, 0, last, last - 1, 2, UNKNOWN]
 
 
 def test_prompts_become_the_known_ids():
@@ -261,24 +222,8 @@ def test_pool_is_the_projected_end_state(tiny_model):
     expected = expected / expected.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(tiny_model.text.pool(hidden, ids), expected)
     torch.testing.assert_close(clip.text_features(["a cat", "two red hearts"]), expected)
-
-
-def test_image_features_are_normalised_and_differentiable(tiny_model):
-    x = (torch.rand(2, 3, 48, 48) * 2 - 1).requires_grad_()
-    features = tiny_model.clip.image_features(x)
+    features = clip.image_features(torch.rand(2, 3, 48, 48) * 2 - 1)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(2))
-    (gradient,) = torch.autograd.grad(features[0, 0], x)
-    assert gradient[0].abs().max() > 0 and not gradient[1].any()
-
-
-def test_no_projection_is_said(tiny_config):
-    config = {k: v for k, v in tiny_config.items() if k != "vision"}
-    config = config | {"text": config["text"] | {"embed_dim": None}}
-    model = models.build(config, seed=0)
-    ids = model.text.tokenize(["a cat"])
-    assert model.clip is None
-    with pytest.raises(InputError, match="no CLIP text projection"):
-        model.text.pool(model.text.encode_tokens(ids), ids)
 
 
 def test_fingerprint_sees_settings_without_weights(tiny_config):
