@@ -99,7 +99,7 @@ def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, D
 
 
 def start_from(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load the weights whose shapes agree, and count the others, which stay random. Raises InputError if none agrees."""
+    """Load the weights whose shapes agree, and count those that stay random. Raises InputError if none agrees."""
     own = module.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if not fitting:
