@@ -29,23 +29,55 @@ class Source(NamedTuple):
     settings: dict[str, tuple[Any, str]]  # its own: each default, as Hydra's configs hold it, and the comment behind it
 
 
+class Choice(NamedTuple):
+    """A method or an inversion, with the settings of its class and of those that it derives from."""
+
+    group: str  # method or inversion
+    name: str
+    target: str  # to be instantiated
+    settings: dict[str, tuple[Any, str]]
+
+
+def choices(methods: Path = CLONE / "methods") -> list[Choice]:
+    """Every method and inversion in the folder's files."""
+    found, classes = [], read(methods)
+    for source in classes:
+        line, group, name = ancestors(source, classes), "method", source.file.stem
+        if line[0].name == "Inversion":  # itself is DDIM's; NullText -> null_text, PnP -> pnp
+            name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", source.name).lower() if source.bases else "ddim"
+            group = "inversion"
+        elif not any("Method" in each.bases for each in line):
+            continue
+        settings = {name: item for each in line for name, item in each.settings.items()}
+        found.append(Choice(group, name, f"methods.{source.file.stem}.{source.name}", settings))
+    return found
+
+
+def markdown() -> str:
+    """The settings of all methods as Markdown: the page docs/methods.md."""
+    lines = [
+        "# Methods and their settings",
+        "",
+        "Made from the dataclasses in `methods/` by `python -m evaluation.config > docs/methods.md`. In brackets: the",
+        "symbol in the paper.",
+    ]
+    for choice in choices():
+        lines += ["", f"## {choice.group}={choice.name}", "", "| setting | default | meaning |", "|---|---|---|"]
+        own = {name: item for name, item in choice.settings.items() if name not in GROUPS}
+        for name, (default, about) in own.items():
+            lines.append(f"| `{choice.group}.{name}` | {json.dumps(default)} | {about.replace('|', 'or')} |")
+    return "\n".join([*lines, ""])
+
+
 def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> None:
     """Register each method, each inversion, and conf/suited.yaml as `suited=FAMILY_METHOD`. Raises InputError where a
     default is not a plain value."""
-    store, classes, settings = ConfigStore.instance(), read(methods), {}
-    for source in classes:
-        line, target = ancestors(source, classes), f"methods.{source.file.stem}.{source.name}"
-        if any("Method" in each.bases for each in line):
-            name = source.file.stem
-            group = "settings" if (conf / "method" / f"{name}.yaml").exists() else "method"
-        elif line[0].name == "Inversion":  # itself is DDIM's; NullText -> null_text, PnP -> pnp
-            name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", source.name).lower() if source.bases else "ddim"
-            group = "inversion"
-        else:
-            continue
-        settings[target] = {name: item for each in line for name, item in each.settings.items()}
-        defaults = {name: default for name, (default, _) in settings[target].items()}
-        store.store(group=group, name=name, node={"_target_": target, **defaults})
+    store, settings = ConfigStore.instance(), {}
+    for group, name, target, own in choices(methods):
+        settings[target] = own
+        preset = (conf / group / f"{name}.yaml").exists()
+        defaults = {name: default for name, (default, _) in own.items()}
+        store.store(group="settings" if preset else group, name=name, node={"_target_": target, **defaults})
     for family, suited in OmegaConf.load(conf / "suited.yaml").items():
         for method, node in suited.items():
             store.store(group="suited", name=f"{family}_{method}", node=node, package="_global_")
@@ -92,3 +124,7 @@ def ancestors(source: Source, classes: list[Source]) -> list[Source]:
     known = {other.name: other for other in sorted(classes, key=lambda other: other.file == source.file)}
     line = [ancestors(known[base], classes) for base in reversed(source.bases) if base in known]
     return [*itertools.chain(*line), source]
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -30,8 +30,8 @@ class DDIMInversion(Method):
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         trajectory = self.sampler.trajectory(model.schedule)
-        as_source = guided(model, task.source_prompt, self.inversion_scale)
-        as_target = guided(model, task.prompt, self.guidance_scale)
+        as_source = guided(model, task.source_prompt, self.inversion_scale, task.negative_prompt)
+        as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         top = ddim.invert(as_source, z, trajectory, self.fixed_point_steps, run.progress("inversion")).latent
         run.tensors["inverted_latent"] = top
         edit = ddim.sample(as_target, top, trajectory, progress=run.progress("editing"))

@@ -37,8 +37,8 @@ class DDPMInversion(Method):
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         trajectory = self.sampler.trajectory(model.schedule).tail(1 - self.skip)
-        as_source = guided(model, task.source_prompt, self.source_guidance_scale)
-        as_target = guided(model, task.prompt, self.guidance_scale)
+        as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
+        as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         steps = range(len(trajectory))
         for i in range(self.num_samples):
             eps = run.noise("path", i)

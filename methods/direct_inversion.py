@@ -76,7 +76,7 @@ class DirectInversion(Method):
         run.metrics["replay_error"] = float((again - z).abs().max())
         run.tensors["inverted_latent"] = recording.latent
 
-        target = guided(model, task.prompt, self.guidance_scale)
+        target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         starts = [self.start_latent(recording.latent, run.noise("start", i)) for i in range(self.num_samples)]
         run.tensors["start_latents"] = torch.cat(starts)
         for i, start in enumerate(starts):

@@ -68,7 +68,7 @@ class Imagic(Method):
         optimised = self.optimise_embedding(model, task, z, target, run)
         decoder = imagic_extras.fitted_decoder(model, z, task.image, self.decoder_steps, self.decoder_lr, run)
         with self.tuned_network(model, task, z, optimised, run), decoder:
-            yield from self.interpolate(model, z, target, optimised, trajectory, run)
+            yield from self.interpolate(model, task, z, target, optimised, trajectory, run)
 
     def optimise_embedding(self, model, task, z: Tensor, target: Conditioning, run: Run) -> Conditioning:
         """(A) e_opt = argmin_e E ||eps - eps_theta(x_t, t, e)||^2, starting at e_tgt (eq. 2): a row for each embedding.
@@ -113,9 +113,9 @@ class Imagic(Method):
             tune(theta, loss, run, "tuning", key, self.tuning_steps, lr, self.tuning_optimizer, lean)
             yield
 
-    def interpolate(self, model, z: Tensor, target: Conditioning, optimised, trajectory, run: Run) -> Iterator[Result]:
+    def interpolate(self, model, task, z, target: Conditioning, optimised, trajectory, run: Run) -> Iterator[Result]:
         """(C) Sample under e = eta e_tgt + (1 - eta) e_opt (eq. 3). Sample i has one start for all etas."""
-        null, samples = model.encode_text([""]), range(self.num_samples)
+        null, samples = model.encode_text([task.negative_prompt]), range(self.num_samples)
         starts = [noise_like(z, run.noise("start", i)) for i in samples]
         if self.start == "inversion":
             up = [guided(model, optimised[i % len(optimised)]) for i in samples]

@@ -75,7 +75,7 @@ class Inversion:
         text = model.encode_text([task.source_prompt])
         path = ddim.invert(guided(model, text), z, trajectory, self.fixed_point_steps, run.progress("inversion"))
         run.tensors["inverted_latent"] = path.latent
-        return Source(trajectory, path, text, [model.encode_text([""])])
+        return Source(trajectory, path, text, [model.encode_text([task.negative_prompt])])
 
 
 @dataclass
@@ -83,7 +83,8 @@ class NegativePrompt(Inversion):
     """Negative-prompt inversion (Miyake et al., 2023, arXiv 2305.16807, eq. 9).
 
     The null text that null-text inversion finds is nearly the source prompt. With that in the place of the empty one,
-    guidance vanishes in the source branch, eps_source + w (eps_source - eps_source), whatever w is.
+    guidance vanishes in the source branch, eps_source + w (eps_source - eps_source), whatever w is. A negative prompt of
+    the task's has no place left, and is not used.
     """
 
     def invert(self, *args) -> Source:
@@ -120,7 +121,8 @@ class NullText(Inversion):
         if guidance_scale == 1:  # the null text has no weight
             return source
         null = source.nulls[0]
-        key = {"method": "null_text", "source_prompt": task.source_prompt, "timesteps": trajectory.timesteps.tolist()}
+        key = {name: getattr(task, name) for name in ("source_prompt", "negative_prompt")}
+        key |= {"method": "null_text", "timesteps": trajectory.timesteps.tolist()}
         key |= {"guidance_scale": guidance_scale, **vars(self)}
         stored = cached_stage(run, "null_text", key, lambda: self.optimise(model, source, guidance_scale, run))
         return replace(source, nulls=[Conditioning(states, null.vector) for states in stored["nulls"].to(null.states)])

@@ -27,7 +27,7 @@ class SDEdit(Method):
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         trajectory = self.sampler.trajectory(model.schedule).tail(self.strength)
-        denoise = guided(model, task.prompt, self.guidance_scale)
+        denoise = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         for i in range(self.num_samples):
             x = model.schedule.add_noise(z, noise_like(z, run.noise("start", i)), int(trajectory.timesteps[0]))
             x = self.sampler.sample(denoise, x, trajectory, run.noise("sampling", i), run.progress("editing"))

@@ -164,3 +164,15 @@ def test_noise_maps_lead_along_a_path_of_independent_noise(tiny_model, task, edi
         mean, sigma = mean_and_sigma(task.prompt, 2.0, x, i)
         x = mean + sigma * z
     close(latent, x)
+
+
+def test_guidance_leads_away_from_the_negative_prompt(tiny_model, task, edit):
+    """With the target as its own negative prompt guidance has no effect, whatever its scale."""
+    away = replace(task, negative_prompt=task.prompt)
+    for kind in (SDEdit, DDIMInversion):
+        (_, strong, _), (_, none, _), (_, usual, _) = (
+            edit(kind(Sampler(steps=4), guidance_scale=scale), tiny_model, of)[0][0]
+            for scale, of in ((5.0, away), (1.0, task), (5.0, task))
+        )
+        close(strong, none)
+        assert not torch.allclose(usual, none)

@@ -70,6 +70,10 @@ def test_there_are_commands():
     assert len(COMMANDS) > 15
 
 
+def test_the_page_of_methods_is_that_of_the_dataclasses():
+    assert PAGES["methods.md"] == config.markdown()
+
+
 def test_the_table_of_stable_diffusion_is_that_of_the_settings():
     page = PAGES["stable-diffusion.md"]
     rows = re.findall(r"^\| `(sd\w+)` \| `([^`]+)` \| (\d+) \| (\w+) \|$", page, re.M)
