@@ -193,7 +193,9 @@ def _blocks(width: int, dtype: torch.dtype, precision: str, held: int, device: t
 
 def _precision(dtype: torch.dtype) -> str:
     """float32 products are full float32 products, unless the user allowed TF32 in `torch.backends`."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -17,15 +17,11 @@ from models.attention import CrossAttention, SelfAttention, attention, attention
 from models.device import choose_channels_last, choose_device, choose_dtype
 from models.text import BEGIN, END, UNKNOWN, compact, compact_vocabulary
 from models.unet import UNet
+from tests.conftest import randomised
 
 
 def latents(model, batch, seed=0):
     return torch.randn(batch, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
-
-
-def small_unet(**sizes):
-    unet = UNet(model_channels=32, num_res_blocks=1, context_dim=16, num_heads=2, attention_levels=[0], **sizes)
-    return unet.requires_grad_(False)
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,7 +84,8 @@ def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
 
 
 def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook():
-    unet, graphs, seen = small_unet(channel_mult=[1]), [], []
+    sizes = dict(model_channels=32, channel_mult=[1], num_res_blocks=1, num_heads=2, context_dim=16)
+    unet, graphs, seen = randomised(UNet(**sizes, attention_levels=[0])), [], []
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
 
     def keep(graph, inputs):
