@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ PARTS = ("autoencoder", "clip", "unet")
 SECTIONS = ("unet", "vae", "text", "vision", "schedule", "prediction", "image_size")  # of a config
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")  # org/name, org/name@revision
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # org/name
 
 Opened = tuple[dict[str, Any], dict[str, Tensor]]  # a model's sizes, and its weights by our names
 
@@ -104,7 +103,7 @@ def open_hub_folder(path: Path, arch: Mapping | None, half: bool) -> Opened:
     """A Stable Diffusion in a folder of the hub's layout."""
     if (path / "text_encoder_2").is_dir() or (path / "transformer").is_dir():
         raise InputError("it seems to be an SDXL or SD3, which is not supported: Stable Diffusion 1.x and 2.x are")
-    files, named = weight_files(files_in(path), half), {}
+    files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], half), {}
     config = configured({}, hub_sizes(path), arch)
     for part, file in files.items():
         named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
@@ -115,23 +114,20 @@ def open_hub_folder(path: Path, arch: Mapping | None, half: bool) -> Opened:
 def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of `own`'s names and shapes from the `named` tensors, those that belong together stacked. Raises
     InputError with the first three that are missing, unexpected or of another shape."""
-    state, stacks, problems = {}, {}, []
-    for name, tensor in named.items():
-        name, place, count = names.stacked(name)
-        if name not in own:
-            problems.append(f"{name} is unexpected")
+    state, problems, left = {}, [], dict(named)
+    for name, wanted in own.items():
+        members = [name] if name in left else names.members(name)
+        pieces = [left.pop(member) for member in members if member in left]
+        if len(pieces) < len(members):
+            problems.append(f"{name} is missing")
             continue
-        if tensor.ndim == 4 and own[name].ndim == 2 and tensor.shape[2:] == (1, 1):
+        tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if tensor.ndim == 4 and wanted.ndim == 2:
             tensor = tensor.flatten(1)  # a 1x1 convolution on pixels is a Linear
-        shape = [n // count if i == 0 else n for i, n in enumerate(own[name].shape)]
-        if [*tensor.shape] != shape:
-            problems.append(f"{name} is {[*tensor.shape]} where {shape} fits")
-            continue
-        pieces = stacks.setdefault(name, {})
-        pieces[place] = tensor
-        if len(pieces) == count:
-            state[name] = torch.cat([pieces[i] for i in range(count)]) if count > 1 else tensor
-    problems += [f"{name} is missing" for name in own if name not in state]
+        if tensor.shape != wanted.shape:
+            problems.append(f"{name} is {[*tensor.shape]} where {[*wanted.shape]} fits")
+        state[name] = tensor
+    problems += [f"{name} is unexpected" for name in left]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"it does not fit the networks: {'; '.join(problems[:3])}{more}")
@@ -187,8 +183,6 @@ def hub_sizes(path: Path) -> dict[str, Any]:
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
-UNREADABLE = (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError, SafetensorError)
-
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors or a PyTorch file (.ckpt, .bin) on the CPU, mapped; nothing in it is executed.
@@ -197,7 +191,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except UNREADABLE as error:
+    except Exception as error:  # the readers have many
         why = "it is damaged, cut short, or a pickle that could run code: take a whole .safetensors file"
         raise InputError(f"{file} cannot be read ({type(error).__name__}): {why}") from None
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
@@ -221,31 +215,20 @@ def weight_files(files: Iterable[str], half: bool) -> dict[str, str]:
     return chosen
 
 
-def files_in(folder: Path) -> list[str]:
-    return [f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")]
-
-
 def fetch(repo_id: str, half: bool = False) -> Path:
-    """The folder of "org/name" or "org/name@revision" in huggingface_hub's cache, with the files that a model needs. A
-    cached copy serves as it is; else they are downloaded. Raises InputError where that fails."""
+    """The folder of "org/name" in huggingface_hub's cache, with the files that a model needs. They are downloaded where
+    the cache has no newest copy; without a network, any copy serves. Raises InputError where there is none."""
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    name, _, revision = repo_id.partition("@")
-    chosen = {"repo_id": name, "revision": revision or None}
+    files = ()
+    with suppress(Exception):  # the next call says why, or has a copy
+        files = weight_files(list_repo_files(repo_id), half).values()
     try:
-        folder = Path(snapshot_download(**chosen, local_files_only=True))
-        weight_files(files_in(folder), half)
-        return folder
-    except (LocalEntryNotFoundError, InputError):
-        pass  # it is not cached, or not whole
-    try:
-        files = weight_files(list_repo_files(**chosen), half).values()
-        return Path(snapshot_download(**chosen, allow_patterns=["*.json", *files]))
-    except (OSError, HfHubHTTPError, InputError) as error:
-        kind = str(error) if isinstance(error, InputError) else type(error).__name__
-        hint = "log in with `hf auth login` if it is closed, or give the path of a downloaded folder"
-        raise InputError(f"{repo_id} is no path, and the hub does not give it ({kind}): {hint}") from None
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", *files]))
+    except (OSError, HfHubHTTPError) as error:
+        why = f"the hub does not give it ({type(error).__name__}): log in with `hf auth login` if it is closed"
+        raise InputError(f"{repo_id} is no path, and {why}, or name a downloaded folder") from None
 
 
 # --- this project's folder -----------------------------------------------------------------------------------------

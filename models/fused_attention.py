@@ -106,38 +106,37 @@ def _forward_kernel(
 def _backward_q_kernel(
     q, k, v, o, do, lse, delta, dq, N, M, scale, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
     D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, NEED_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head; their products delta = rowsum(o * do), and, if NEED_Q, their dq."""
+    """One program: BLOCK_M queries of one head; their dq, and delta = rowsum(o * do) for the next kernel."""
     heads = tl.num_programs(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     do_block = _load(_head(do, N * heads, 1, D), rows, heads * D, N, D, WIDTH, False)
     o_block = _load(_head(o, N * heads, 1, D), rows, heads * D, N, D, WIDTH, False)
     row_delta = tl.sum(o_block.to(tl.float32) * do_block.to(tl.float32), 1)
     tl.store(_head(delta, N * heads, N, 1) + rows, row_delta, mask=rows < N)
-    if NEED_Q:
-        k = _head(k, skb, skh, UNIT)
-        v = _head(v, svb, svh, UNIT)
-        q_block = _load(_head(q, sqb, sqh, UNIT), rows, sqn * UNIT, N, D, WIDTH, False)
-        row_lse = tl.load(_head(lse, N * heads, N, 1) + rows, mask=rows < N, other=0.0)
-        acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-        for start in range(0, M, BLOCK_N):
-            keys = start + tl.arange(0, BLOCK_N)
-            k_block = _load(k, keys, skn * UNIT, M, D, WIDTH, WHOLE)
-            v_block = _load(v, keys, svn * UNIT, M, D, WIDTH, WHOLE)
-            p = tl.exp2(_dot(q_block, tl.trans(k_block), None, PRECISION) * (scale * LOG2_E) - row_lse[:, None])
-            if not WHOLE:  # a key that is not there has the logit 0, of which the exponential may well be infinite
-                p = tl.where(keys[None, :] < M, p, 0.0)
-            ds = p * (_dot(do_block, tl.trans(v_block), None, PRECISION) - row_delta[:, None])
-            acc = _dot(ds, k_block, acc, PRECISION)
-        _store(_head(dq, N * heads, 1, D), rows, heads * D, N, acc * scale, D, WIDTH)
+    k = _head(k, skb, skh, UNIT)
+    v = _head(v, svb, svh, UNIT)
+    q_block = _load(_head(q, sqb, sqh, UNIT), rows, sqn * UNIT, N, D, WIDTH, False)
+    row_lse = tl.load(_head(lse, N * heads, N, 1) + rows, mask=rows < N, other=0.0)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for start in range(0, M, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k_block = _load(k, keys, skn * UNIT, M, D, WIDTH, WHOLE)
+        v_block = _load(v, keys, svn * UNIT, M, D, WIDTH, WHOLE)
+        p = tl.exp2(_dot(q_block, tl.trans(k_block), None, PRECISION) * (scale * LOG2_E) - row_lse[:, None])
+        if not WHOLE:  # a key that is not there has the logit 0, of which the exponential may well be infinite
+            p = tl.where(keys[None, :] < M, p, 0.0)
+        ds = p * (_dot(do_block, tl.trans(v_block), None, PRECISION) - row_delta[:, None])
+        acc = _dot(ds, k_block, acc, PRECISION)
+    _store(_head(dq, N * heads, 1, D), rows, heads * D, N, acc * scale, D, WIDTH)
 
 
 @triton.jit
 def _backward_kv_kernel(
     q, k, v, do, lse, delta, dk, dv, N, M, scale, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
     D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, over all queries. Weights are held transposed, keys first."""
     heads = tl.num_programs(1)
@@ -158,16 +157,12 @@ def _backward_kv_kernel(
         p = tl.exp2(_dot(k_block, tl.trans(q_block), None, PRECISION) * (scale * LOG2_E) - row_lse[None, :])
         if not WHOLE:  # a query that is not there must not count, not even where a key is infinite
             p = tl.where(rows[None, :] < N, p, 0.0)
-        if NEED_V:
-            v_acc = _dot(p, do_block, v_acc, PRECISION)
-        if NEED_K:
-            row_delta = tl.load(delta + rows, mask=rows < N, other=0.0)
-            ds = p * (_dot(v_block, tl.trans(do_block), None, PRECISION) - row_delta[None, :])
-            k_acc = _dot(ds, q_block, k_acc, PRECISION)
-    if NEED_K:
-        _store(_head(dk, M * heads, 1, D), keys, heads * D, M, k_acc * scale, D, WIDTH)
-    if NEED_V:
-        _store(_head(dv, M * heads, 1, D), keys, heads * D, M, v_acc, D, WIDTH)
+        v_acc = _dot(p, do_block, v_acc, PRECISION)
+        row_delta = tl.load(delta + rows, mask=rows < N, other=0.0)
+        ds = p * (_dot(v_block, tl.trans(do_block), None, PRECISION) - row_delta[None, :])
+        k_acc = _dot(ds, q_block, k_acc, PRECISION)
+    _store(_head(dk, M * heads, 1, D), keys, heads * D, M, k_acc * scale, D, WIDTH)
+    _store(_head(dv, M * heads, 1, D), keys, heads * D, M, v_acc, D, WIDTH)
 
 
 # --- launching them ------------------------------------------------------------------------------------------------
@@ -198,11 +193,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x, or a copy if its rows are not dense, or too far apart for the kernels, which find them in 32 bits."""
-    return x if x.stride(3) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
-
-
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
     """A unit, and in it the strides of batch, head and row of each tensor.
 
@@ -214,85 +204,55 @@ def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
     return unit, [s // unit for s in strides]
 
 
-def _empty(x: Tensor, needed: bool = True) -> Tensor:
-    """An empty (B, heads, N, d) like x that lies in memory as (B, N, heads, d); without elements if not `needed`."""
+def _empty(x: Tensor) -> Tensor:
+    """An empty (B, heads, N, d) like x that lies in memory as (B, N, heads, d)."""
     batch, heads, n, d = x.shape
-    return x.new_empty(batch, n, heads, d).transpose(1, 2) if needed else x.new_empty(0)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, in base 2."""
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    batch, heads, n, d = q.shape
-    m, width, precision = k.shape[2], max(16, triton.next_power_of_2(d)), _precision(q.dtype)
-    o, lse = _empty(q), q.new_empty(batch, heads, n, dtype=torch.float32)
-    unit, strides = _strides(q, k, v)
-    block_m, block_n, warps, stages = _blocks(width, q.dtype, precision, 1, q.device)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be the one of the tensors
-        _forward_kernel[(triton.cdiv(n, block_m), heads, batch)](
-            q, k, v, o, lse, n, m, d**-0.5, *strides, d, width, unit, precision,
-            block_m, block_n, m % block_n == 0, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return o, lse
-
-
-def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, need_q: bool, need_k: bool, need_v: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; a tensor without elements for one that is not needed."""
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    do, o, lse = do.transpose(1, 2).contiguous(), o.transpose(1, 2).contiguous(), lse.contiguous()
-    batch, heads, n, d = q.shape
-    m, width, precision = k.shape[2], max(16, triton.next_power_of_2(d)), _precision(q.dtype)
-    dq, dk, dv, delta = _empty(q, need_q), _empty(k, need_k), _empty(v, need_v), torch.empty_like(lse)
-    unit, strides = _strides(q, k, v)
-    rows, streamed, warps, stages = _blocks(width, q.dtype, precision, 2, q.device)
-    with torch.cuda.device_of(q):
-        if need_q or need_k:
-            _backward_q_kernel[(triton.cdiv(n, rows), heads, batch)](
-                q, k, v, o, do, lse, delta, dq, n, m, d**-0.5, *strides, d, width, unit, precision,
-                rows, streamed, m % streamed == 0, need_q, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-        if need_k or need_v:
-            _backward_kv_kernel[(triton.cdiv(m, rows), heads, batch)](
-                q, k, v, do, lse, delta, dk, dv, n, m, d**-0.5, *strides, d, width, unit, precision,
-                streamed, rows, n % streamed == 0, need_k, need_v, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-    return dq, dk, dv
-
-
-# torch.compile takes these operators as they are. Eager calls do without them, which saves some 10 µs each.
-_forward_op = torch.library.custom_op("palimpsest::attention", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("palimpsest::attention_backward", _backward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(q, k, v):
-    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@_backward_op.register_fake
-def _(do, q, k, v, o, lse, need_q, need_k, need_v):
-    return _empty(q, need_q), _empty(k, need_k), _empty(v, need_v)
+    return x.new_empty(batch, n, heads, d).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o, lse = (_forward_op if torch.compiler.is_compiling() else _forward)(q, k, v)
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        batch, heads, n, d = q.shape
+        m, width, precision = k.shape[2], max(16, triton.next_power_of_2(d)), _precision(q.dtype)
+        o, lse = _empty(q), q.new_empty(batch, heads, n, dtype=torch.float32)  # lse in base 2
+        unit, strides = _strides(q, k, v)
+        rows, streamed, warps, stages = _blocks(width, q.dtype, precision, 1, q.device)
+        with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
+            _forward_kernel[(triton.cdiv(n, rows), heads, batch)](
+                q, k, v, o, lse, n, m, d**-0.5, *strides, d, width, unit, precision,
+                rows, streamed, m % streamed == 0, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        gradients = (_backward_op if torch.compiler.is_compiling() else _backward)(do, *ctx.saved_tensors, *needed)
-        return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, o, lse = ctx.saved_tensors
+        do, o = do.transpose(1, 2).contiguous(), o.transpose(1, 2)
+        batch, heads, n, d = q.shape
+        m, width, precision = k.shape[2], max(16, triton.next_power_of_2(d)), _precision(q.dtype)
+        dq, dk, dv, delta = _empty(q), _empty(k), _empty(v), torch.empty_like(lse)
+        unit, strides = _strides(q, k, v)
+        rows, streamed, warps, stages = _blocks(width, q.dtype, precision, 2, q.device)
+        with torch.cuda.device_of(q):
+            _backward_q_kernel[(triton.cdiv(n, rows), heads, batch)](
+                q, k, v, o, do, lse, delta, dq, n, m, d**-0.5, *strides, d, width, unit, precision,
+                rows, streamed, m % streamed == 0, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            _backward_kv_kernel[(triton.cdiv(m, rows), heads, batch)](
+                q, k, v, do, lse, delta, dk, dv, n, m, d**-0.5, *strides, d, width, unit, precision,
+                streamed, rows, n % streamed == 0, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        return dq, dk, dv
 
 
+@torch.compiler.disable
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once.
+    """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once; a compiled network breaks its
+    graph around it.
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
     `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises InputError for another type, ValueError for shapes or types
@@ -300,9 +260,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise InputError(f"fused attention takes float16, bfloat16 or float32, not {q.dtype}; use attention=sdpa")
-    batch, heads, n, d = q.shape
-    fits = k.shape == v.shape == (batch, heads, k.shape[2], d) and d <= WIDEST and 0 not in (batch, heads, n, d)
-    if not fits or not k.shape[2] or not q.dtype == k.dtype == v.dtype:
+    batch, heads, _, d = q.shape
+    if not k.shape == v.shape == (batch, heads, k.shape[2], d) or d > WIDEST or not q.dtype == k.dtype == v.dtype:
         given = ", ".join(f"{[*x.shape]} {x.dtype}" for x in (q, k, v))
         raise ValueError(f"fused attention cannot take q, k and v of {given}")
     return _Attention.apply(q, k, v)

@@ -102,11 +102,8 @@ HUB_SIZES = {  # config file -> (our section of the config, the hub's names and 
         "beta_schedule": "kind", "beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps",
     }),
 }  # fmt: skip
-STACKS = [  # the files keep q, k and v apart, and the networks multiply them in one product
-    (r"(.*\.(?:attn1|attn_1)\.)to_([qkv])\.(.*)", r"\1to_qkv.\3", "qkv"),
-    (r"(.*\.attn2\.)to_([kv])\.(.*)", r"\1to_kv.\3", "kv"),
-    (r"(.*\.attn\.)to_([qkv])\.(.*)", r"\1in_proj_\3", "qkv"),
-]
+# The files keep q, k and v apart, and the networks multiply them in one product.
+STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
 # The losses of training, constants, and CLIP's head, which conditioning does not use.
 NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|text_projection(\.weight)?)$"
 
@@ -149,33 +146,24 @@ def renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
     return key
 
 
-def stacked(name: str) -> tuple[str, int, int]:
-    """(name of the stack, place in it, number of its members), as (attn1.to_qkv.weight, 1, 3) for attn1.to_k.weight;
-    (name, 0, 1) for a tensor that stands alone."""
-    for pattern, target, letters in STACKS:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(target), letters.index(match[2]), len(letters)
-    return name, 0, 1
+def members(name: str) -> list[str]:
+    """The tensors of which a file makes one of ours: ["attn1.to_q.weight", ...] of "attn1.to_qkv.weight"."""
+    for stack, letters in STACKS:
+        if stack in name:
+            return [name.replace(stack, f"to_{letter}.") for letter in letters]
+    return [name]
 
 
 FAMILIES = {  # by the keys of its text encoder in a single file
     "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
 }
-FOREIGN = {  # a pattern of keys -> the file's kind; the first that fits is named
-    r"lora|hada_w|lokr_": "a LoRA, which adds to a model",
-    r"^conditioner\.embedders\.": "an SDXL, which is not supported",
-    r"joint_blocks\.|double_blocks\.|add_q_proj\.": "a diffusion transformer such as SD3, which is not supported",
-    r"^(conv_in|down_blocks|text_model|encoder|decoder|text\.tower|visual|input_blocks)\.": "one part of a model",
-}
 
 
 def family(keys: Iterable[str]) -> dict[str, Any]:
     """The sizes of the family that a single file with these keys belongs to. Raises InputError for another file."""
-    text = "\n".join(["", *sorted(keys)])
+    keys = sorted(keys)
     for prefix, sizes in FAMILIES.items():
-        if f"\n{prefix}" in text and "\nmodel.diffusion_model.input_blocks." in text:
+        if all(any(key.startswith(p) for key in keys) for p in (prefix, "model.diffusion_model.input_blocks.")):
             return sizes
-    kinds = (kind for pattern, kind in FOREIGN.items() if re.search(pattern, text, re.MULTILINE))
-    kind = next(kinds, f"no Stable Diffusion: its keys are {', '.join(text.split()[:3])}")
-    raise InputError(f"it seems to be {kind}; give a whole Stable Diffusion 1.x or 2.x, as a file or a folder")
+    raise InputError(f"it is no whole Stable Diffusion 1.x or 2.x: its keys are {', '.join(keys[:3])}, ...")

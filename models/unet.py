@@ -178,8 +178,6 @@ class UNet(nn.Module):
         context_dim: int = 768,  # width of the text states
     ):
         super().__init__()
-        if (num_heads is None) == (num_head_channels is None):
-            raise InputError("the UNet takes either num_heads or num_head_channels, not both and not neither")
         levels = len(channel_mult)
         attention_levels = range(levels - 1) if attention_levels is None else attention_levels
         self.model_channels = model_channels

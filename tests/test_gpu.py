@@ -7,8 +7,8 @@ import models
 from methods.base import RECONSTRUCTION, Run, perform
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
-from models.attention import attention
 from samplers import Sampler
+from tests import test_fused_attention as oracle
 
 pytestmark = pytest.mark.gpu
 
@@ -73,57 +73,25 @@ def test_no_step_waits_for_the_device(on_gpu, dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ‖actual - exact‖ / ‖exact‖, as in test_fused_attention.py: a few units in the last place, float32's for long sums
-FUSED_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-FUSED_SHAPES = [  # batch, heads, queries, keys, width: Stable Diffusion's, and odd ones
-    *((2, 8, 4096, 4096, 40), (2, 8, 4096, 77, 40), (2, 8, 1024, 1024, 80), (2, 8, 256, 77, 160), (2, 8, 64, 64, 160)),
-    *((2, 5, 9216, 77, 64), (2, 20, 144, 144, 64), (1, 3, 1000, 333, 72), (3, 1, 130, 129, 9), (1, 2, 5, 1, 8)),
-]
+SHAPES = [  # batch, heads, queries, keys, width: Stable Diffusion's
+    (2, 8, 4096, 4096, 40), (2, 8, 4096, 77, 40), (2, 8, 1024, 1024, 80), (2, 8, 256, 77, 160), (2, 20, 144, 144, 64),
+]  # fmt: skip
 
 
-def fused_inputs(batch, heads, n, m, d, dtype):
-    """q, k, v and the gradient of the output, as views of (B, N, heads, d), which is how projections lie."""
-    torch.manual_seed(0)
-    return [torch.randn(batch, x, heads, d, device="cuda").to(dtype).transpose(1, 2) for x in (n, m, m, n)]
-
-
-def with_gradients(q, k, v, do, call=attention):
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = call(q, k, v, "fused")
-    return o, *torch.autograd.grad(o, (q, k, v), do)
-
-
-@pytest.mark.parametrize("dtype", list(FUSED_TOLERANCE))
-@pytest.mark.parametrize("shape", FUSED_SHAPES)
-def test_fused_attention_agrees_with_float64_and_repeats_its_bits(shape, dtype):
-    tensors = fused_inputs(*shape, dtype)
-    actual = with_gradients(*tensors)
-    for b, h in ((0, 0), (-1, -1)):
-        q, k, v = (x[b, h].double().requires_grad_() for x in tensors[:3])
-        o = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-        expected = o, *torch.autograd.grad(o, (q, k, v), tensors[3][b, h].double())
-        for a, e in zip(actual, expected, strict=True):
-            floor = 0.1 * e.numel() ** 0.5 if shape[3] == 1 else 0  # nothing moves the weight of a lone key
-            assert (a[b, h].double() - e).norm() < FUSED_TOLERANCE[dtype] * (e.norm() + floor)
-    assert all(torch.equal(a, b) for a, b in zip(with_gradients(*tensors), actual, strict=True))
-
-
-@pytest.mark.parametrize("m", [77, 1024])
-def test_fused_attention_in_a_cuda_graph_compiled_and_with_nan(m):
-    q, k, v, do = fused_inputs(2, 8, 1024, m, 40, torch.bfloat16)
-    expected = with_gradients(q, k, v, do)  # compiles the kernels, too
+@pytest.mark.parametrize("dtype", list(oracle.TOLERANCE))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_attention_agrees_with_float64_also_in_a_cuda_graph(shape, dtype):
+    tensors = [oracle.LAYOUTS["projection"](x) for x in oracle.draw(*shape, dtype)]
+    actual = oracle.run(*tensors)  # compiles the kernels, too
+    for place in ((0, 0), (-1, -1)):
+        expected = oracle.exact(*(x[place][None, None] for x in tensors))
+        tolerance = max(1e-5, oracle.TOLERANCE[dtype])  # float32's for long sums
+        oracle.assert_close([x[place][None, None] for x in actual], expected, tolerance)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = with_gradients(q, k, v, do)
+        captured = oracle.run(*tensors)
     graph.replay()
-    compiled = with_gradients(q, k, v, do, torch.compile(attention, fullgraph=True))
-    for actual in (captured, compiled):
-        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-    q = q.clone()
-    q[0, 0, 7, 3] = float("nan")
-    o, dq, dk, _ = with_gradients(q, k, v, do)
-    assert o.isnan().any(-1).sum() == dq.isnan().any(-1).sum() == 1
-    assert not dk[1].isnan().any() and not dk[0, 1:].isnan().any()
+    assert all(torch.equal(a, c) for a, c in zip(actual, captured, strict=True))
 
 
 def test_the_unet_gives_the_same_with_fused_attention(on_gpu):
