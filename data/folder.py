@@ -76,8 +76,8 @@ def _permutation(seed: int, split: int, epoch: int, count: int) -> np.ndarray:
 def read_captions(folder: Path) -> dict[str, str]:
     """File names, relative to `folder`, and their captions; of several captions of a picture the first.
 
-    Warns of pictures without a caption and of further captions. Raises InputError where no caption is found, and,
-    naming the line or the file, for a broken one.
+    Warns of pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file,
+    for a broken one.
     """
     if not folder.is_dir():
         raise InputError(f"data.path={folder}: there is no such folder")
@@ -97,8 +97,6 @@ def read_captions(folder: Path) -> dict[str, str]:
     if not captions:
         raise InputError(f"data.path={folder} holds no captions: write a dog.txt beside dog.jpg, or metadata.jsonl")
     silent = sum(os.path.relpath(picture, folder) not in captions for picture in pictures)
-    further = len(found) - len(captions)
-    if silent or further:
-        left_out = f"{silent} pictures without a caption, and {further} further captions of the others"
-        warnings.warn(f"data.path={folder}: {len(captions)} captioned pictures; left out are {left_out}", stacklevel=3)
+    if silent:
+        warnings.warn(f"data.path={folder}: {silent} pictures without a caption are left out", stacklevel=3)
     return captions

@@ -136,7 +136,7 @@ def test_a_diverged_run_keeps_its_last_good_state(tmp_path, name):
         return {"loss": math.nan, "grad_norm": infinite_slope}[name] if call == 8 else 1.0
 
     objective = Regression(before=breaks)
-    with pytest.raises(InputError, match=f"{name} .* 8"):
+    with pytest.raises(InputError, match=r"finite .* 8"):
         run(tmp_path, objective=objective)
     good = state(tmp_path)
     assert good["step"] == 4 and all(w.isfinite().all() for w in good["trained"].values())
@@ -153,13 +153,11 @@ def test_a_kill_before_the_publication_is_made_up_for(tmp_path):
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(InputError, match="multiple"):
-        run(tmp_path, replace(SETTINGS, accumulate=3))
     run(tmp_path)
-    with pytest.raises(InputError, match="seed"):
-        run(tmp_path, replace(SETTINGS, steps=20), seed=1)
-    with pytest.raises(InputError, match="sizes"):
-        run(tmp_path, objective=Regression(width=32))
+    wrong = {"multiple": {"settings": replace(SETTINGS, accumulate=3)}, "seed": {"seed": 1}}
+    for word, options in (wrong | {"sizes": {"objective": Regression(width=32)}}).items():
+        with pytest.raises(InputError, match=word):
+            run(tmp_path, **options)
 
 
 def test_learning_rate_and_average_are_their_formulas():

@@ -137,20 +137,6 @@ def test_unet_is_judged_by_the_network_that_is_given(model, tmp_path):
     assert numbers != before[0] and not torch.equal(grids["samples"], before[1]["samples"])
 
 
-@pytest.mark.gpu
-def test_no_step_waits_for_the_gpu(model, tmp_path):
-    autoencoder = AutoencoderObjective(model, tmp_path, DATA, kl_weight=0.5, probes=1)
-    clip = ClipObjective(model, tmp_path, DATA, unknown_rate=0.5, probes=1)
-    for objective in (autoencoder, clip, unet_objective(model, tmp_path)):
-        batch = {k: v.cuda() for k, v in batch_of(objective.cuda()).items()}
-        generator = torch.Generator("cuda").manual_seed(0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            objective(batch | objective.draw(8, generator))[0].backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 def test_top1_chooses_within_blocks_and_takes_duplicates_for_right():
     names = [f"caption {i}" for i in range(8)]
     assert top1(torch.eye(8), names) == 1

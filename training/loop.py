@@ -11,7 +11,6 @@ import copy
 import itertools
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -122,9 +121,9 @@ def train(
     loading = {"collate_fn": objective.collate, "num_workers": s.workers, "pin_memory": device.type == "cuda"}
     batches = iter(DataLoader(dataset, batch_sampler=indices, **loading))
     clock = None  # the moment at which the training would have begun, had it never been interrupted
-    stop = threading.Event()
+    stopped = []  # filled by a SIGTERM
     with ExitStack() as exits:
-        exits.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
+        exits.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stopped.append(1)))
         total = None if s.minutes else s.steps * s.batch_size
         bar = tqdm(initial=step * s.batch_size, total=total, unit=" pictures", disable=rank > 0, mininterval=1)
         exits.enter_context(bar)
@@ -158,7 +157,7 @@ def train(
                     torch.cuda.synchronize(device)
                 clock = time.perf_counter() - seconds
             # On the CPU, so that no device waits.
-            both = torch.tensor([time.perf_counter() - clock, stop.is_set()], dtype=torch.float64)
+            both = torch.tensor([time.perf_counter() - clock, len(stopped)], dtype=torch.float64)
             seconds, stopping = over_all(both, dist.ReduceOp.MAX)
             done = s.progress(step, seconds) == 1
             validating = done or step % s.validate_every == 0
@@ -166,9 +165,8 @@ def train(
             if saving or step % s.log_every == 0:
                 means = torch.stack([value.float() for value in numbers.values()]) / world
                 values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
-                for name in ("loss", "grad_norm"):  # before anything is saved: the last good state stays
-                    if not math.isfinite(values[name]):
-                        raise InputError(f"{name} became {values[name]} by step {step}: lower lr, raise warmup")
+                if not math.isfinite(values["loss"] + values["grad_norm"]):  # the last good state stays
+                    raise InputError(f"loss or gradient is no longer finite by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
             if saving and rank == 0:
