@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from models.latent_diffusion import LatentDiffusion, build
 PARTS = ("autoencoder", "clip", "unet")
 SECTIONS = ("unet", "vae", "text", "vision", "schedule", "prediction", "image_size")  # of a config
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
+ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # org/name
 
@@ -51,18 +52,18 @@ def load(
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
-    source, half = Path(path), dtype == torch.float16
+    source = Path(path)
     if not source.exists():
         if not HUB_ID.fullmatch(str(path)) or source.suffix in (".safetensors", ".ckpt"):
             raise InputError(f"there is no checkpoint at {path}")
-        source = fetch(str(path), half)
+        source = fetch(str(path))
     try:
         if source.is_file():
             config, named = open_single_file(source, arch, ema)
         elif (source / "config.json").exists():
             config, named = open_own_folder(source, arch)
         else:
-            config, named = open_hub_folder(source, arch, half)
+            config, named = open_hub_folder(source, arch)
         model = build(config, vocabulary=named.get("clip.text.vocabulary"), meta=True)
         parts = nn.ModuleDict({part: part_of(model, part) for part in PARTS})
         parts.load_state_dict(fitted(parts.state_dict(), named), assign=True)
@@ -99,11 +100,11 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Open
     return config, named
 
 
-def open_hub_folder(path: Path, arch: Mapping | None, half: bool) -> Opened:
+def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
     """A Stable Diffusion in a folder of the hub's layout."""
     if (path / "text_encoder_2").is_dir() or (path / "transformer").is_dir():
         raise InputError("it seems to be an SDXL or SD3, which is not supported: Stable Diffusion 1.x and 2.x are")
-    files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], half), {}
+    files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")]), {}
     config = configured({}, hub_sizes(path), arch)
     for part, file in files.items():
         named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
@@ -201,21 +202,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 # --- the model hub -------------------------------------------------------------------------------------------------
 
 
-def weight_files(files: Iterable[str], half: bool) -> dict[str, str]:
-    """The weights of each sub-folder among the `files` ("unet/...") of a hub folder: half precision only with `half` or
-    where there is nothing else, and safetensors before pickles. Raises InputError where a sub-folder has none."""
-    files, chosen = list(files), {}
-    variants = (".fp16", "") if half else ("", ".fp16")
-    endings = [ending.format(v) for v in variants for ending in ("model{}.safetensors", "pytorch_model{}.bin")]
+def weight_files(files: Sequence[str]) -> dict[str, str]:
+    """The weights of each sub-folder among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`. Raises
+    InputError where a sub-folder has none."""
+    chosen = {}
     for part in names.HUB:
-        found = [file for end in endings for file in files if file.startswith(f"{part}/") and file.endswith(end)]
+        found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and file.endswith(end)]
         if not found:
             raise InputError(f"there are no weights in {part}/, and no config.json of this project")
         chosen[part] = found[0]
     return chosen
 
 
-def fetch(repo_id: str, half: bool = False) -> Path:
+def fetch(repo_id: str) -> Path:
     """The folder of "org/name" in huggingface_hub's cache, with the files that a model needs. They are downloaded where
     the cache has no newest copy; without a network, any copy serves. Raises InputError where there is none."""
     from huggingface_hub import list_repo_files, snapshot_download
@@ -223,7 +222,7 @@ def fetch(repo_id: str, half: bool = False) -> Path:
 
     files = ()
     with suppress(Exception):  # the next call says why, or has a copy
-        files = weight_files(list_repo_files(repo_id), half).values()
+        files = weight_files(list_repo_files(repo_id)).values()
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", *files]))
     except (OSError, HfHubHTTPError) as error:

@@ -59,20 +59,6 @@ def test_replay_is_exact_in_bfloat16(on_gpu, task):
     assert run.metrics["replay_error"] < 1e-9
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_step_waits_for_the_device(on_gpu, dtype):
-    """The model predicts v, so that a step also asks the schedule for its numbers."""
-    model = on_gpu(dtype)
-    x, projected = latents(model).to("cuda"), model.project(model.encode_text(["a cat", "a red heart"]))
-    model.predict(x, 500, projected)  # loads its libraries
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model.predict(x, 501, projected)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 SHAPES = [  # batch, heads, queries, keys, width: Stable Diffusion's
     (2, 8, 4096, 4096, 40), (2, 8, 4096, 77, 40), (2, 8, 1024, 1024, 80), (2, 8, 256, 77, 160), (2, 20, 144, 144, 64),
 ]  # fmt: skip

@@ -280,24 +280,18 @@ def test_folders_that_do_not_fit(tiny_model, tmp_path):
 
 
 MODEL = "unet/diffusion_pytorch_model"
-RELEASED = [f"{MODEL}{variant}.{kind}" for variant in ("", ".fp16", ".non_ema") for kind in ("bin", "safetensors")]
 
 
-@pytest.mark.parametrize(
-    "files, half, chosen",
-    [
-        (RELEASED, False, ".safetensors"),
-        (RELEASED, True, ".fp16.safetensors"),
-        ([f"{MODEL}.bin", f"{MODEL}.fp16.safetensors"], False, ".bin"),  # precision before format
-        ([f"{MODEL}.fp16.safetensors"], False, ".fp16.safetensors"),
-    ],
-)
-def test_one_set_of_weights_is_chosen(files, half, chosen):
+def test_one_set_of_weights_is_chosen():
+    """The averaged ones; full precision before half, safetensors before pickles."""
     others = ["vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "text_encoder/model.safetensors"]
-    found = weight_files([*files, *others], half)
-    assert found == {"unet": MODEL + chosen, "vae": others[0], "text_encoder": others[2]}
-    with pytest.raises(InputError, match="vae"):
-        weight_files(files, half)
+    files = [f"{MODEL}{ending}" for ending in (".non_ema.safetensors", ".fp16.safetensors", ".bin", ".safetensors")]
+    for best in (".safetensors", ".bin", ".fp16.safetensors"):
+        found = weight_files([*files, *others])
+        assert found == {"unet": MODEL + best, "vae": others[0], "text_encoder": others[2]}
+        files.remove(MODEL + best)
+    with pytest.raises(InputError, match="unet"):
+        weight_files([*files, *others])
 
 
 @pytest.fixture
