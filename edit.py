@@ -66,7 +66,6 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     own = [name for name in ("image", "prompt", "source_prompt", "negative_prompt") if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
-    wanted = runner.names(cfg.objective)
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
     model.unet.attention.backend = cfg.attention
@@ -90,9 +89,9 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     if int(os.environ.get("RANK", 0)) > 0:
         logger.mode = "disabled"  # the first process of torchrun logs the whole run
     with logger.run(folder, settings):
-        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings, wanted)
+        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings)
         logger.report(folder, rows)
-    return runner.objective(wanted, rows), len({row["task"] for row in rows if "error" in row})
+    return runner.objective(cfg.objective, rows), len({row["task"] for row in rows if "error" in row})
 
 
 if __name__ == "__main__":

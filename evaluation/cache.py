@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import InputError
 from files import whole_file
 
 
@@ -42,8 +41,6 @@ class TuningCache:
     """At most `max_gb` (10^9 bytes) in the folder `dir`; the least recently used entries are removed first."""
 
     def __init__(self, enabled: bool = True, dir: str = "~/.cache/palimpsest/tuning", max_gb: float = 10.0):
-        if not isinstance(max_gb, int | float) or not max_gb > 0:
-            raise InputError(f"cache.max_gb={max_gb} is out of range: a number above 0, or cache.enabled=false")
         self.enabled, self.dir, self.max_bytes = enabled, Path(dir).expanduser(), max_gb * 1e9
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:

@@ -1,7 +1,6 @@
 """How a command begins and ends: free text is quoted for Hydra, a user's mistake is one line, Ctrl-C is exit code 130.
 
-Hydra would print traces and hints of its own; `run` has it let every exception through. With HYDRA_FULL_ERROR=1 in the
-environment all traces are shown.
+Hydra would print traces and hints of its own; `run` has it let every exception through.
 """
 
 import errno
@@ -28,8 +27,6 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # full, or not t
 
 def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function as the program, and exit."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        os.environ["PALIMPSEST_TRACES"] = "1"  # for `explain`
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # A launcher's jobs start elsewhere, where Python would not find this clone.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
@@ -42,8 +39,12 @@ def run(main: Callable[[], None]) -> None:
         sys.argv += ["--cfg", "all", "--package", "hydra.help.template"]
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         end("interrupted", 130)
+    except BrokenPipeError:  # the reader of the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        sys.exit(141)
     except Exception as error:
         end_with(error)
 
@@ -87,9 +88,7 @@ def job() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line that a user needs, or None for a defect of this code, and where all traces are wanted."""
-    if "PALIMPSEST_TRACES" in os.environ:
-        return None
+    """The one line that a user needs, or None for a defect of this code."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name} is unknown: choose from {', '.join(sorted(error.options))}"

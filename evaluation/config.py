@@ -5,7 +5,6 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 """
 
 import ast
-import itertools
 import json
 import re
 from pathlib import Path
@@ -17,13 +16,17 @@ from omegaconf import MISSING, OmegaConf
 from errors import InputError
 
 CLONE = Path(__file__).resolve().parent.parent
+HEADING = """# Methods and their settings
+
+Made from the dataclasses in `methods/` by `python -m evaluation.config > docs/methods.md`. In brackets: the
+symbol in the paper."""
 GROUPS = {"sampler": "${sampler}", "inversion": "${inversion}"}  # fields that are choices of their own
 
 
-class Source(NamedTuple):
+class Class(NamedTuple):
     """A class in methods/, as its file says it."""
 
-    file: Path
+    module: str
     name: str
     bases: list[str]
     settings: dict[str, tuple[Any, str]]  # its own: each default, as Hydra's configs hold it, and the comment behind it
@@ -40,27 +43,22 @@ class Choice(NamedTuple):
 
 def choices(methods: Path = CLONE / "methods") -> list[Choice]:
     """Every method and inversion in the folder's files."""
-    found, classes = [], read(methods)
-    for source in classes:
-        line, group, name = ancestors(source, classes), "method", source.file.stem
+    found, classes = [], [each for file in sorted(methods.glob("*.py")) for each in read(file)]
+    for own in classes:
+        line, group, name = ancestors(own, classes), "method", own.module
         if line[0].name == "Inversion":  # itself is DDIM's; NullText -> null_text, PnP -> pnp
-            name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", source.name).lower() if source.bases else "ddim"
+            name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", own.name).lower() if own.bases else "ddim"
             group = "inversion"
         elif not any("Method" in each.bases for each in line):
             continue
         settings = {name: item for each in line for name, item in each.settings.items()}
-        found.append(Choice(group, name, f"methods.{source.file.stem}.{source.name}", settings))
+        found.append(Choice(group, name, f"methods.{own.module}.{own.name}", settings))
     return found
 
 
 def markdown() -> str:
     """The settings of all methods as Markdown: the page docs/methods.md."""
-    lines = [
-        "# Methods and their settings",
-        "",
-        "Made from the dataclasses in `methods/` by `python -m evaluation.config > docs/methods.md`. In brackets: the",
-        "symbol in the paper.",
-    ]
+    lines = [HEADING]
     for choice in choices():
         lines += ["", f"## {choice.group}={choice.name}", "", "| setting | default | meaning |", "|---|---|---|"]
         own = {name: item for name, item in choice.settings.items() if name not in GROUPS}
@@ -98,32 +96,30 @@ def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> 
     OmegaConf.register_new_resolver("help", help_text, replace=True)
 
 
-def read(folder: Path) -> list[Source]:
-    """The classes of all files in a folder."""
-    classes = []
-    for file in sorted(folder.glob("*.py")):
-        text = file.read_text(encoding="utf-8")
-        for node in (node for node in ast.parse(text, file).body if isinstance(node, ast.ClassDef)):
-            settings = {}
-            for item in (item for item in node.body if isinstance(item, ast.AnnAssign)):
-                name, comment = item.target.id, text.splitlines()[item.end_lineno - 1].encode()[item.end_col_offset :]
-                if "ClassVar" in ast.unparse(item.annotation):
-                    continue
-                try:
-                    value = MISSING if item.value is None else ast.literal_eval(item.value)
-                except ValueError:
-                    raise InputError(f"{file}: the default of {name} must be a number or another plain value") from None
-                settings[name] = GROUPS.get(name, value), comment.decode().strip(" #")
-            bases = [ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases]
-            classes.append(Source(file, node.name, bases, settings))
+def read(file: Path) -> list[Class]:
+    """The classes of a file."""
+    text, classes = file.read_text(encoding="utf-8"), []
+    for node in (node for node in ast.parse(text, file).body if isinstance(node, ast.ClassDef)):
+        settings = {}
+        for item in (item for item in node.body if isinstance(item, ast.AnnAssign)):
+            if "ClassVar" in ast.unparse(item.annotation):
+                continue
+            name, comment = item.target.id, text.splitlines()[item.end_lineno - 1].encode()[item.end_col_offset :]
+            try:
+                value = MISSING if item.value is None else ast.literal_eval(item.value)
+            except ValueError:
+                raise InputError(f"{file}: the default of {name} must be a number or another plain value") from None
+            settings[name] = GROUPS.get(name, value), comment.decode().strip(" #")
+        bases = [ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases]
+        classes.append(Class(file.stem, node.name, bases, settings))
     return classes
 
 
-def ancestors(source: Source, classes: list[Source]) -> list[Source]:
+def ancestors(own: Class, classes: list[Class]) -> list[Class]:
     """The class and those that it derives from, itself last. Among namesakes, that of the same file is meant."""
-    known = {other.name: other for other in sorted(classes, key=lambda other: other.file == source.file)}
-    line = [ancestors(known[base], classes) for base in reversed(source.bases) if base in known]
-    return [*itertools.chain(*line), source]
+    known = {other.name: other for other in sorted(classes, key=lambda other: other.module == own.module)}
+    line = [each for base in reversed(own.bases) if base in known for each in ancestors(known[base], classes)]
+    return [*line, own]
 
 
 if __name__ == "__main__":

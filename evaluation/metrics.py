@@ -84,20 +84,8 @@ class Metrics:
         number("change_error", ["truth"], change_error, image, source, truth)
         known = ["truth", "source", "clip"]
         number("success", known, success, clip, image, source, truth, *prompts)
-        number("success_closer", known, success_closer, clip, image, source, truth, *prompts)
         number("attainable", known, lambda: clip_margin(clip, truth, *prompts) > 0)
         return numbers, left_out
-
-    @torch.no_grad()
-    def read(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
-        """Return the clip_score of any picture (1, 3, H, W), and its clip_margin where there is a source prompt."""
-        clip, _ = self.clip(model)
-        if clip is None:
-            return {}
-        numbers = {"clip_score": clip_score(clip, image, [task.prompt]).item()}
-        if task.source_prompt:
-            numbers["clip_margin"] = clip_margin(clip, image, task.source_prompt, task.prompt).item()
-        return numbers
 
     def clip(self, model):
         """The model's CLIP, or a public one; and the reason where there is none."""
@@ -134,14 +122,6 @@ def success(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: s
     NaN where the true result equals the input."""
     error = change_error(image, source, truth)
     return error if math.isnan(error) else float(error <= 0.5 and clip_margin(clip, image, source_prompt, prompt) > 0)
-
-
-def success_closer(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: str, prompt: str) -> bool:
-    """A weaker success: the edit is closer to the true result than the input is, over the whole picture in pixels and
-    in CLIP's features, and CLIP prefers the target prompt. A small step in the right direction is enough."""
-    closer = mse(image, truth) < mse(source, truth)
-    closer = closer and bool(clip_similarity(clip, image, truth) > clip_similarity(clip, source, truth))
-    return closer and bool(clip_margin(clip, image, source_prompt, prompt) > 0)
 
 
 # CLIP (Radford et al., 2021): cosines, (B,).

@@ -7,8 +7,8 @@ with one `label` (the method, and the settings in which edits differ) are averag
 import json
 import math
 import textwrap
-from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,6 +22,7 @@ FILES = {  # paths of pictures, and the numbers under them
     "reconstruction": ("reconstruction_psnr",),
 }  # fmt: skip
 TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
+MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "pictures")
 ABOUT = (
     "job", "task", "category", "method", "sample", "seed", "prompt", "source_prompt", "pictures", *FILES, "error",
     "left_out",
@@ -41,30 +42,30 @@ def read(folder: Path) -> pd.DataFrame:
     """
     found = {path.parent for path in folder.rglob("rows*.jsonl")}
     found |= {path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")}
-    runs = [run for run in found if not found & set(run.parents)]
     table = []
-    for run in sorted(runs, key=lambda run: (len(run.name), run)):
+    for run in sorted(found, key=lambda run: (len(run.name), run)):
         prefix = "" if run == folder else f"{run.relative_to(folder).as_posix()}/"
-        lines = [row for path in sorted(run.glob("rows*.jsonl")) for row in json_lines(path)]
-        done = {row["task"] for row in lines if "error" not in row}
-        lines = [row for row in lines if "error" not in row or row.get("task") not in done]
-        rows = {(row.get("task"), row.get("file")): row for row in lines}  # the last attempt of each
-        for row in rows.values() or [{"error": "the job did not finish"}]:
+        for row in run_rows(run) or [{"error": "the job did not finish"}]:
             files = {name: prefix + row[name] for name in FILES if row.get(name)}
             no_task = {} if "category" in row else {"task": None}  # the setting task= has the same name
             table.append({"job": prefix[:-1]} | row | files | no_task)
     return complete(pd.DataFrame(table))
 
 
-def json_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file, but for a line that a killed process did not finish."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def run_rows(folder: Path) -> list[dict]:
+    """The rows of one run, from the files of all its processes: the last attempt of each edit."""
+    rows = {}
+    for line in (line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8").splitlines()):
+        with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+            row = json.loads(line)
+            rows[task_of(row), row.get("file")] = row
+    done = {task for task, file in rows if file}
+    return [row for (task, file), row in rows.items() if file or task not in done]
+
+
+def task_of(row: dict) -> tuple:
+    """Marks by which a row's task is known again: names may be line numbers."""
+    return tuple(row.get(name) for name in MARKS)
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -106,15 +107,13 @@ def short(value) -> str:
 
 
 def labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add a `label` to rows. A failed task has no settings of edits, so it counts for every label of its job."""
+    """Add a `label` to rows. A failed task has the method and the overrides of its job alone."""
     rows = complete(rows)
-    axes, failed = swept(rows), rows["error"].notna()
+    axes = swept(rows)
     of_job = rows.groupby("job")["method"].transform("first")
     rows["method"] = rows["method"].fillna(of_job).ffill().bfill().fillna("-")
     rows["label"] = [", ".join(filter(None, [row["method"], describe(row, axes)])) for row in records(rows)]
-    labels = rows[~failed].groupby("job")["label"].unique()
-    rows["label"] = rows["label"].mask(failed, rows["job"].map(labels).fillna(rows["label"]))
-    return rows.explode("label", ignore_index=True)
+    return rows
 
 
 def measured(rows: pd.DataFrame) -> list[str]:
@@ -139,10 +138,8 @@ def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
     categories by both."""
 
     def text(name: str, line: dict) -> str:
-        form, error = HEADLINE[name], line.get(f"{name}_se")
-        value = f"{line[name]:{form}}" if name in line else ""
-        exact = error is None or name in ("attainable", "evaluations", "seconds")
-        return value if exact else f"{value} ± {error:{form}}"
+        numbers = [line[key] for key in (name, f"{name}_se") if key in line]
+        return " ± ".join(f"{number:{HEADLINE[name]}}" for number in numbers)
 
     tables, rows = [], rows.sort_values("category", kind="stable")
     for by in (["label"], ["category", "label"])[: rows["category"].nunique()]:
@@ -161,11 +158,9 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """All rows as "results", and means as "overall" and "by_category"."""
-    marked, rows = labelled(rows), complete(rows).drop(columns="left_out")
-    overall, by_category = means(marked, ["label"]), means(marked, ["category", "label"])
-    return {"overall": overall, "by_category": by_category, "results": rows.dropna(axis="columns", how="all")}
+def results(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as a table for users, without the columns that are empty."""
+    return complete(rows).drop(columns="left_out").dropna(axis="columns", how="all")
 
 
 # Files.
@@ -182,7 +177,7 @@ def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = No
     edited, sweep = rows["error"].isna(), bool((rows["job"] != "").any())
     done, failed = rows["task"][edited].nunique(), rows["task"][~edited].nunique()
     counts = f"{done} of {tasks} tasks done, {failed} failed" if tasks > 1 else ""
-    files = {"results.csv": rows.drop(columns="left_out").dropna(axis="columns", how="all").to_csv(index=False)}
+    files = {"results.csv": results(rows).to_csv(index=False)}
     overview, *by_category = map(markdown, summaries(marked))
     if sweep or tasks > 1:
         parts = filter(None, [overview, *by_category, counts])
@@ -230,7 +225,7 @@ def page(title: str, rows: pd.DataFrame) -> str:
 def plots(rows: pd.DataFrame, curves: dict) -> dict:
     """Figures by file: the losses of tuning, a panel for each stage; and where edits have several labels the trade-off
     of success or CLIP score against preservation, with standard errors, as in Imagic's figure 9. A line joins a
-    method's points in the order of the only setting in which they differ."""
+    method's points where they differ in one setting."""
     from matplotlib.figure import Figure
 
     figures = {}
@@ -241,22 +236,17 @@ def plots(rows: pd.DataFrame, curves: dict) -> dict:
             smooth = losses.rolling(max(1, len(losses) // 10), min_periods=1).mean()
             smooth.plot(ax=panel, title=stage, xlabel="step", grid=True)
     axes = swept(rows)
-    if len(axes) == 1:
-        rows = rows.sort_values(axes[0], key=lambda values: pd.to_numeric(values, errors="coerce"), kind="stable")
     points = means(rows, ["label", "method"])
-    x = next((n for n in ("psnr_to_input_kept", "clip_similarity_to_input") if n in points), "psnr_to_input")
+    x = "psnr_to_input_kept" if "psnr_to_input_kept" in points else "clip_similarity_to_input"
     y = "success" if "success" in points else "clip_score"
-    if {x, y} <= set(points) and len(points := points.dropna(subset=[x, y])) > 1:
+    if {x, y} <= set(points) and len(points := points.dropna(subset=[x, y]).sort_values(x)) > 1:
         figures["plots/tradeoff.png"] = figure = Figure((7.5, 5), layout="constrained")
         panel = figure.subplots()
         for method, group in points.groupby("method", sort=False):
             errors = [group.get(f"{name}_se") for name in (y, x)]
             panel.errorbar(group[x], group[y], *errors, fmt="o-" if len(axes) == 1 else "o", label=method)
-        downwards = records(points.sort_values(y, ascending=False)) if len(points) <= 20 else []
-        for i, line in enumerate(downwards):  # right and left by turns, so that neighbours do not overlap
-            words, place = line["label"].removeprefix(f"{line['method']}, "), ((6, 4), (-6, 4))[i % 2]
-            side = ("left", "right")[i % 2]
-            panel.annotate(words, (line[x], line[y]), place, textcoords="offset points", ha=side, fontsize=9)
+        for line in records(points):
+            panel.annotate(line["label"], (line[x], line[y]), (6, 4), textcoords="offset points", fontsize=8)
         panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
         panel.margins(0.25, 0.1)
         panel.grid(alpha=0.3)
@@ -270,19 +260,22 @@ Cell = tuple[Path | None, str]  # a picture, or a grey field for what failed, an
 
 
 def sheet(folder: Path, rows: pd.DataFrame) -> Image.Image:
-    """Draw the input, the reconstruction, the true result and the edits. The edits of one picture stand over the
-    settings in which they differ. Of several pictures one of each category is shown, or the first eight."""
+    """Draw lines of pictures: the input, the reconstruction, the true result and the edits. The edits of one picture
+    stand over the settings in which they differ; of several pictures the first of each category, or the first eight,
+    have a line each."""
     if rows["job"].nunique() > 1:  # each job has its own
         rows = rows.drop(columns="reconstruction")
     good = rows[rows["error"].isna()]
-    single, about = len(good.drop_duplicates(TASK)) == 1, records(good)[0]
-    title = ", ".join(rows["method"].unique())
-    if single:
+    title, about = ", ".join(rows["method"].unique()), records(good)[0]
+    if len(good.drop_duplicates(TASK)) == 1:
         title += f': "{about["prompt"]}"' + (f'\nfrom "{about["source_prompt"]}"' if about["source_prompt"] else "")
-    rows = over_settings(rows) if single else one_of_each_category(rows)
-    lines: dict[str, dict[str, dict]] = defaultdict(dict)
-    for row in records(rows):
-        lines[row["heading"]][row["column"]] = row
+        rows = over_settings(rows)
+    else:
+        tasks = rows.dropna(subset="task").drop_duplicates(TASK)
+        shown = tasks.drop_duplicates("category") if tasks["category"].nunique() > 1 else tasks[:8]
+        rows = rows.merge(shown[TASK])
+        words = [f"{row['category']} {row.get('image', '')} {row['task']}: {row['prompt']}" for row in records(rows)]
+        rows = rows.assign(heading=[" ".join(heading.split()) for heading in words], column=rows["label"])
 
     def cell(row: dict, file: str) -> Cell:
         words = row["column"] if file == "file" else file
@@ -291,39 +284,29 @@ def sheet(folder: Path, rows: pd.DataFrame) -> Image.Image:
         return folder / row[file], f"{words}\n{scores(row, file)}"
 
     table = []
-    for heading, line in lines.items():
-        about = about if single else min(line.values(), key=lambda row: "error" in row)
+    for heading, group in rows.drop_duplicates(["heading", "column"]).groupby("heading", sort=False):
+        edits = records(group)
+        about = min(edits, key=lambda row: "error" in row)
         first = [cell(about, file) for file in ("input", "reconstruction", "truth") if file in about]
-        edits = [cell(line[name], "file") if name in line else None for name in rows["column"].unique()]
-        table.append((heading, ([None] * len(first) if single and table else first) + edits))
+        table.append((heading, first + [cell(row, "file") for row in edits]))
     return draw_sheet(title, table)
 
 
 def over_settings(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add `heading` and `column`: the setting of most values runs along the columns. Where that grid would have many
-    empty places, all settings stand in the column."""
-    counts = {name: rows[name].nunique() for name in ("method", *swept(rows), "seed", "sample")}
-    axes = [name for name in counts if counts[name] > 1]
-    grid = axes and math.prod(counts[name] for name in axes) <= 1.5 * len(rows)
-    along = [max(axes, key=counts.get)] if grid else axes or [name for name in rows if name.startswith("edit.")]
+    """Add `heading` and `column`: the setting of most values runs along the lines, the others down. Where those lines
+    would be short, as after a random search, all settings stand in the column."""
+    axes = [name for name in ("method", *swept(rows), "seed", "sample") if rows[name].nunique() > 1]
+    along = [max(axes, key=lambda name: rows[name].nunique())] if axes else [n for n in rows if n.startswith("edit.")]
     across = [name for name in axes if name not in along]
+    if across and 2 * len(rows[across].drop_duplicates()) > len(rows):
+        along, across = axes, []
     marks = {"heading": across, "column": along}
     return rows.assign(**{mark: [describe(row, names) for row in records(rows)] for mark, names in marks.items()})
 
 
-def one_of_each_category(rows: pd.DataFrame) -> pd.DataFrame:
-    """Choose the first task of most edits in each category, or the first eight tasks of the only one. Add `heading`
-    and `column`: tasks over labels."""
-    rows = rows.dropna(subset="task")
-    best = rows.groupby(TASK)["file"].transform("count").groupby(rows["category"]).idxmax().sort_values()
-    rows = rows.merge(rows.loc[best, TASK] if len(best) > 1 else rows[TASK].drop_duplicates()[:8])
-    headings = [f"{row['category']} {describe(row, ['image'])} {row['task']}: {row['prompt']}" for row in records(rows)]
-    return rows.assign(heading=[" ".join(heading.split()) for heading in headings], column=rows["label"])
-
-
-def draw_sheet(title: str, table: Sequence[tuple[str, Sequence[Cell | None]]]) -> Image.Image:
+def draw_sheet(title: str, table: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
     """Draw lines of at most eight pictures with words under them, and a heading above each line. Small pictures are
-    enlarged by a whole factor, large ones reduced to 384 pixels; None is an empty place."""
+    enlarged by a whole factor, large ones reduced to 384 pixels."""
 
     def fitted(path: Path) -> Image.Image:
         with Image.open(path) as picture:
@@ -339,14 +322,14 @@ def draw_sheet(title: str, table: Sequence[tuple[str, Sequence[Cell | None]]]) -
             ImageDraw.Draw(image).text((0, i * (size + 5)), line, "#141414", ImageFont.load_default(size))
         return image
 
-    pictures = {cell[0]: fitted(cell[0]) for _, cells in table for cell in cells if cell and cell[0]}
+    pictures = {cell[0]: fitted(cell[0]) for _, cells in table for cell in cells if cell[0]}
     wide, high = (max(sizes) for sizes in zip(*(picture.size for picture in pictures.values()), strict=True))
     width = max(480, min(8, max(len(cells) for _, cells in table)) * (wide + 12) - 12)
-    empty, failed = Image.new("RGB", (wide, 1), "white"), Image.new("RGB", (wide, high), "#dddddd")
+    failed = Image.new("RGB", (wide, high), "#dddddd")
     size = 12 + wide // 64
     parts = [text(title, width, size + 3)]
     for heading, cells in table:
-        drawn = [stack([pictures.get(c[0], failed), text(c[1], wide, size)], True, 4) if c else empty for c in cells]
+        drawn = [stack([pictures.get(path, failed), text(words, wide, size)], True, 4) for path, words in cells]
         strips = [stack(drawn[i : i + 8], False, 12) for i in range(0, len(drawn), 8)]
         parts.append(stack([text(heading, width, size), *strips], True, 4))
     return ImageOps.expand(stack(parts, True, 16), 16, "white")

@@ -13,7 +13,6 @@ import resource
 import shutil
 import sys
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -30,9 +30,10 @@ from tqdm import tqdm
 from data.images import to_pil
 from data.tasks import EditTask, Entry, Tasks
 from errors import InputError
+from evaluation import report
 from evaluation.cache import TuningCache, digest, on_cpu
 from evaluation.cli import explain, overrides
-from evaluation.metrics import Metrics, psnr
+from evaluation.metrics import Metrics, clip_score, psnr
 from evaluation.wandb_log import WandbLogger
 from files import whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
@@ -42,6 +43,7 @@ CLONE = Path(__file__).resolve().parent.parent
 OUTPUTS = (
     "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "rows.jsonl",
 )  # fmt: skip
+TEXTS = ("category", "prompt", "source_prompt", "negative_prompt")
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
 NOT_COMPARED = (
     "logger.", "cache.", "device.", "objective.", "model.weights.", "task.categories.", "task.limit.", "task.shard.",
@@ -69,7 +71,7 @@ class TaskRun(Run):
         super().__init__(seed)
         self.model, self.cache, self.logger = Counted(editor.model), editor.cache, editor.logger
         self.identity = editor.identity | {"image": digest(image)}
-        self.alone = alone  # else the tasks have a bar of their own, which is enough for a log file
+        self.alone = alone  # else the tasks have a bar of their own
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.bar: tqdm | None = None
         self.peak = 0.0  # of cached tunings, in 10^9 bytes
@@ -79,8 +81,7 @@ class TaskRun(Run):
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def bars(iterable: Iterable) -> Iterator:
-            silent = not self.alone and not sys.stderr.isatty()
-            with progress_bar(iterable, stage, leave=self.alone, disable=silent) as self.bar:
+            with progress_bar(iterable, stage, disable=not self.alone) as self.bar:
                 yield from self.bar
 
         return bars
@@ -103,11 +104,9 @@ class TaskRun(Run):
             before, tensors = self.cost, build()
             return tensors, {"cost": list(self.cost - before), "peak": peak_memory(self.model.device)}
 
-        tensors, notes, found = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
+        tensors, notes, _ = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
         self.cost = start + notes["cost"]  # reading, writing and waiting cost nothing
         self.peak = max(self.peak, notes["peak"])
-        if found and self.alone:
-            tqdm.write(f"{stage}: from the cache", file=sys.stderr)
         return tensors
 
     @property
@@ -165,13 +164,14 @@ class Editor:
                 results.append((settings, latent, picture, run.metrics | cost))
             before = run.cost
 
-        with torch.no_grad():
-            source = self.model.encode_image(task.image).double()
         shown = {"input": task.image, "reconstruction": reconstruction, "truth": task.truth}
         files = {place / f"{name}.png": picture for name, picture in shown.items() if picture is not None}
-        known = {}
-        for role in ("input", "truth") if task.truth is not None else ("input",):
-            known |= {f"{role}_{name}": n for name, n in self.metrics.read(self.model, shown[role], task).items()}
+        clip, known = self.metrics.clip(self.model)[0], {}
+        with torch.no_grad():
+            source = self.model.encode_image(task.image).double()
+            for role in ("input", "truth"):
+                if clip is not None and shown[role] is not None:
+                    known[f"{role}_clip_score"] = clip_score(clip, shown[role], [task.prompt]).item()
         if reconstruction is not None:
             known["reconstruction_psnr"] = float(psnr(reconstruction[None].to(task.image), task.image))
         of_all = {"method": self.name, "seed": seed} | {path.stem: path for path in files}
@@ -205,13 +205,11 @@ def edit_all(
     edit: Callable[[Entry, Path, int], tuple[list[dict], dict]],  # (task, its folder, its seed) -> rows, curves
     seed: int,
     settings: dict,
-    wanted: Sequence[str] = (),  # metrics that a sweeper optimises
 ) -> list[dict]:
     """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
 
     A task that fails leaves a row with `error`; the next run tries it again. Raises InputError where the folder holds
-    results of other settings, and for a wanted metric that does not exist. For one picture errors are raised, and rows
-    of an earlier run are replaced.
+    results of other settings. For one picture errors are raised, and rows of an earlier run are replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not source.single:
@@ -242,8 +240,6 @@ def edit_all(
                     row = typed | marks(entry) | row
                     file.write(json.dumps(row, default=lambda path: path.relative_to(folder).as_posix()) + "\n")
             bar.update()
-            if "error" not in rows[0]:  # an unknown metric would else show at the end only
-                objective([name for name in wanted if not any(name in row | row["left_out"] for row in rows)], rows)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the first process of torchrun reports on all
             dist.init_process_group("gloo", timeout=timedelta(days=30))
             dist.barrier()
@@ -252,10 +248,6 @@ def edit_all(
         bar.close()
         rows = rows_of(source, folder)
         if rows and int(os.environ.get("RANK", 0)) == 0:
-            import pandas as pd
-
-            from evaluation import report
-
             print(report.write(folder, pd.DataFrame(rows), len(source.entries), curves if source.single else None))
             if len({row["task"] for row in rows if "error" not in row}) < len(source.entries):
                 print(f"the same command goes on from here with hydra.run.dir={folder} (a sweep: with hydra.sweep.dir)")
@@ -263,31 +255,23 @@ def edit_all(
 
 
 def rows_of(source: Tasks, folder: Path) -> list[dict]:
-    """The rows of all processes, in the order of the tasks. Failures of tasks that are done by now are left out, and so
-    are rows of tasks that have changed: names may be line numbers."""
-    from evaluation import report  # imports pandas
-
-    groups, rows = defaultdict(list), []
-    for file in sorted(folder.glob("rows*.jsonl")):
-        for row in report.json_lines(file):
-            groups[row.get("task")].append(row)
-    for entry in source.entries:
-        group = [row for row in groups[entry.name] if row.items() >= marks(entry).items()]
-        rows += [row for row in group if "error" not in row] or group[-1:]
-    return rows
+    """The rows of all processes, in the order of the tasks, without those of tasks that have changed."""
+    order = {report.task_of(marks(entry)): i for i, entry in enumerate(source.entries)}
+    rows = [row for row in report.run_rows(folder) if report.task_of(row) in order]
+    return sorted(rows, key=lambda row: order[report.task_of(row)])
 
 
 def marks(entry: Entry) -> dict[str, str]:
-    """By which a row's task is known again."""
-    texts = ("category", "prompt", "source_prompt", "negative_prompt")
-    pictures = [str(path) for path in (entry.image, entry.mask, entry.truth) if path]
-    return {"task": entry.name, **{name: getattr(entry, name) for name in texts}, "pictures": ", ".join(pictures)}
+    """The part of a row that says which task it is."""
+    pictures = ", ".join(str(path) for path in (entry.image, entry.mask, entry.truth) if path)
+    return {"task": entry.name, "pictures": pictures} | {name: getattr(entry, name) for name in TEXTS}
 
 
 def claim(folder: Path, settings: dict) -> None:
     """Write down the settings of a folder's results. Raises InputError where it holds results of others."""
     path = folder / "settings.json"
-    ours = {name: value for name, value in flat(settings).items() if not f"{name}.".startswith(NOT_COMPARED)}
+    ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
+    ours = {name: value for name, value in ours.items() if not f"{name}.".startswith(NOT_COMPARED)}
     if path.exists() and any(folder.glob("rows*.jsonl")):
         theirs = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
@@ -298,40 +282,22 @@ def claim(folder: Path, settings: dict) -> None:
         partial.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
 
 
-def flat(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    items = {}
-    for name, value in tree.items():
-        items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return items
-
-
 def task_seed(seed: int, name: str) -> int:
     """A task's own seed, from the run's and its name; seed= edits that picture alone alike."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
 
 
-def names(objective: str | Sequence[str] | None) -> list[str]:
-    """The metrics that the setting `objective` names, none for null."""
-    return [objective] if isinstance(objective, str) else list(objective or [])
-
-
-def objective(wanted: Sequence[str], rows: Sequence[dict]) -> float | list[float] | None:
-    """The mean of each wanted metric over the edits that have it: a number for one, a list for several, None for none.
-    Raises InputError where tasks failed, since the rest would not compare with other settings, or no edit has it."""
+def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
+    """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
+    Raises InputError where no edit has it, or tasks failed: the rest would not compare with other jobs."""
+    names = [setting] if isinstance(setting, str) else list(setting or [])
     failed = {row["task"] for row in rows if "error" in row}
-    if wanted and failed:
+    if names and failed:
         raise InputError(f"objective: {len(failed)} tasks failed, so the rest does not compare with other settings")
-    means = []
-    for name in wanted:
-        values = [row[name] for row in rows if name in row]
-        if not values:
-            numbers = sorted({key for row in rows for key, value in row.items() if isinstance(value, int | float)})
-            why = f"it is unknown: choose from {', '.join(numbers)}"
-            why = next((row["left_out"][name] for row in rows if name in row["left_out"]), why)
-            raise InputError(f"objective={name} cannot be computed: {why}")
-        means.append(sum(values) / len(values))
-    return means if len(means) > 1 else means[0] if means else None
+    means = pd.DataFrame(rows).reindex(columns=names).mean().to_dict()
+    for name in (name for name in names if math.isnan(means[name])):
+        raise InputError(f"objective={name}: no edit has this metric, see `left_out` in rows.jsonl")
+    return list(means.values()) if len(names) > 1 else next(iter(means.values()), None)
 
 
 def progress_bar(*args, **kwargs) -> tqdm:

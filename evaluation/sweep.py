@@ -10,36 +10,28 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from errors import InputError
-
 LESS_IS_BETTER = (
     "mse", "lpips", "structure_distance", "latent_distance", "change_error", "seconds", "evaluations", "peak_memory_gb",
 )  # fmt: skip
 
 
 def check_directions(names: Sequence[str], directions: Sequence[str]) -> None:
-    """Raise InputError unless a sweeper moves each metric to where it is better. Optuna minimises by default."""
-    if not names:
-        raise InputError("this sweeper needs something to optimise, for example objective=success")
+    """Exit unless a sweeper moves each metric to where it is better. Optuna minimises by default."""
     best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]
+    if not names:
+        sys.exit("error: this sweeper needs something to optimise, for example objective=success")
     if list(directions) != best:
-        raise InputError(f"objective={','.join(names)} needs hydra.sweeper.direction=[{','.join(best)}]")
+        sys.exit(f"error: objective={','.join(names)} needs hydra.sweeper.direction=[{','.join(best)}]")
 
 
 class Summary(Callback):
     """Hydra's callback for `--multirun`. Exits with 1 if a job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        directions = OmegaConf.select(config, "hydra.sweeper.direction")
-        if directions is None:  # this sweeper optimises nothing
-            return
-        from evaluation.runner import names  # not above: --help would wait for torch
-
-        directions = directions if isinstance(directions, ListConfig) else [directions]
-        try:
-            check_directions(names(config.objective), [getattr(each, "name", each) for each in directions])
-        except InputError as error:  # Hydra would only log it
-            sys.exit(f"error: {error}")
+        if directions := OmegaConf.select(config, "hydra.sweeper.direction"):  # else this sweeper optimises nothing
+            given = (config.objective or [], directions)
+            names, directions = (each if isinstance(each, list | ListConfig) else [each] for each in given)
+            check_directions(names, [getattr(each, "name", each) for each in directions])
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         from evaluation import report

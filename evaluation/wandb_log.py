@@ -9,7 +9,6 @@ from PIL import Image
 
 from errors import InputError
 
-MODES = ("online", "offline", "disabled")
 TABLE_SIDE = 256  # pixels, at most, of a picture in a table
 
 
@@ -17,8 +16,8 @@ class WandbLogger:
     """Outside of `run`, and in mode disabled, nothing is logged. `about` goes to wandb.init: project, name, tags."""
 
     def __init__(self, mode: str = "offline", **about):
-        if mode not in MODES:
-            raise InputError(f"logger.mode={mode} is unknown: choose from {', '.join(MODES)}")
+        if mode not in ("online", "offline", "disabled"):
+            raise InputError(f"logger.mode={mode} is unknown: choose from online, offline, disabled")
         self.mode, self.about, self.active = mode, about, None
 
     @contextmanager
@@ -55,7 +54,7 @@ class WandbLogger:
         self.active.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
 
     def report(self, folder: Path, rows: Sequence[dict]) -> None:
-        """Log a run in `folder`: tables with the pictures of each edit, the sheet, plots, and means as the summary."""
+        """Log a run in `folder`: a table with the pictures of each edit, the sheet, plots, and means as the summary."""
         if self.active is None or not rows:
             return
         import pandas as pd
@@ -69,14 +68,14 @@ class WandbLogger:
             picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
             return wandb.Image(picture)
 
-        tables = report.tables(pd.DataFrame(rows))
-        for name, table in tables.items():
-            table = table.astype(object).where(table.notna(), None)
-            for column in (column for column in report.FILES if column in table):
-                table[column] = [small(file) if file else None for file in table[column]]
-            self.active.log({name: wandb.Table(dataframe=table, allow_mixed_types=True)})
+        table = report.results(pd.DataFrame(rows)).astype(object)
+        table = table.where(table.notna(), None)
+        for column in table.columns.intersection([*report.FILES]):
+            table[column] = [small(file) if file else None for file in table[column]]
+        self.active.log({"results": wandb.Table(dataframe=table, allow_mixed_types=True)})
         files = [folder / "sheet.png", *folder.glob("plots/*.png")]
         self.active.log({file.stem: wandb.Image(str(file)) for file in files if file.exists()})
-        for line in report.records(tables["overall"]):
-            label = f"{line.pop('label')}/" if len(tables["overall"]) > 1 else ""
+        lines = report.records(report.means(report.labelled(pd.DataFrame(rows)), ["label"]))
+        for line in lines:
+            label = f"{line.pop('label')}/" if len(lines) > 1 else ""
             self.active.summary.update({label + name: value for name, value in line.items() if name != "label"})

@@ -85,12 +85,6 @@ def test_a_method_has_the_defaults_of_its_dataclass(composed, name):
         assert node["inversion"] == composed(f"inversion={INVERSIONS[name]}")["inversion"]
 
 
-def test_suited_settings_are_those_of_a_method_and_a_family(composed):
-    families = {file.stem for file in (CONF / "family").glob("*.yaml")}
-    suited = {f"{family}_{method}.yaml" for family in families for method in METHODS}
-    assert ConfigStore.instance().repo["suited"].keys() <= suited  # under no name that nothing chooses
-
-
 OWN = '''
 from dataclasses import dataclass
 from typing import ClassVar

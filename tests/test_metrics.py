@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import evaluation.metrics as m
-import models
 from data.tasks import EditTask
 from errors import InputError
 
@@ -27,13 +26,6 @@ def test_psnr_and_mse_in_closed_form():
     assert m.psnr(a, a + 0.2) == pytest.approx(20.0, abs=1e-4)
     assert m.mse(a - 1, a + 1) == 1 and m.mse(a, a + 0.2) == pytest.approx(0.01)
     assert math.isnan(m.psnr(a * math.nan, a))
-
-
-def test_ssim_in_closed_form():
-    """Of two grey levels only the luminance term is left."""
-    a, dark, light = noise(), torch.full((1, 3, 16, 20), -0.6), torch.full((1, 3, 16, 20), 0.4)  # 0.2 and 0.7 of white
-    assert m.ssim(a, a) == pytest.approx(1) and m.ssim(a, -a) < 0
-    assert m.ssim(dark, light) == pytest.approx((2 * 0.2 * 0.7 + 1e-4) / (0.2**2 + 0.7**2 + 1e-4), abs=1e-6)
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.1, 1.0])
@@ -104,31 +96,14 @@ def test_change_error_in_closed_form():
 
 
 @pytest.mark.parametrize(
-    ("edit", "done", "closer"),
-    [
-        (colour(0, 1), True, True),  # the true result
-        (colour(0.4, 0.6), True, True),
-        (colour(0.7, 0.75), False, True),  # a small step, not half of the way
-        (colour(-0.9, -0.8), False, False),  # further away
-        (colour(1, 0), False, False),
-    ],
+    ("edit", "done"),
+    [(colour(0, 1), True), (colour(0.4, 0.6), True), (colour(0.7, 0.75), False), (colour(1, 0), False)],
 )
-def test_success_is_an_edit_that_was_done(edit, done, closer):
+def test_success_is_an_edit_that_went_half_of_the_way(edit, done):
     clip, source, truth = Compass(), colour(1, 0), colour(0, 1)
-    for rule, expected in ((m.success, done), (m.success_closer, closer)):
-        assert rule(clip, edit, source, truth, "1 0", "0 1") == expected
-        assert not rule(clip, edit, source, truth, "0 1", "1 0")  # CLIP prefers the source prompt
+    assert m.success(clip, edit, source, truth, "1 0", "0 1") == done
+    assert not m.success(clip, edit, source, truth, "0 1", "1 0")  # CLIP prefers the source prompt
     assert math.isnan(m.success(clip, edit, source, source, "1 0", "0 1"))  # nothing was to change
-
-
-def test_the_judge_computes_in_single_precision(tiny_model, tmp_path):
-    """Close decisions do not turn with the model's precision."""
-    models.save(tiny_model, tmp_path / "tiny")
-    task = EditTask(noise(0), "a red heart", "a heart", truth=noise(1))
-    picture = task.image + 0.6 * (task.truth - task.image)
-    full, half = (models.load(tmp_path / "tiny", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    margins = [m.Metrics().measure(model, picture, task)[0]["clip_margin"] for model in (full, half)]
-    assert margins[0] == pytest.approx(margins[1], abs=1e-5)
 
 
 # All of them together.
@@ -145,7 +120,7 @@ def test_every_metric_is_there_or_left_out_with_a_reason(tiny_model):
     full = dict(source_prompt="a heart", mask=mask, truth=noise(2))
     numbers, left_out = measured(tiny_model, **full)
     every = numbers.keys() | left_out.keys()
-    assert len(numbers) == 26 and all(math.isfinite(value) for value in numbers.values())
+    assert len(numbers) == 25 and all(math.isfinite(value) for value in numbers.values())
     assert len(left_out) == 6 and all("metrics.fetch=true" in reason for reason in left_out.values())
     for lacking, word in (("mask", "mask"), ("truth", "true result"), ("source_prompt", "source prompt")):
         numbers, left_out = measured(tiny_model, **full | {lacking: None if lacking != "source_prompt" else ""})
@@ -159,25 +134,11 @@ def test_every_metric_is_there_or_left_out_with_a_reason(tiny_model):
     assert numbers["psnr_to_input_kept"] == pytest.approx(numbers["psnr_to_input"])
 
 
-def test_the_input_as_the_edit(tiny_model):
-    numbers, left_out = measured(tiny_model, noise(1), source_prompt="a heart", truth=noise(2))
-    assert numbers["psnr_to_input"] == 100 and numbers["latent_distance_to_input"] == pytest.approx(0, abs=1e-6)
-    assert (numbers["success"], numbers["change_error"]) == (0, 1) and "0/0" in left_out["clip_directional"]
-    read = m.Metrics().read(tiny_model, noise(1), EditTask(noise(1), "a red heart", "a heart"))
-    assert read == {name: pytest.approx(numbers[name], abs=1e-6) for name in ("clip_score", "clip_margin")}
-
-
-def test_an_infinite_picture_is_refused(tiny_model):
-    with pytest.raises(InputError, match="infinite"):
-        measured(tiny_model, noise() * math.inf)
-
-
 def test_a_model_without_clip_has_pixels_and_latents(tiny_model, monkeypatch):
     monkeypatch.setitem(tiny_model._modules, "clip", None)
     numbers, left_out = measured(tiny_model, source_prompt="a heart", truth=noise(2))
     assert {name.split("_to_")[0] for name in numbers} == {"psnr", "mse", "ssim", "latent_distance", "change_error"}
     assert "metrics.fetch" in left_out["success"]
-    assert m.Metrics().read(tiny_model, noise(), EditTask(noise(), "a")) == {}
 
 
 # Metrics with weights of their own.

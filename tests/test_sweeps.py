@@ -1,10 +1,8 @@
 """Sweeps: the presets in conf/experiment, the check of an objective, the report at the end, launchers and sweepers."""
 
+# ruff: noqa: F811 (the fixture `user`)
+
 import itertools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hydra
@@ -14,13 +12,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from PIL import Image
 
-import edit  # noqa: F401 (which makes the methods choices of Hydra's)
-import models
-from errors import InputError
 from evaluation import report
 from evaluation.sweep import Summary, check_directions
+from tests.test_edit_cli import PHOTO, SHORT, user  # noqa: F401
+from tests.test_edit_cli import edit as command
 from tests.test_report import edit as row
 from tests.test_report import write_job
 
@@ -49,12 +45,6 @@ def test_an_ablation_runs_methods_that_can_be_made(composed, name):
         assert type(method).__name__ == ("Imagic" if "imagic" in name else "DirectInversion")
 
 
-def test_the_tuned_network_of_an_ablation_takes_the_steps_of_its_model(composed):
-    for model, steps in (("openmoji64", 120), ("sd15", 1500)):
-        params = composed("+experiment=imagic_no_tuning", f"model={model}").hydra.sweeper.params
-        assert params["method.tuning_steps"] == f"0,{steps}"
-
-
 @pytest.mark.parametrize("name", ["optuna_success", "optuna_tradeoff"])
 def test_a_search_varies_settings_that_exist_in_the_right_direction(composed, name):
     pytest.importorskip("optuna")
@@ -68,20 +58,14 @@ def test_a_search_varies_settings_that_exist_in_the_right_direction(composed, na
 
 @pytest.mark.parametrize("names", itertools.permutations(("success", "psnr_to_input_kept", "seconds"), 2))
 def test_a_search_in_the_wrong_direction_is_refused(names):
+    with pytest.raises(SystemExit, match="objective"):
+        check_directions([], ["maximize"])
     right = ["minimize" if name == "seconds" else "maximize" for name in names]
     check_directions(names, right)
     for given in itertools.product(("maximize", "minimize"), repeat=2):
         if list(given) != right:
-            with pytest.raises(InputError, match="direction"):
+            with pytest.raises(SystemExit, match="direction"):
                 check_directions(names, given)
-
-
-def test_a_sweeper_that_optimises_needs_an_objective():
-    config = {"objective": None, "hydra": {"sweeper": {"direction": "maximize"}}}
-    with pytest.raises(SystemExit, match="objective"):
-        Summary().on_multirun_start(OmegaConf.create(config))
-    Summary().on_multirun_start(OmegaConf.create(config | {"objective": "success"}))
-    Summary().on_multirun_start(OmegaConf.create({"objective": None, "hydra": {"sweeper": {}}}))
 
 
 # The end of a sweep.
@@ -100,27 +84,13 @@ def test_the_end_reports_on_all_jobs_and_exits_with_1_after_a_failure(tmp_path, 
     assert end.value.code == 1 and "3 jobs, 1 failed" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def user(tmp_path_factory, tiny_model):
-    """A folder of a user's with a tiny checkpoint and a photo, away from the clone."""
-    folder = tmp_path_factory.mktemp("user")
-    models.save(tiny_model, folder / "tiny")
-    Image.effect_noise((90, 60), 60).convert("RGB").save(folder / "photo.jpg")
-    return folder
-
-
 def run(user, *settings):
-    """Run a sweep of `edit.py`; returns the process."""
-    short = ["sampler.steps=3", "method.embedding_steps=3", "method.tuning_steps=2", "logger.mode=disabled"]
-    about = ["model.weights=tiny", "image=photo.jpg", "prompt=a red heart", f"cache.dir={user / 'cache'}"]
-    command = [sys.executable, str(CLONE / "edit.py"), "--multirun", *about, *short, *settings]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "PALIMPSEST"))}
-    return subprocess.run(command, cwd=user, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return command(user, "--multirun", *SHORT, *PHOTO, "logger.mode=disabled", *settings)
 
 
 def test_a_sweep_survives_a_job_that_fails(user):
-    done = run(user, "hydra.sweep.dir=swept", "method.eta=0.4,-1")
-    assert done.returncode == 1 and "2 jobs, 1 failed" in done.stdout, done.stderr
+    code, out, err = run(user, "hydra.sweep.dir=swept", "method.eta=0.4,-1")
+    assert code == 1 and "2 jobs, 1 failed" in out, err
     first, second = report.read(user / "swept").to_dict("records")
     assert first["method.eta"] == "0.4" and (user / "swept" / first["file"]).exists()
     assert second["method.eta"] == "-1" and "eta" in second["error"]
@@ -133,20 +103,10 @@ def test_jobs_of_a_search_side_by_side_share_one_tuning(user):
     pytest.importorskip("optuna")
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"]
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=searched"]
-    done = run(user, *search, *launcher, "objective=psnr_to_input", "method.eta=interval(0.0,1.0)")
-    assert done.returncode == 0 and "2 jobs, 0 failed" in done.stdout, done.stderr
+    code, out, err = run(user, *search, *launcher, "objective=psnr_to_input", "method.eta=interval(0.0,1.0)")
+    assert code == 0 and "2 jobs, 0 failed" in out, err
     rows = report.read(user / "searched")
     found = yaml.safe_load((user / "searched" / "optimization_results.yaml").read_text())
     assert found["best_value"] == pytest.approx(rows["psnr_to_input"].max())
     assert found["best_params"]["method.eta"] == pytest.approx(rows["edit.eta"][rows["psnr_to_input"].idxmax()])
     assert rows["embedding_loss"].nunique() == rows["tuning_loss"].nunique() == 1
-
-
-@pytest.mark.slow
-def test_a_job_of_submitit_finds_the_clone(user):
-    """As on a cluster: a process of its own, started from a file and not by `edit.py`."""
-    pytest.importorskip("submitit")
-    done = run(user, "hydra/launcher=submitit_local", "hydra.sweep.dir=submitted", "method.eta=0.4")
-    assert done.returncode == 0 and "1 jobs, 0 failed" in done.stdout, done.stderr
-    (row,) = report.read(user / "submitted").to_dict("records")
-    assert json.loads((user / "submitted" / row["job"] / "rows.jsonl").read_text())["method.eta"] == "0.4"
