@@ -54,6 +54,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 def open_upright(path: str | Path) -> Image.Image:
     """The picture at `path` in its own mode, turned upright."""
     with opened(path) as image:
+        image.verify()  # the checksums of a PNG, which decoding does not compare
+    with opened(path) as image:
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation)  # alone: the other entries may be malformed
         upright = image.transpose(TURNS[orientation]) if orientation in TURNS else image

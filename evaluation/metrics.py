@@ -84,6 +84,7 @@ class Metrics:
         number("change_error", ["truth"], change_error, image, source, truth)
         known = ["truth", "source", "clip"]
         number("success", known, success, clip, image, source, truth, *prompts)
+        number("success_closer", known, success_closer, clip, image, source, truth, *prompts)
         number("attainable", known, lambda: clip_margin(clip, truth, *prompts) > 0)
         return numbers, left_out
 
@@ -122,6 +123,14 @@ def success(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: s
     NaN where the true result equals the input."""
     error = change_error(image, source, truth)
     return error if math.isnan(error) else float(error <= 0.5 and clip_margin(clip, image, source_prompt, prompt) > 0)
+
+
+def success_closer(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: str, prompt: str) -> bool:
+    """A weaker success: the edit is closer to the true result than the input is, over the whole picture in pixels and
+    in CLIP's features, and CLIP prefers the target prompt. A small step in the right direction is enough."""
+    closer = mse(image, truth) < mse(source, truth)
+    closer = closer and bool(clip_similarity(clip, image, truth) > clip_similarity(clip, source, truth))
+    return closer and bool(clip_margin(clip, image, source_prompt, prompt) > 0)
 
 
 # CLIP (Radford et al., 2021): cosines, (B,).

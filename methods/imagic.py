@@ -22,16 +22,16 @@ class Imagic(Method):
 
     sampler: Sampler
     # (A) the embedding [e_opt]
-    embedding_steps: int = 100  # optimisation steps; 0 keeps the start
-    embedding_lr: float = 1e-2  # learning rate
+    embedding_steps: int = 60  # optimisation steps; 0 keeps the start
+    embedding_lr: float = 3e-3  # learning rate
     embedding_optimizer: str = "adam"  # adam | sgd (momentum 0.9) | adafactor
     embedding_init: str = "target"  # where it starts: target (the prompt's embedding [e_tgt]) | random
     embedding_noise: float = 0.0  # noise on it at each step, in standard deviations of the target embedding
     num_embeddings: int = 1  # embeddings optimised side by side; sample i uses embedding i modulo this
     clip_weight: float = 0.0  # weight of 1 - cos(CLIP of the embedding, CLIP of the image); needs a model with CLIP
     # (B) the network [theta]
-    tuning_steps: int = 120  # optimisation steps; 0 keeps the network
-    tuning_lr: float = 1e-4  # learning rate for tune=all and tune=attention
+    tuning_steps: int = 60  # optimisation steps; 0 keeps the network
+    tuning_lr: float = 5e-5  # learning rate for tune=all and tune=attention
     tuning_optimizer: str = "adam"  # adam | sgd (momentum 0.9) | adafactor (steps as long as Adam's, hardly any state)
     tuning_batch: int = 1  # draws of timestep and noise per step
     tune: str = "all"  # which weights move: all | attention (its attention layers) | lora (low-rank additions to them)
@@ -44,7 +44,7 @@ class Imagic(Method):
     eta: float | Sequence[float] = 0.8  # [eta] 0 gives back the input, 1 is the prompt alone; a list: one edit for each
     guidance_scale: float = 2.0  # classifier-free guidance; 1 is without
     num_samples: int = 1  # edits for each eta, each from a start of its own
-    start: str = "inversion"  # inversion (of the image by DDIM under e_opt: keeps more of it) | noise (the paper's)
+    start: str = "noise"  # noise (the paper's) | inversion (of the image by DDIM under e_opt: keeps more of it)
     style_eta: float | None = None  # style mixing: another eta for the last, low-noise part of the steps
     style_from: float = 0.5  # the fraction of the steps after which style_eta takes over
 

@@ -83,8 +83,8 @@ class NegativePrompt(Inversion):
     """Negative-prompt inversion (Miyake et al., 2023, arXiv 2305.16807, eq. 9).
 
     The null text that null-text inversion finds is nearly the source prompt. With that in the place of the empty one,
-    guidance vanishes in the source branch, eps_source + w (eps_source - eps_source), whatever w is. A negative prompt of
-    the task's has no place left, and is not used.
+    guidance vanishes in the source branch, eps_source + w (eps_source - eps_source), whatever w is. The
+    task's negative prompt has no place left, and is not used.
     """
 
     def invert(self, *args) -> Source:

@@ -78,7 +78,7 @@ def test_a_method_has_the_defaults_of_its_dataclass(composed, name):
     settings = {field.name: field.default for field in fields(kind)}
     assert issubclass(kind, Method) and node.keys() == settings.keys() == sd.keys() - {"_target_"}
     for setting, default in settings.items():
-        if setting not in config.GROUPS and name not in ("imagic_sd", "imagic_imagen"):
+        if setting not in config.GROUPS and name not in ("imagic_sd", "imagic_imagen", "direct_inversion_paper"):
             assert node[setting] == default and default is not MISSING, setting
     assert node["sampler"]["kind"] == ("ddpm" if name in ("sdedit", "ddpm_inversion") else "ddim")
     if name in INVERSIONS:

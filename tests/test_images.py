@@ -76,7 +76,9 @@ def test_broken_files_are_one_clear_line(tmp_path, monkeypatch):
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 80).save(whole, "PNG")
     data = whole.getvalue()
-    files = {"truncated.png": data[: len(data) // 2], "text.png": b"no", "big.png": data}
+    flipped = bytearray(data)
+    flipped[-14] ^= 4  # in the checksum of the pixels
+    files = {"truncated.png": data[: len(data) // 2], "flipped.png": bytes(flipped), "text.png": b"no", "big.png": data}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name in (*files, "missing.png"):

@@ -104,6 +104,8 @@ def test_success_is_an_edit_that_went_half_of_the_way(edit, done):
     assert m.success(clip, edit, source, truth, "1 0", "0 1") == done
     assert not m.success(clip, edit, source, truth, "0 1", "1 0")  # CLIP prefers the source prompt
     assert math.isnan(m.success(clip, edit, source, source, "1 0", "0 1"))  # nothing was to change
+    assert m.success_closer(clip, edit, source, truth, "1 0", "0 1") >= done  # which is the weaker rule
+    assert not m.success_closer(clip, source, source, truth, "1 0", "0 1")
 
 
 # All of them together.
@@ -120,7 +122,7 @@ def test_every_metric_is_there_or_left_out_with_a_reason(tiny_model):
     full = dict(source_prompt="a heart", mask=mask, truth=noise(2))
     numbers, left_out = measured(tiny_model, **full)
     every = numbers.keys() | left_out.keys()
-    assert len(numbers) == 25 and all(math.isfinite(value) for value in numbers.values())
+    assert len(numbers) == 26 and all(math.isfinite(value) for value in numbers.values())
     assert len(left_out) == 6 and all("metrics.fetch=true" in reason for reason in left_out.values())
     for lacking, word in (("mask", "mask"), ("truth", "true result"), ("source_prompt", "source prompt")):
         numbers, left_out = measured(tiny_model, **full | {lacking: None if lacking != "source_prompt" else ""})

@@ -51,9 +51,9 @@ def test_the_example_method_keeps_more_with_less_strength(tiny_model, task, edit
 
 def test_the_example_method_is_a_choice(tmp_path):
     (tmp_path / "redraw.py").write_text(blocks("class Redraw"))
-    classes = config.read(tmp_path)
-    assert [source.name for source in classes] == ["Redraw"]
-    assert classes[0].settings["strength"] == (0.6, "share of the trajectory that is walked")
+    [choice] = config.choices(tmp_path)
+    assert (choice.group, choice.name) == ("method", "redraw")
+    assert choice.settings["strength"] == (0.6, "share of the trajectory that is walked")
 
 
 @pytest.mark.parametrize(("program", "arguments"), COMMANDS)
