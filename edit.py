@@ -46,9 +46,10 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
 
-    for name in ("compile", "deterministic"):
-        if not isinstance(cfg[name], bool):
-            raise InputError(f"{name}={cfg[name]} is unknown: true or false")
+    for name in ("compile", "deterministic", "cache.enabled", "metrics.fetch", "model.ema"):
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, bool) and (name != "model.ema" or value is not None):
+            raise InputError(f"{name}={value} is unknown: true or false")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     if cfg.deterministic:
@@ -66,6 +67,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     own = [name for name in ("image", "prompt", "source_prompt", "negative_prompt") if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
+    wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
     model.unet.attention.backend = cfg.attention
@@ -89,7 +91,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     if int(os.environ.get("RANK", 0)) > 0:
         logger.mode = "disabled"  # the first process of torchrun logs the whole run
     with logger.run(folder, settings):
-        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings)
+        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings, wanted)
         logger.report(folder, rows)
     return runner.objective(cfg.objective, rows), len({row["task"] for row in rows if "error" in row})
 

@@ -84,13 +84,14 @@ class Tasks:
             raise InputError("task: there is nothing to edit in this list")
         self.fit = fit
         self.entries = [entry for entry in entries if entry.name in chosen]
-        index, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        index, count = 0, 1
         if shard is not None:
             parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
             if not parts or not int(parts[1]) < int(parts[2]):
                 raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
             index, count = map(int, parts.groups())
-        self.share = self.entries[index::count]
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+        self.share = self.entries[index::count][rank::world]
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""

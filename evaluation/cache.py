@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from errors import InputError
 from files import whole_file
 
 
@@ -47,10 +48,13 @@ class TuningCache:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
 
         `determined_by`, in JSON's types, names all that the tensors depend on. Notes, in JSON's types too, are stored
-        beside them. An entry that cannot be written costs a warning, not the run.
+        beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be made.
         """
         path = self.dir / f"{digest(json.dumps(determined_by, sort_keys=True))}.safetensors"
-        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cache.dir={self.dir}: {error.strerror}; cache.enabled=false does without") from None
         with FileLock(path.with_suffix(".lock")):
             with suppress(OSError, SafetensorError):  # not there, or damaged
                 os.utime(path)  # recently used

@@ -75,16 +75,16 @@ def overrides() -> dict[str, str]:
 def job() -> Iterator[None]:
     """Around one Hydra job. One of a sweep that fails leaves a row with its error, and the others go on."""
     config = HydraConfig.get()
+    failure = Path(config.runtime.output_dir) / "rows-failure.jsonl"
+    failure.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
         if config.mode != RunMode.MULTIRUN:
             end_with(error)  # here already: Hydra would put a line of its own before it
         print(f"job {config.job.num}: {explain(error) or traceback.format_exc()}", file=sys.stderr)
-        folder = Path(config.runtime.output_dir)
-        if not any(folder.glob("rows*.jsonl")):
-            row = overrides() | {"error": explain(error) or repr(error)}
-            (folder / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        row = overrides() | {"error": explain(error) or repr(error)}
+        failure.write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def explain(error: BaseException) -> str | None:

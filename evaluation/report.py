@@ -153,6 +153,7 @@ def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
 def markdown(table: pd.DataFrame) -> str:
     """A table of texts in Markdown, with columns of even width."""
     lines = [[name or "-" for name in table], *table.to_numpy().tolist()]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)

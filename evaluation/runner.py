@@ -4,6 +4,7 @@ A run that stopped goes on by skipping the tasks whose rows are there. Processes
 rows each. One picture is a run of one task, which is edited anew each time.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -149,8 +150,8 @@ class Editor:
         """Edit one task and write its files to `place`, where those of an earlier run are removed. Returns a row for
         each edit, with a path for each file, and the curves of its stages, {stage: {name: one value for each step}}.
 
-        An edit's seconds and evaluations are those from the encoding of the picture to its decoding: tuning included,
-        cached or not, and the reconstruction left out. Raises InputError where a result is not finite.
+        An edit's seconds and evaluations are those of the task from its beginning to this edit: tuning included, cached
+        or not, and the reconstruction left out. Raises InputError where a result is not finite, or there is none.
         """
         torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
         run, results, reconstruction = TaskRun(self, task.image, seed, alone), [], None
@@ -163,6 +164,8 @@ class Editor:
                 cost = {"seconds": seconds, "evaluations": int(evaluations), "peak_memory_gb": peak}
                 results.append((settings, latent, picture, run.metrics | cost))
             before = run.cost
+        if not results:
+            raise InputError(f"method={self.name} gave no edit")
 
         shown = {"input": task.image, "reconstruction": reconstruction, "truth": task.truth}
         files = {place / f"{name}.png": picture for name, picture in shown.items() if picture is not None}
@@ -205,16 +208,21 @@ def edit_all(
     edit: Callable[[Entry, Path, int], tuple[list[dict], dict]],  # (task, its folder, its seed) -> rows, curves
     seed: int,
     settings: dict,
+    wanted: Sequence[str] = (),  # metrics that a sweeper optimises
 ) -> list[dict]:
     """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
 
     A task that fails leaves a row with `error`; the next run tries it again. Raises InputError where the folder holds
-    results of other settings. For one picture errors are raised, and rows of an earlier run are replaced.
+    results of other settings, and after the first edit for a wanted metric that does not exist. For one picture errors
+    are raised, and rows of an earlier run are replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not source.single:
+    if source.single:
+        for old in folder.glob("rows*.jsonl"):
+            old.unlink()
+    else:
         claim(folder, settings)
-    typed, before = overrides(), [] if source.single else rows_of(source, folder)
+    typed, before = overrides(), rows_of(source, folder)
     done = {row["task"] for row in before if "error" not in row}
     waiting = [entry for entry in source.share if entry.name not in done]
     mine = folder / "rows.jsonl"
@@ -235,11 +243,11 @@ def edit_all(
                 (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 bar.write(f"{entry.name} failed: {line}", file=sys.stderr)
                 rows = [{"error": line}]
-            with mine.open("a", encoding="utf-8") as file:
-                for row in rows:
-                    row = typed | marks(entry) | row
-                    file.write(json.dumps(row, default=lambda path: path.relative_to(folder).as_posix()) + "\n")
+            append(mine, [typed | marks(entry) | row for row in rows])
             bar.update()
+            known = set().union(*(row.keys() | row.get("left_out", {}) for row in rows))
+            if unknown := [name for name in wanted if name not in known and "error" not in known]:
+                raise InputError(f"objective={unknown[0]} is unknown: see the columns of {mine}")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the first process of torchrun reports on all
             dist.init_process_group("gloo", timeout=timedelta(days=30))
             dist.barrier()
@@ -252,6 +260,19 @@ def edit_all(
             if len({row["task"] for row in rows if "error" not in row}) < len(source.entries):
                 print(f"the same command goes on from here with hydra.run.dir={folder} (a sweep: with hydra.sweep.dir)")
     return rows
+
+
+def append(file: Path, rows: Sequence[dict]) -> None:
+    """Write the rows of one task at once, so that a process that is killed leaves all of them or none."""
+    encode = lambda row: json.dumps(row, default=lambda path: path.relative_to(file.parent).as_posix()) + "\n"
+    with file.open("a+b", buffering=0) as out:
+        size = out.seek(0, os.SEEK_END)
+        out.seek(max(0, size - 1))
+        cut = out.read(1) not in (b"", b"\n")  # an earlier process left half a line
+        data = ("\n" * cut + "".join(map(encode, rows))).encode()
+        if out.write(data) < len(data):
+            out.truncate(size)
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
 
 def rows_of(source: Tasks, folder: Path) -> list[dict]:
@@ -323,7 +344,8 @@ def code_of(method: Method) -> set[Path]:
         file = CLONE / f"{waiting.pop().replace('.', '/')}.py"
         if file.parent.name == "methods" and file.exists() and file not in files:
             files.add(file)
-            for line in re.findall(r"(?:from|import) methods\b.*", file.read_text(encoding="utf-8")):
+            text = file.read_text(encoding="utf-8")
+            for line in re.findall(r"(?:from|import) methods\b(?:[^\n(]*\([^)]*\)|.*)", text):
                 waiting |= {f"methods.{word}" for word in re.findall(r"\w+", line)}
     return files
 

@@ -101,17 +101,23 @@ OPTIMIZERS = {
 
 
 def check(method: Any, shares: Sequence[str] = (), counts: Sequence[str] = (), **choices: Iterable[str]) -> None:
-    """Raise InputError for a number of another type than declared, negative or infinite, above 1 among `shares`, or
-    below 1 among `counts`; and for a setting in `choices` with another value than those given."""
+    """Raise InputError for a value of another type than declared; for a number that is negative or infinite, above 1
+    among `shares`, or below 1 among `counts`; and for a setting in `choices` with another value than those given."""
     for name, kind in get_type_hints(type(method)).items():
         kinds, value = get_args(kind) if isinstance(kind, UnionType) else (kind,), getattr(method, name)
         if name in choices and value not in choices[name]:
             raise InputError(f"{method.group}.{name} is {value}: choose one of {', '.join(choices[name])}")
-        if not {int, float} & set(kinds) or (value is None and NoneType in kinds):
+        if value is None and NoneType in kinds:
+            continue
+        for plain, what in ((bool, "true or false"), (str, "a text")):
+            if plain in kinds and not isinstance(value, plain):
+                raise InputError(f"{method.group}.{name} is {value}: it must be {what}")
+        if not {int, float} & set(kinds):
             continue
         low, high, whole = int(name in counts), 1 if name in shares else math.inf, float not in kinds
         for v in value if Sequence[float] in kinds and isinstance(value, Sequence) and value else [value]:
-            if not isinstance(v, int if whole else (int, float)) or not low <= v <= high or math.isinf(v):
+            number = isinstance(v, int if whole else (int, float)) and not isinstance(v, bool)
+            if not number or not low <= v <= high or math.isinf(v):
                 what = "whole number" if whole else "number"
                 raise InputError(f"{method.group}.{name} is {value}: it must be a {what} from {low} to {high}")
 

@@ -97,6 +97,9 @@ class Imagic(Method):
     @contextmanager
     def tuned_network(self, model, task, z: Tensor, optimised: Conditioning, run: Run) -> Iterator[None]:
         """(B) Inside, theta = argmin_theta E ||eps - eps_theta(x_t, t, e_opt)||^2; afterwards the UNet is as before."""
+        if self.tuning_steps == 0:
+            yield
+            return
         names = [name for name, _ in model.unet.named_parameters()]
         names = lora.in_attention(names) if self.tune == "attention" else names
         weights, lr = base.restored(model.unet, names), self.tuning_lr
@@ -118,8 +121,9 @@ class Imagic(Method):
         null, samples = model.encode_text([task.negative_prompt]), range(self.num_samples)
         starts = [noise_like(z, run.noise("start", i)) for i in samples]
         if self.start == "inversion":
-            up = [guided(model, optimised[i % len(optimised)]) for i in samples]
-            starts = [ddim.invert(denoise, z, trajectory, progress=run.progress("inversion")).latent for denoise in up]
+            up = [guided(model, optimised[k]) for k in range(min(len(optimised), self.num_samples))]
+            tops = [ddim.invert(denoise, z, trajectory, progress=run.progress("inversion")).latent for denoise in up]
+            starts = [tops[i % len(tops)] for i in samples]
         run.tensors["start_latents"] = torch.cat(starts)
 
         def sample(i: int, eta: float, late_eta: float, stage: str) -> Tensor:

@@ -215,17 +215,20 @@ def weight_files(files: Sequence[str]) -> dict[str, str]:
 
 
 def fetch(repo_id: str) -> Path:
-    """The folder of "org/name" in huggingface_hub's cache, with the files that a model needs. They are downloaded where
-    the cache has no newest copy; without a network, any copy serves. Raises InputError where there is none."""
+    """The folder of "org/name" in huggingface_hub's cache, with the files that a model needs. A whole copy serves as it
+    is; else they are downloaded. Raises InputError where that fails."""
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    files = ()
-    with suppress(Exception):  # the next call says why, or has a copy
-        files = weight_files(list_repo_files(repo_id)).values()
+    with suppress(OSError, InputError):  # it is not cached, or not whole
+        folder = Path(snapshot_download(repo_id, local_files_only=True))
+        weight_files([f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")])
+        return folder
     try:
+        files = weight_files(list_repo_files(repo_id)).values()
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", *files]))
-    except (OSError, HfHubHTTPError) as error:
+    except InputError as error:
+        raise InputError(f"{repo_id}: {error}") from None
+    except Exception as error:  # the hub's own, and those of three libraries below it
         why = f"the hub does not give it ({type(error).__name__}): log in with `hf auth login` if it is closed"
         raise InputError(f"{repo_id} is no path, and {why}, or name a downloaded folder") from None
 

@@ -139,7 +139,7 @@ def test_numbers_and_choices_out_of_range_are_named(kind):
 @pytest.mark.parametrize(
     "kind, name, value, others",
     [
-        (Imagic, "eta", [0.5, -0.1], {}), (Imagic, "num_samples", 2, {}),  # from one inversion, without noise
+        (Imagic, "eta", [0.5, -0.1], {}), (Imagic, "num_samples", 2, {"start": "inversion"}),  # one, without noise
         (DirectInversion, "edit_strength", [0.3, 0.6], {}), (DirectInversion, "alpha", 0.5, {}),  # ignored by cosine
         (DirectInversion, "structural_similarity", 0.5, {"mix": "linear"}), (DirectInversion, "num_samples", 2, {}),
         (DirectInversion, "inversion_steps", 6, {"blend": "path"}), (PromptToPrompt, "guidance_scale", 0.0, {}),

@@ -229,3 +229,11 @@ def test_the_objective_is_a_mean_over_edits(tmp_path, reports):
     for name, others, word in (("lpips", [], "lpips"), ("psnr", [{"task": "t9", "error": "x"}], "1 tasks failed")):
         with pytest.raises(InputError, match=word):
             runner.objective(name, rows + others)
+
+
+def test_the_rows_of_a_task_are_whole(tmp_path):
+    """A line that a killed process left half-written loses no other."""
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"task": "a"}\n{"task": "b", "fi')
+    runner.append(file, [{"task": "b", "file": tmp_path / "b" / "0.png"}])
+    assert [row.get("file") for row in report.run_rows(tmp_path)] == [None, "b/0.png"]
