@@ -5,7 +5,7 @@ at that embedding; (C) interpolate between the optimised and the target embeddin
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,7 +67,7 @@ class Imagic(Method):
         trajectory, target = self.sampler.trajectory(model.schedule), model.encode_text([task.prompt])
         optimised = self.optimise_embedding(model, task, z, target, run)
         decoder = imagic_extras.fitted_decoder(model, z, task.image, self.decoder_steps, self.decoder_lr, run)
-        with self.tuned_network(model, task, z, optimised, run), decoder:
+        with self.tuned_network(model, task, z, optimised, run) if self.tuning_steps else nullcontext(), decoder:
             yield from self.interpolate(model, task, z, target, optimised, trajectory, run)
 
     def optimise_embedding(self, model, task, z: Tensor, target: Conditioning, run: Run) -> Conditioning:
@@ -97,9 +97,6 @@ class Imagic(Method):
     @contextmanager
     def tuned_network(self, model, task, z: Tensor, optimised: Conditioning, run: Run) -> Iterator[None]:
         """(B) Inside, theta = argmin_theta E ||eps - eps_theta(x_t, t, e_opt)||^2; afterwards the UNet is as before."""
-        if self.tuning_steps == 0:
-            yield
-            return
         names = [name for name, _ in model.unet.named_parameters()]
         names = lora.in_attention(names) if self.tune == "attention" else names
         weights, lr = base.restored(model.unet, names), self.tuning_lr
@@ -121,7 +118,7 @@ class Imagic(Method):
         null, samples = model.encode_text([task.negative_prompt]), range(self.num_samples)
         starts = [noise_like(z, run.noise("start", i)) for i in samples]
         if self.start == "inversion":
-            up = [guided(model, optimised[k]) for k in range(min(len(optimised), self.num_samples))]
+            up = [guided(model, optimised[k]) for k in range(len(optimised))]
             tops = [ddim.invert(denoise, z, trajectory, progress=run.progress("inversion")).latent for denoise in up]
             starts = [tops[i % len(tops)] for i in samples]
         run.tensors["start_latents"] = torch.cat(starts)
