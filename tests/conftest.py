@@ -32,6 +32,7 @@ TINY = {
     "vision": {"image_size": 32, "width": 32, "heads": 2, "layers": 2, "patch": 8},
     "schedule": {"kind": "cosine"},
 }
+WITHOUT_CLIP = {name: part for name, part in TINY.items() if name != "vision"}
 
 
 # Tiny Stable Diffusion checkpoints with outputs of an independent implementation.
@@ -61,6 +62,15 @@ def hub_folder(path, ending=".safetensors", prediction=None):
         (path / part / "config.json").write_bytes((FIXTURES / "sd1_tiny" / "hub" / part / "config.json").read_bytes())
         save_file(tensors, path / part / f"{WEIGHTS[part]}{ending}")
     return path
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def latents(results):
+    """The latents of the edits that the fixture `edit` gives, in one batch."""
+    return torch.cat([latent for _, latent, _ in results[0]])
 
 
 def randomised(model):

@@ -1,7 +1,6 @@
 """Loading and saving: layouts agree, choices are kept, wrong files are refused in one line."""
 
 import json
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -10,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import models
 from errors import InputError
-from models.checkpoints import fetch, read_config, weight_files
+from models.checkpoints import fetch, weight_files
 from models.names import FAMILIES
 from models.text import compact_vocabulary
-from tests.conftest import FIXTURES, TINY, WEIGHTS, fixture_arch, hub_folder
+from tests.conftest import FIXTURES, TINY, WEIGHTS, WITHOUT_CLIP, fixture_arch, hub_folder
 
 SINGLE = FIXTURES / "sd1_tiny" / "model.safetensors"
 SINGLE2 = FIXTURES / "sd2_tiny" / "model.safetensors"
@@ -74,13 +73,6 @@ def test_pickled_tensors(state, plain, tmp_path, nested, zipped):
     same(models.load(tmp_path / "model.ckpt", arch=ARCH), plain)
 
 
-def test_a_1x1_convolution_on_pixels_is_a_linear(state, plain, write):
-    """1.x stores convolutions, 2.x linear layers; the hub's and the original autoencoder differ likewise."""
-    changed = {k: t.flatten(1) for k, t in state.items() if ".1.proj_" in k and k.endswith("weight")}
-    assert len(changed) == 2 * 6 and state[next(iter(changed))].ndim == 4
-    same(models.load(write(state | changed), arch=ARCH), plain)
-
-
 @pytest.mark.parametrize(
     "family, sizes, published",
     [
@@ -102,13 +94,12 @@ def test_every_precision_rounds_once(plain, dtype):
         assert torch.equal(p, plain.get_parameter(name).to(dtype)), name
 
 
-@pytest.mark.parametrize("with_clip", [True, False])
-def test_a_saved_model_comes_back(tmp_path, with_clip):
-    config = TINY if with_clip else {k: v for k, v in TINY.items() if k != "vision"}
+@pytest.mark.parametrize("config", [TINY, WITHOUT_CLIP], ids=["clip", "without"])
+def test_a_saved_model_comes_back(tmp_path, config):
     model = models.build(config, seed=0, vocabulary=compact_vocabulary(["a red heart"]))
     models.save(model, tmp_path / "full", dtype=None)
     again = models.load(tmp_path / "full")
-    assert again.fingerprint == model.fingerprint and (again.clip is not None) == with_clip
+    assert again.fingerprint == model.fingerprint and (again.clip is not None) == ("vision" in config)
     assert not any(p.requires_grad or p.is_meta for p in again.parameters())
     models.save(again, tmp_path / "full", dtype=None)  # onto the file that it is mapped to
     assert models.load(tmp_path / "full").fingerprint == again.fingerprint == model.fingerprint
@@ -117,28 +108,14 @@ def test_a_saved_model_comes_back(tmp_path, with_clip):
         torch.testing.assert_close(p, model.get_parameter(name), atol=1e-3, rtol=1e-3)
 
 
-def test_memory_stays_near_the_size_of_the_file_which_does_not_change(tmp_path):
-    """And no random weights are drawn for the sake of being overwritten."""
-    config = TINY | {"unet": TINY["unet"] | {"model_channels": 192, "num_res_blocks": 2}}
-    models.save(models.build(config, seed=0), tmp_path, dtype=None)
-    before = {file: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
-    models.load(tmp_path)  # imports its libraries
-    drawn = torch.get_rng_state()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now
-    start = resident_peak()
+def test_the_file_does_not_change_with_the_weights_and_no_random_ones_are_drawn(tmp_path):
+    models.save(models.build(TINY, seed=0), tmp_path, dtype=None)
+    before, drawn = {file: file.read_bytes() for file in tmp_path.glob("*.safetensors")}, torch.get_rng_state()
     model = models.load(tmp_path)
-    for parameter in model.parameters():
-        parameter.sum()  # reads it
-    assert resident_peak() - start < 1.15 * sum(map(len, before.values()))
     assert torch.equal(torch.get_rng_state(), drawn)
     for parameter in model.parameters():
         parameter.add_(1)
     assert all(file.read_bytes() == content for file, content in before.items())
-
-
-def resident_peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 # Choices
@@ -180,12 +157,6 @@ def test_a_hub_folder_states_prediction_schedule_and_heads(tmp_path):
     refused(hub_folder(tmp_path / "none", prediction="sample"), arch=None)
 
 
-def test_the_layer_that_2x_does_not_use_is_left_out():
-    shorter = {"text": ARCH2["text"] | {"layers": 3, "hidden_layer": "last"}}
-    last, penultimate = models.load(SINGLE2, arch=ARCH2 | shorter), models.load(SINGLE2, arch=ARCH2)
-    torch.testing.assert_close(last.text(["a cat"]), penultimate.text(["a cat"]))
-
-
 def test_clip_scores_do_not_depend_on_the_precision(tiny_model, tmp_path):
     """Nor does the text that conditions a half-precision UNet leave its precision."""
     models.save(tiny_model, tmp_path)
@@ -208,7 +179,6 @@ def test_clip_scores_do_not_depend_on_the_precision(tiny_model, tmp_path):
     "arch, word",
     [
         ({"unett": {"num_heads": 4}}, "unett"),
-        ({"unet": {"widht": 5}}, "widht"),
         ({"unet": {"num_heads": 5}}, "heads"),
         ({"unet": {"context_dim": 64}}, "to_kv"),  # as with model=sd15 for weights of 2.x
         ({"prediction": "x0"}, "x0"),
@@ -219,13 +189,10 @@ def test_senseless_arch(arch, word):
     assert word in refused(SINGLE, arch=whole)
 
 
-def test_keys_that_do_not_fit_are_named_and_counted(state, write):
+def test_keys_that_do_not_fit_are_named(state, write):
     key = UNET + "time_embed.0.bias"
     assert "surprise is unexpected" in refused(write(state | {UNET + "surprise": torch.ones(3)}))
     assert "[7]" in refused(write(state | {key: torch.zeros(7)}))
-    few = {k: t for k, t in state.items() if ".norm3." not in k}
-    message = refused(write(few))
-    assert message.count("is missing") == 3 and message.endswith(f"and {len(state) - len(few) - 3} more")
     half = {k: t for k, t in state.items() if not k.endswith("attn1.to_k.weight")}
     assert "attn1.to_qkv.weight is missing" in refused(write(half))
 
@@ -237,17 +204,12 @@ def test_other_kinds_of_files_are_known_by_their_keys(write, key):
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.999])
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_truncated_files(state, tmp_path, suffix, share):
+def test_truncated_and_missing_files(state, tmp_path, suffix, share):
     file = tmp_path / f"model.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(state, file)
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     refused(file)
-
-
-def test_files_without_tensors_and_missing_paths(tmp_path):
-    (tmp_path / "model.ckpt").write_bytes(b"<!DOCTYPE html><html></html>")
-    for path in (tmp_path / "model.ckpt", tmp_path / "none", "a/b.safetensors", "name"):
-        refused(path)
+    refused(tmp_path / "none")
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
@@ -264,10 +226,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
 def test_folders_that_do_not_fit(tiny_model, tmp_path):
     own, folder = tmp_path / "own", hub_folder(tmp_path / "hub")
     models.save(tiny_model, own)
-    config = read_config(own)
-    for text, word in (("{", "config.json"), (json.dumps({k: v for k, v in config.items() if k != "vae"}), "vae")):
-        (own / "config.json").write_text(text)
-        assert word in refused(own, arch=None)
     (own / "unet.safetensors").unlink()
     assert "part=unet" in refused(own, arch=None)
     (folder / "vae" / "config.json").unlink()
