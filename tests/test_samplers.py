@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errors import InputError
-from samplers import NoiseSchedule, Sampler, Trajectory, ddim, ddpm, noise_like
+from samplers import NoiseSchedule, Sampler, ddim, ddpm, noise_like
 
 KINDS = ["scaled_linear", "linear", "cosine"]
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -80,34 +80,15 @@ def test_alpha_bars_by_their_formulas() -> None:
     assert float(cosine[-1] / cosine[-2]) == pytest.approx(0.001, rel=1e-9)
 
 
-@given(schedule=schedules, t=st.integers(0, 950), seed=st.integers(0, 999))
+@given(schedule=schedules, t=st.lists(st.integers(0, 950), min_size=1, max_size=4), seed=st.integers(0, 999))
 @few
-def test_eps_v_and_x0_say_the_same(schedule: NoiseSchedule, t: int, seed: int) -> None:
-    x0, eps = normal(2, 2, 3, 4, 4, seed=seed)
-    ab = float(schedule.alpha_bars[t])
+def test_eps_v_and_x0_say_the_same_at_one_timestep_and_at_one_for_each_sample(schedule, t: list, seed: int) -> None:
+    x0, eps = normal(2, len(t), 3, 4, 4, seed=seed)
+    ab = schedule.alpha_bars[t].reshape(-1, 1, 1, 1)
     x, v = ab**0.5 * x0 + (1 - ab) ** 0.5 * eps, ab**0.5 * eps - (1 - ab) ** 0.5 * x0
-    torch.testing.assert_close(schedule.add_noise(x0, eps, t), x)
-    torch.testing.assert_close(schedule.eps_from_v(x, v, t), eps)
-
-
-@given(
-    t=st.lists(st.integers(0, 999), min_size=1, max_size=5),
-    shape=st.lists(st.integers(1, 3), max_size=3),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-)
-@few
-def test_a_batch_of_timesteps_is_each_sample_with_its_own(t: list, shape: list, dtype: torch.dtype) -> None:
-    x, y = normal(2, len(t), *shape).to(dtype)
-    for convert in (SD.add_noise, SD.eps_from_v):
-        batched = convert(x, y, torch.tensor(t))
-        assert batched.dtype == dtype and batched.shape == x.shape
-        loose = {"rtol": 0.05, "atol": 0.5} if dtype == torch.bfloat16 else {}
-        for i, ti in enumerate(t):
-            torch.testing.assert_close(batched[i], convert(x[i], y[i], ti), **loose)
-
-
-def test_an_int_timestep_gives_floats_so_that_no_device_is_waited_for() -> None:
-    assert all(type(c) is float for c in SD._coefficients(7, torch.empty(2, 3, device="meta")))
+    for of, ti in ((slice(None), torch.tensor(t)), (0, t[0])):
+        torch.testing.assert_close(schedule.add_noise(x0[of], eps[of], ti), x[of])
+        torch.testing.assert_close(schedule.eps_from_v(x[of], v[of], ti), eps[of])
 
 
 # --- grids ------------------------------------------------------------------------------------------------
@@ -183,21 +164,12 @@ def test_a_step_follows_eq_12_with_the_sigma_of_eq_16(a: float, up: float, eta: 
     torch.testing.assert_close(drawn, mean + sigma * noise, rtol=1e-6, atol=1e-6)
 
 
-@given(a=st.floats(0.001, 0.999), b=st.floats(0.001, 1), seed=st.integers(0, 99))
-@few
-def test_without_noise_a_step_back_undoes_it(a: float, b: float, seed: int) -> None:
-    x, eps = normal(2, 3, 4, seed=seed)
-    trajectory = Trajectory(torch.tensor([9]), torch.tensor([a, b], dtype=torch.float64))
-    there = trajectory.step(x, eps, 0, 1)
-    torch.testing.assert_close(there, ddim.step(x, eps, a, b))
-    torch.testing.assert_close(trajectory.step(there, eps, 1, 0), x)
-
-
 def test_steps_and_noise_keep_the_dtype_and_noise_is_the_same_in_each() -> None:
     drawn = noise_like(torch.empty(9, 8), torch.Generator().manual_seed(5))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         noise = noise_like(torch.empty(9, 8, dtype=dtype), torch.Generator().manual_seed(5))
         assert torch.equal(noise, drawn.to(dtype))
+        assert SD.add_noise(noise, noise, torch.arange(9)).dtype == dtype
         assert ddim.step(noise, noise, SD.alpha_bars[9], SD.alpha_bars[3], 1.0, noise).dtype == dtype
         assert ddpm.step(noise, noise, SD.alpha_bars[9], SD.alpha_bars[3], noise=noise).dtype == dtype
 
@@ -217,22 +189,6 @@ def test_inversion_of_a_nonlinear_network_in_float32(spacing) -> None:
     picture = normal(3, 4, seed=1, dtype=torch.float32)
     latent = ddim.invert(smooth, picture, trajectory, fixed_point_steps=12).latent
     assert (ddim.sample(smooth, latent, trajectory) - picture).abs().max() < 1e-5
-
-
-def test_inversion_walks_the_same_grid_upward() -> None:
-    """Each step up sees the timestep it arrives at: exactly those that sampling sees, in reverse."""
-    seen, trajectory, x = [], SD.trajectory(10), normal(2, 4)
-
-    def spy(x: Tensor, t: int) -> Tensor:
-        seen.append(t)
-        return network(x, t)
-
-    ddim.sample(spy, x, trajectory)
-    assert seen == trajectory.timesteps.tolist()
-    for more in (0, 2):
-        down, seen = trajectory.timesteps.tolist(), []
-        ddim.invert(spy, x, trajectory, fixed_point_steps=more)
-        assert seen == [t for t in down[::-1] for _ in range(1 + more)]
 
 
 @given(
@@ -259,12 +215,7 @@ def test_a_replayed_recording_is_exact_for_any_network(schedule, steps, spacing,
 def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
     """With every latent replaced by the recorded one, any network ends at x0. A sampler hands its settings on."""
     trajectory, x0, bars = Sampler(steps=10).trajectory(SD), normal(2, 4), []
-
-    def progress(iterable):
-        for i in iterable:
-            bars.append(i)
-            yield i
-
+    progress = lambda steps: (bars.append(i) or i for i in steps)
     recording = ddim.invert(network, x0, trajectory, progress=progress)
     back = lambda i, x: recording.latents[i + 1]
     make = lambda: torch.Generator().manual_seed(0)
