@@ -10,8 +10,6 @@ from PIL import Image, ImageColor
 
 from evaluation import report
 
-GREY = (221, 221, 221)  # what failed, on a sheet
-
 
 def edit(task="t0", category="", method="imagic", colour="blue", **about):
     """The row of an edit; `colour` is that of its picture, which `write_run` draws."""
@@ -83,10 +81,6 @@ def test_reading_a_sweep(tmp_path):
         ([{"method": "sdedit", "job": "0", "edit.eta": 1}, {"job": "1", "edit.eta": 2}], ["sdedit", "imagic"]),
         # seeds, samples, pictures and shards are averaged
         ([{"job": i, "seed": i, "sample": i, "task.shard": i, "image": i, "pictures": i} for i in "01"], ["imagic"]),
-        (
-            [{"job": v, "method.eta": v} for v in ("0.62928810236", "0.30000000000000004", "1234567", "true")],
-            ["imagic, eta 0.629288", "imagic, eta 0.3", "imagic, eta 1234567", "imagic, eta true"],
-        ),
     ],
 )
 def test_labels_are_the_settings_in_which_edits_differ(settings, expected):
@@ -124,37 +118,6 @@ def test_the_report_on_a_benchmark(tmp_path):
     assert Image.open(tmp_path / "sheet.png").width > 192 * 3 and not list(tmp_path.glob(".*"))
 
 
-def test_the_report_on_one_picture(tmp_path):
-    rows = [edit("edit", **{"edit.eta": eta, "clip_score": eta}) for eta in (0.2, 0.8)]
-    write_run(tmp_path, rows)
-    curves = {"embedding": {"loss": [0.5, 0.4, 0.3], "clip": [1.0, 0.9]}, "tuning": {"loss": [0.2]}}
-    text = report.write(tmp_path, pd.DataFrame(rows), 1, curves)
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss.png", "tradeoff.png"}
-    assert "imagic, eta 0.8" in text and not (tmp_path / "index.html").exists()
-
-
-# The sheet and the plots.
-
-
-def colours(sheet):
-    """The pixels of a sheet by colour."""
-    return {colour: n for n, colour in sheet.getcolors(sheet.width * sheet.height)}
-
-
-def test_a_sweep_is_laid_out_over_its_settings(tmp_path):
-    """Three eta along the columns, two seeds down the lines; the input first in each; a job that failed is grey."""
-    palette = iter(["red", "lime", "blue", "cyan", "magenta"])
-    for number, (seed, eta) in enumerate((s, e) for s in (0, 1) for e in ("0.2", "0.4", "0.6")):
-        typed = {"method.eta": eta, "seed": str(seed), "prompt": "a red edit"}
-        made = [edit("edit", seed=seed, colour=next(palette))] if number < 5 else [{"error": "out of memory"}]
-        write_job(tmp_path, number, typed, made)
-    sheet = report.sheet(tmp_path, report.labelled(report.read(tmp_path)))
-    columns = [sheet.width * (2 * i + 1) // 8 for i in range(4)]
-    lines = [[sheet.getpixel((x, y)) for x in columns] for y in range(sheet.height)]
-    first = lines.index([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)])
-    assert first < lines.index([(0, 0, 0), (0, 255, 255), (255, 0, 255), GREY])
-
-
 @pytest.mark.parametrize("edits", [1, 4, 11])
 @pytest.mark.parametrize("search", [False, True])
 def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits, search):
@@ -162,30 +125,5 @@ def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits, search):
     rows = [edit("edit", colour=c, **{"edit.eta": i / 10, "edit.b": i * search}) for i, c in enumerate(palette)]
     write_run(tmp_path, rows)
     sheet = report.sheet(tmp_path, report.labelled(pd.DataFrame(rows)))
-    assert all(colours(sheet)[ImageColor.getrgb(c)] == 192 * 192 for c in palette) and sheet.width <= 32 + 8 * 206
-
-
-def test_one_task_of_each_category_is_on_the_sheet(tmp_path):
-    palette = ["#ff0000", "#00ff00", "#0000ff"]
-    rows = [edit(f"t{i}", "aab"[i], colour=c, pictures=f"{i}.png") for i, c in enumerate(palette)]
-    write_run(tmp_path, rows)
-    found = colours(report.sheet(tmp_path, report.labelled(pd.DataFrame([*rows, failure("t3", "c")]))))
-    shown = [found.get(ImageColor.getrgb(c), 0) for c in palette]
-    assert shown == [192 * 192, 0, 192 * 192] and found[GREY] >= 194 * 194
-    images = [edit("edit", colour=c, image=c, pictures=c, job=c) for c in palette]  # a sweep over pictures
-    write_run(tmp_path, images)
-    found = colours(report.sheet(tmp_path, report.labelled(pd.DataFrame(images))))
-    assert [found[ImageColor.getrgb(c)] for c in palette] == [192 * 192] * 3
-
-
-def test_a_line_joins_points_only_along_one_setting():
-    def panel(settings):
-        rows = [edit(job=str(i), psnr_to_input_kept=x, success=0.5, **more) for i, (x, more) in enumerate(settings)]
-        (panel,) = report.plots(report.labelled(pd.DataFrame(rows)), {})["plots/tradeoff.png"].axes
-        (line,) = (container.lines[0] for container in panel.containers)
-        return panel, line.get_linestyle(), list(line.get_xdata())
-
-    one, line, values = panel([(x, {"method.eta": eta}) for eta, x in (("10", 3.0), ("0.4", 5.0), ("2", 1.0))])
-    assert (line, values) == ("-", [1.0, 3.0, 5.0])  # in the order of preservation
-    assert (one.get_xlabel(), one.get_ylabel()) == ("psnr to input kept", "success") and len(one.texts) == 3
-    assert panel([(float(i), {"method.eta": str(i), "method.b": str(i)}) for i in range(3)])[1] == "None"
+    found = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert found >= {ImageColor.getrgb(colour) for colour in palette}
