@@ -44,9 +44,6 @@ def test_a_model_is_the_one_that_was_released(composed, name):
     side, prediction = (768, "v") if name == "sd21" else (512, "epsilon")
     assert arch == {"image_size": side, "prediction": prediction, "unet": {"context_dim": STABLE_DIFFUSION[name]}}
     assert schedule.alpha_bars[-1] == pytest.approx(0.0047, abs=5e-5)  # Lin et al., 2023, table 1: sqrt is 0.068265
-    trajectory = schedule.trajectory(10)
-    assert trajectory.timesteps.tolist() == list(range(901, 0, -100))
-    assert trajectory.alpha_bars[-1] == schedule.alpha_bars[0] == pytest.approx(1 - 0.00085)
 
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
@@ -66,8 +63,6 @@ def test_the_users_settings_win(composed):
     for arguments, expected in asked.items():
         sampler = composed("method=direct_inversion_paper", *arguments)["method"]["sampler"]
         assert (sampler["steps"], sampler["eta"]) == expected
-    mine = composed("model=sd21", "model.weights=mine.ckpt", "+model.arch.unet.num_heads=4", "model.ema=false")["model"]
-    assert mine["weights"] == "mine.ckpt" and mine["ema"] is False and mine["arch"]["unet"]["num_heads"] == 4
 
 
 @pytest.mark.parametrize("name", METHODS)
