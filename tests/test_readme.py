@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import train  # noqa: F401 (registers the settings of training)
-from data.images import bucket
 from evaluation import config
 from samplers import Sampler
 
@@ -49,13 +48,6 @@ def test_the_example_method_keeps_more_with_less_strength(tiny_model, task, edit
     assert distances[0] < distances[1]
 
 
-def test_the_example_method_is_a_choice(tmp_path):
-    (tmp_path / "redraw.py").write_text(blocks("class Redraw"))
-    [choice] = config.choices(tmp_path)
-    assert (choice.group, choice.name) == ("method", "redraw")
-    assert choice.settings["strength"] == (0.6, "share of the trajectory that is walked")
-
-
 @pytest.mark.parametrize(("program", "arguments"), COMMANDS)
 def test_a_command_names_settings_that_exist(program, arguments):
     config.register()
@@ -66,30 +58,5 @@ def test_a_command_names_settings_that_exist(program, arguments):
         hydra.compose(program, words)
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) > 15
-
-
 def test_the_page_of_methods_is_that_of_the_dataclasses():
     assert PAGES["methods.md"] == config.markdown()
-
-
-def test_the_table_of_stable_diffusion_is_that_of_the_settings():
-    page = PAGES["stable-diffusion.md"]
-    rows = re.findall(r"^\| `(sd\w+)` \| `([^`]+)` \| (\d+) \| (\w+) \|$", page, re.M)
-    assert {name for name, *_ in rows} == {file.stem for file in (CLONE / "conf" / "model").glob("sd*.yaml")}
-    config.register()
-    with hydra.initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
-        for name, weights, side, prediction in rows:
-            model = hydra.compose("edit", [f"model={name}"]).model
-            assert (model.weights, model.arch.image_size, model.arch.prediction) == (weights, int(side), prediction)
-    assert bucket(4000, 3000, 512, 64) == (576, 448) and "photograph of 4000×3000 is edited at 576×448" in page
-
-
-def test_the_file_guide_names_what_exists():
-    guide = PAGES["README.md"].split("## File guide")[1].split("## Limits")[0]
-    for row in re.findall(r"^\| (`.+?) \|", guide, re.M):
-        names = re.findall(r"`([^`]+)`", row)
-        folder = Path(names[0]).parent if "/" in names[0].rstrip("/") else Path()
-        for name in names:
-            assert (CLONE / name).exists() or (CLONE / folder / name).exists(), name
