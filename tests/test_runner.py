@@ -21,7 +21,6 @@ from methods.base import RECONSTRUCTION, Method
 from methods.imagic import Imagic
 from methods.inversion import NullText
 from methods.prompt_to_prompt import PromptToPrompt
-from methods.sdedit import SDEdit
 from samplers import Sampler
 
 
@@ -112,14 +111,6 @@ def test_rows_are_flat_and_name_their_files(tmp_path, tiny_model, task):
     assert not any(isinstance(value, dict | list) for name, value in first.items() if name != "left_out")
     for name in ("file", "input", "reconstruction", "truth"):
         assert Image.open(first[name]).size == (32, 32)
-
-
-def test_a_run_leaves_no_file_of_an_earlier_one(tmp_path, tiny_model, task):
-    method = SDEdit(Sampler("ddpm", 4), num_samples=2)
-    editor(tiny_model, method).edit_task(replace(task, truth=task.image), tmp_path, 0)
-    editor(tiny_model, replace(method, num_samples=1)).edit_task(task, tmp_path, 0)
-    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {"edits/00_strength-0.7_sample-0.png", "input.png", "reconstruction.png", "tensors.safetensors"}
 
 
 # All tasks.
