@@ -46,7 +46,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
 
-    for name in ("compile", "deterministic", "cache.enabled", "metrics.fetch", "model.ema"):
+    for name in ("compile", "deterministic", "cache.enabled", "model.ema"):
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, bool) and (name != "model.ema" or value is not None):
             raise InputError(f"{name}={value} is unknown: true or false")

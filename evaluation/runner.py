@@ -171,7 +171,6 @@ class Editor:
         files = {place / f"{name}.png": picture for name, picture in shown.items() if picture is not None}
         clip, known = self.metrics.clip(self.model)[0], {}
         with torch.no_grad():
-            source = self.model.encode_image(task.image).double()
             for role in ("input", "truth"):
                 if clip is not None and shown[role] is not None:
                     known[f"{role}_clip_score"] = clip_score(clip, shown[role], [task.prompt]).item()
@@ -181,7 +180,8 @@ class Editor:
         rows = []
         for settings, latent, picture, numbers in results:
             measured, left_out = self.metrics.measure(self.model, picture[None].to(task.image), task)
-            numbers = run.metrics | numbers | {"edit_source_cosine": cosine(latent, source)} | measured | known
+            numbers = run.metrics | numbers | measured | known
+            numbers["edit_source_cosine"] = cosine(latent, run.tensors["source_latent"])
             left_out |= {name: f"it is {value}" for name, value in numbers.items() if not math.isfinite(value)}
             name = "_".join([f"{len(rows):02d}", *(f"{name}-{short(value)}" for name, value in settings.items())])
             file = place / "edits" / f"{name}.png"
@@ -197,8 +197,7 @@ class Editor:
         for path, picture in files.items():
             to_pil(picture).save(path)
         latents = torch.cat([latent for _, latent, *_ in results])
-        tensors = run.tensors | {"source_latent": source, "edited_latents": latents}
-        save_file(on_cpu(tensors), place / "tensors.safetensors")
+        save_file(on_cpu(run.tensors | {"edited_latents": latents}), place / "tensors.safetensors")
         return rows, run.curves
 
 

@@ -73,7 +73,8 @@ def perform(method: Method, model, task, run: Run) -> Iterator[tuple[dict[str, A
     checkpointing = model.unet.gradient_checkpointing
     try:
         model.requires_grad_(False)
-        with closing(method.edit(model, task, model.encode_image(task.image).double(), run)) as results:
+        z = run.tensors["source_latent"] = model.encode_image(task.image).double()
+        with closing(method.edit(model, task, z, run)) as results:
             for settings, latent in results:
                 image = model.decode_latents(latent)[0].float().cpu()
                 if not image.isfinite().all():
