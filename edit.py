@@ -26,14 +26,14 @@ def main(cfg: DictConfig) -> float | list[float] | None:
         named = any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra)
         if shared and (hydra_config.mode == RunMode.MULTIRUN or not named):
             cli.end("error: torchrun shares the tasks of one run: name a hydra.run.dir=PATH, no --multirun", 1)
-        value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices.method)
+        value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)
         # A sweep says so in its own end, and torchrun would stop the other processes.
         if failed and hydra_config.mode == RunMode.RUN and not shared:
             cli.end(f"error: {failed} tasks failed: results.csv says why", 1)
         return value
 
 
-def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[float] | None, int]:
+def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | list[float] | None, int]:
     """Run one job. Returns the means that a sweeper optimises, and the number of failed tasks. The user's settings are
     checked before the model is loaded."""
     import torch
@@ -57,7 +57,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
         torch.use_deterministic_algorithms(cfg.deterministic)
     device = choose_device(cfg.device)
-    dtype = choose_dtype(cfg.dtype, device)
+    dtype = choose_dtype(cfg.dtype, device, large=choices.family is not None)
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)
     if device.index:
         torch.cuda.set_device(device)
@@ -81,7 +81,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
     kernels = [cfg.attention, channels_last, cfg.compile, cfg.deterministic]
-    editor = runner.Editor(model, method, method_name, metrics, cache, logger, kernels, fingerprint)
+    editor = runner.Editor(model, method, choices.method, metrics, cache, logger, kernels, fingerprint)
 
     def edit_one(entry: Entry, place: Path, seed: int) -> tuple[list[dict], dict]:
         task = source.load(entry, size, multiple).to(device)

@@ -29,14 +29,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or float16. auto: float32 on a CPU; on CUDA bfloat16, or float16 on cards that only emulate it.
+def choose_dtype(name: str, device: torch.device, large: bool = False) -> torch.dtype:
+    """float32, bfloat16 or float16. auto: bfloat16, where the device has instructions for it; else float16 on CUDA and
+    float32 on a CPU. On a CPU, networks that are not `large` are as fast in float32, and stay in it.
 
     Raises InputError for another name, and for half precision that a CPU has no instructions for.
     """
-    if name == "auto" and device.type == "cuda":
-        name = "bfloat16" if computes_in("bfloat16", device) else "float16"
-    name = "float32" if name == "auto" else name
+    if name == "auto":
+        cuda = device.type == "cuda"
+        half = (cuda or large) and computes_in("bfloat16", device)
+        name = "bfloat16" if half else "float16" if cuda else "float32"
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype={name} is unknown: auto, float32, bfloat16 or float16")
     if name != "float32" and device.type == "cpu" and not computes_in(name, device):

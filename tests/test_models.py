@@ -214,9 +214,11 @@ def test_devices_and_precisions(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert choose_dtype("auto", cuda) == dtype
     assert choose_dtype("auto", cpu) == torch.float32 and choose_dtype("bfloat16", cuda) == torch.bfloat16
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("models.device.computes_in", lambda name, device, able=able: able)
+        assert choose_dtype("auto", cpu, large=True) == dtype
     assert choose_channels_last("auto", cuda, torch.bfloat16) and choose_channels_last(True, cpu, torch.float32)
     assert not choose_channels_last("auto", cuda, torch.float32) and not choose_channels_last(False, cuda, torch.half)
-    monkeypatch.setattr("models.device.computes_in", lambda name, device: False)
     for choose, *arguments in ((choose_device, "cuda:2"), (choose_dtype, "bfloat16", cpu)):
         with pytest.raises(InputError, match=f"{arguments[0]}"):
             choose(*arguments)
