@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -196,7 +197,7 @@ def update_average(average: nn.Module, trained: nn.Module, step: int, decay: flo
     """average <- d average + (1 - d) trained with d = min(decay, (1 + step) / (10 + step)), so that the first, random
     weights are soon forgotten."""
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - d)
+    get_ema_multi_avg_fn(d)(list(average.parameters()), list(trained.parameters()), None)
 
 
 def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.device) -> tuple[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -137,9 +136,11 @@ class UNetObjective(Objective):
     def validate(self, trained: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
         batches = zip(*(v.to(self.tables.device).split(32) for v in self.probe.values()), strict=True)
         losses = [self(dict(zip(self.probe, batch, strict=True)), trained)[0] for batch in batches]
-        averaged = copy.copy(self.model)  # shares all parts but the one that is judged
-        averaged._modules = self.model._modules | {"unet": trained}
-        images = sample(averaged, self.prompts, self.guidance_scale, seed=0)
+        try:
+            self.model.unet = trained
+            images = sample(self.model, self.prompts, self.guidance_scale, seed=0)
+        finally:
+            self.model.unet = self.trained
         return {"heldout_loss": torch.stack(losses).mean().item()}, {"samples": grid(images)}
 
 
