@@ -15,26 +15,29 @@ from errors import InputError
 from models.autoencoder import Autoencoder
 from models.text import Clip, TextEncoder, build_clip, build_text
 from models.unet import ProjectedContext, UNet
-from samplers import Conditioning, NoiseSchedule
+from samplers import Conditioning, FlowSchedule, NoiseSchedule
 
 
 class LatentDiffusion(nn.Module):
-    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output,
-    "epsilon" or "v" (Salimans & Ho, 2022); `image_size` is the side in pixels that it was trained at."""
+    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output:
+    "epsilon", "v" (Salimans & Ho, 2022) or, with a flow schedule, the velocity ("flow"); `image_size` is the side in
+    pixels that it was trained at."""
 
     def __init__(
         self,
         unet: UNet,
         autoencoder: Autoencoder,
         text: TextEncoder,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | FlowSchedule,
         prediction: str = "epsilon",
         image_size: int = 512,
         clip: Clip | None = None,  # holds the very same text encoder
     ):
         super().__init__()
-        if prediction not in ("epsilon", "v"):
-            raise InputError(f"prediction is {prediction!r}: choose epsilon or v")
+        if prediction not in ("epsilon", "v", "flow"):
+            raise InputError(f"prediction is {prediction!r}: choose epsilon, v or flow")
+        if (prediction == "flow") != isinstance(schedule, FlowSchedule):
+            raise InputError(f"prediction is {prediction!r}: flow, and no other, goes with schedule.kind=flow")
         self.unet, self.autoencoder, self.text = unet, autoencoder, text
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
@@ -85,16 +88,17 @@ class LatentDiffusion(nn.Module):
         """Keys and values of the text for every layer of the UNet, to be reused over steps."""
         return self.unet.project_context(conditioning.states)
 
-    def predict(self, x: Tensor, t: Tensor | int, conditioning: Conditioning | ProjectedContext) -> Tensor:
-        """The schedule's own prediction, epsilon (B, c, h, w), for noisy latents x at timestep t (an int or (B,)).
+    def predict(self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext) -> Tensor:
+        """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
+        number or (B,)).
 
         The network works in its own precision; the prediction is computed, and returned, in that of x.
         """
         context = conditioning.states if isinstance(conditioning, Conditioning) else conditioning
         # As a tensor for the network, which would be compiled anew for each number; made without waiting for a device.
-        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int | float) else t
         out = self.unet(x.to(self.dtype), timesteps, context).to(x.dtype)
-        return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
+        return self.schedule.eps_from_v(x, out, t) if self.prediction == "v" else out
 
 
 def build(
@@ -112,6 +116,7 @@ def build(
         vision = config.get("vision")
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
     others = {name: config[name] for name in ("prediction", "image_size") if name in config}
-    model = LatentDiffusion(unet, autoencoder, text, NoiseSchedule(**config["schedule"]), clip=clip, **others)
+    schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
+    model = LatentDiffusion(unet, autoencoder, text, schedule, clip=clip, **others)
     model.config = dict(config)
     return model.eval()
