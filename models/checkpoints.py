@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from models import names
 from models.latent_diffusion import LatentDiffusion, build
 
 PARTS = ("autoencoder", "clip", "unet")
-SECTIONS = ("unet", "vae", "text", "vision", "schedule", "prediction", "image_size")  # of a config
+SECTIONS = ("unet", "vae", "text", "text_2", "vision", "schedule", "prediction", "image_size", "empty_prompt")
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
@@ -89,8 +89,8 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Open
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
         name, stored = names.from_single_file(key), key
-        layer = re.match(r"clip\.text\.tower\.transformer\.resblocks\.(\d+)\.", name or "")
-        if name is None or (layer and int(layer[1]) >= config["text"]["layers"]):
+        layer = re.match(r"clip\.(text\w*)\.tower\.transformer\.resblocks\.(\d+)\.", name or "")
+        if name is None or (layer and int(layer[2]) >= config[layer[1]]["layers"]):
             continue
         if averaged and name.startswith("unet."):
             stored = "model_ema." + key.removeprefix("model.").replace(".", "")  # as the averages were registered
@@ -102,10 +102,11 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Open
 
 def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
     """A Stable Diffusion in a folder of the hub's layout."""
-    if (path / "text_encoder_2").is_dir() or (path / "transformer").is_dir():
-        raise InputError("it seems to be an SDXL or SD3, which is not supported: Stable Diffusion 1.x and 2.x are")
+    if (path / "transformer").is_dir():
+        raise InputError("it seems to be an SD3, which is not supported: Stable Diffusion 1.x, 2.x and XL are")
     files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")]), {}
-    config = configured({}, hub_sizes(path), arch)
+    family = names.FAMILIES["conditioner.embedders.1."] if "text_encoder_2" in files else {}
+    config = configured(family, hub_sizes(path, files), arch)
     for part, file in files.items():
         named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
     named.pop(None, None)  # of keys that are no weights
@@ -123,12 +124,15 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, 
             problems.append(f"{name} is missing")
             continue
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if members == [f"{name}.weight"]:
+            tensor = tensor.mT  # a Linear's weight where open_clip multiplies from the right
         if tensor.ndim == 4 and wanted.ndim == 2:
             tensor = tensor.flatten(1)  # a 1x1 convolution on pixels is a Linear
         if tensor.shape != wanted.shape:
             problems.append(f"{name} is {[*tensor.shape]} where {[*wanted.shape]} fits")
         state[name] = tensor
-    problems += [f"{name} is unexpected" for name in left]
+    # CLIP's projection, which only a tower with a vector uses, may be there.
+    problems += [f"{name} is unexpected" for name in left if ".text_projection" not in name]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"it does not fit the networks: {'; '.join(problems[:3])}{more}")
@@ -156,14 +160,16 @@ def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[s
     return {"image_size": 768 if config["prediction"] == "v" else 512} | config
 
 
-def hub_sizes(path: Path) -> dict[str, Any]:
-    """The sizes that the config files of a hub folder state."""
-    files = {file: read_config(path, file) for file in names.HUB_SIZES}
-    unet, vae, text, scheduler = files.values()
+def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
+    """The sizes that the config files of a hub folder with these sub-folders state."""
+    folders = {*folders, "scheduler"}
+    files = {file: read_config(path, file) for file in names.HUB_SIZES if file.split("/")[0] in folders}
     stated: dict[str, Any] = {
         section: {ours: files[file][theirs] for theirs, ours in table.items() if theirs in files[file]}
         for file, (section, table) in names.HUB_SIZES.items()
+        if file in files
     }
+    unet, vae, scheduler = (files[names.HUB_FILE[part]] for part in ("unet", "vae", "schedule"))
     widths, ch = unet["block_out_channels"], vae["block_out_channels"]
     stated["vae"] |= {"ch": ch[0], "ch_mult": [width // ch[0] for width in ch]}
     stated["unet"] |= {
@@ -173,8 +179,12 @@ def hub_sizes(path: Path) -> dict[str, Any]:
         # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
         "num_heads": unet.get("num_attention_heads") or unet["attention_head_dim"],
     }
-    first = text.get("hidden_act", "quick_gelu") == "quick_gelu"  # 1.x
-    stated["text"] |= {"quick_gelu": first, "pad_token": "end" if first else 0}
+    for section in {"text", "text_2"} & set(stated):
+        quick = files[names.HUB_FILE[section]].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
+        stated[section] |= {"quick_gelu": quick, "pad_token": "end" if quick else 0}
+    if (path / "model_index.json").exists() and "text_2" in stated:
+        zeros = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
+        stated["empty_prompt"] = "zeros" if zeros else "encoded"
     prediction = scheduler.get("prediction_type", "epsilon")  # 1.4's config has none
     if prediction not in PREDICTIONS or scheduler.get("rescale_betas_zero_snr"):
         raise InputError("its scheduler is not supported: epsilon or v_prediction, with betas that are not rescaled")
@@ -208,6 +218,8 @@ def weight_files(files: Sequence[str]) -> dict[str, str]:
     chosen = {}
     for part in names.HUB:
         found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and file.endswith(end)]
+        if not found and part == "text_encoder_2":
+            continue  # of SDXL alone
         if not found:
             raise InputError(f"there are no weights in {part}/, and no config.json of this project")
         chosen[part] = found[0]
@@ -246,9 +258,9 @@ def save(model: LatentDiffusion, path: str | os.PathLike, dtype: torch.dtype | N
 
 
 def part_of(model: LatentDiffusion, part: str) -> nn.Module:
-    """The module stored under a part's name. A model without an image tower stores its text encoder alone."""
+    """The module stored under a part's name. A model without an image tower stores its text towers alone."""
     if part == "clip":
-        return model.clip or nn.ModuleDict({"text": model.text})
+        return model.clip or nn.ModuleDict(model.towers.items())
     return getattr(model, part)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.autoencoder import Autoencoder
-from models.text import Clip, TextEncoder, build_clip, build_text
+from models.text import Clip, TextEncoder, TextTowers, build_clip, build_text
 from models.unet import ProjectedContext, UNet
 from samplers import Conditioning, FlowSchedule, NoiseSchedule
 
@@ -27,18 +27,18 @@ class LatentDiffusion(nn.Module):
         self,
         unet: UNet,
         autoencoder: Autoencoder,
-        text: TextEncoder,
+        towers: TextTowers,
         schedule: NoiseSchedule | FlowSchedule,
         prediction: str = "epsilon",
         image_size: int = 512,
-        clip: Clip | None = None,  # holds the very same text encoder
+        clip: Clip | None = None,  # holds the very same text encoder as the towers
     ):
         super().__init__()
         if prediction not in ("epsilon", "v", "flow"):
             raise InputError(f"prediction is {prediction!r}: choose epsilon, v or flow")
         if (prediction == "flow") != isinstance(schedule, FlowSchedule):
             raise InputError(f"prediction is {prediction!r}: flow, and no other, goes with schedule.kind=flow")
-        self.unet, self.autoencoder, self.text = unet, autoencoder, text
+        self.unet, self.autoencoder, self.towers = unet, autoencoder, towers
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
         self.config: dict = {}  # the sizes it was built from, which `save` writes down
@@ -50,6 +50,11 @@ class LatentDiffusion(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.time_embed[0].weight.dtype
+
+    @property
+    def text(self) -> TextEncoder:
+        """The first tower, whose tokens are the places of the states."""
+        return self.towers["text"]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -81,12 +86,12 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.decode(z.to(self.device, self.dtype))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts -> one row each, in the model's dtype."""
-        return Conditioning(self.text(prompts).to(self.dtype))
+        """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""
+        return self.towers(prompts).map(lambda x: x.to(self.dtype))
 
     def project(self, conditioning: Conditioning) -> ProjectedContext:
-        """Keys and values of the text for every layer of the UNet, to be reused over steps."""
-        return self.unet.project_context(conditioning.states)
+        """Keys and values of the text for every layer of the UNet, to be reused over steps, and its vector."""
+        return self.unet.project_context(conditioning.states, conditioning.vector)
 
     def predict(self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext) -> Tensor:
         """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
@@ -94,29 +99,33 @@ class LatentDiffusion(nn.Module):
 
         The network works in its own precision; the prediction is computed, and returned, in that of x.
         """
-        context = conditioning.states if isinstance(conditioning, Conditioning) else conditioning
+        if isinstance(conditioning, Conditioning):
+            conditioning = self.project(conditioning.expand(len(x)))
         # As a tensor for the network, which would be compiled anew for each number; made without waiting for a device.
         timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int | float) else t
-        out = self.unet(x.to(self.dtype), timesteps, context).to(x.dtype)
+        pixels = tuple(side * self.autoencoder.downsampling for side in x.shape[-2:])
+        out = self.unet(x.to(self.dtype), timesteps, conditioning, pixels).to(x.dtype)
         return self.schedule.eps_from_v(x, out, t) if self.prediction == "v" else out
 
 
 def build(
     config: Mapping, seed: int | None = None, vocabulary: Tensor | None = None, meta: bool = False
 ) -> LatentDiffusion:
-    """A model with random weights from the sizes in `config`: `unet`, `vae`, `text`, `schedule`, optionally `vision`,
-    `prediction` and `image_size`. `seed` makes the weights reproducible without touching the global generator;
-    `vocabulary` gives the text encoder a compact embedding; `meta` leaves all weights on the meta device, where they
-    take neither time nor memory."""
+    """A model with random weights from the sizes in `config`: `unet`, `vae`, `text` (and `text_2`, where there are two
+    towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_prompt`. `seed` makes the weights
+    reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
+    leaves all weights on the meta device, where they take neither time nor memory."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta") if meta else nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
         text = build_text(**config["text"], vocabulary=vocabulary)
+        towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
         unet, autoencoder = UNet(**config["unet"]), Autoencoder(**config["vae"])
         vision = config.get("vision")
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
     others = {name: config[name] for name in ("prediction", "image_size") if name in config}
+    towers = TextTowers(towers, config.get("empty_prompt", "encoded"))
     schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
-    model = LatentDiffusion(unet, autoencoder, text, schedule, clip=clip, **others)
+    model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
     model.config = dict(config)
     return model.eval()

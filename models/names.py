@@ -1,9 +1,9 @@
 """Published checkpoints in this project's names: one table of rules for each network and layout.
 
 Two layouts are in use: the original release's single file, and the model hub's folder, with a sub-folder for each
-network. A rule is a regular expression and its replacement; a key passes through all rules of its table, in order. A
-name of ours begins with the part that stores it. A new family has named sizes at the end of its networks' files, tables
-of rules here, and an entry in `FAMILIES`.
+network. A rule is a regular expression and its replacement; a key, less its prefix, passes through all rules of its
+table, in order. A name of ours begins with the part that stores it. A new family has named sizes at the end of its
+networks' files, tables of rules here, and an entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from errors import InputError
-from models.autoencoder import KL_F8
-from models.text import CLIP_L, OPEN_CLIP_H
-from models.unet import SD1, SD2
+from models.autoencoder import KL_F8, KL_F8_XL
+from models.text import CLIP_L, OPEN_CLIP_H, SDXL_BIG_G, SDXL_CLIP_L
+from models.unet import SD1, SD2, SDXL
 
 TRANSFORMER = [
     (r"\.to_out\.0\.", ".to_out."),
@@ -23,7 +23,7 @@ TRANSFORMER = [
     (r"\.ff\.net\.2\.", ".ff.proj_out."),
 ]
 UNET = [
-    (r"^model\.diffusion_model\.", "unet."),
+    (r"^label_emb\.0\.", "vector_embed."),
     (r"\.in_layers\.0\.", ".norm1."),
     (r"\.in_layers\.2\.", ".conv1."),
     (r"\.emb_layers\.1\.", ".time."),
@@ -34,25 +34,23 @@ UNET = [
     *TRANSFORMER,
 ]
 HUB_UNET = [
-    (r"^", "unet."),
-    (r"^unet\.conv_in\.", "unet.input_blocks.0.0."),
-    (r"^unet\.conv_norm_out\.", "unet.out.0."),
-    (r"^unet\.conv_out\.", "unet.out.2."),
-    (r"\.time_embedding\.linear_1\.", ".time_embed.0."),
-    (r"\.time_embedding\.linear_2\.", ".time_embed.2."),
+    (r"^conv_in\.", "input_blocks.0.0."),
+    (r"^conv_norm_out\.", "out.0."),
+    (r"^conv_out\.", "out.2."),
+    (r"^add_embedding\.", "vector_embedding."),
+    (r"^(time|vector)_embedding\.linear_1\.", r"\1_embed.0."),
+    (r"^(time|vector)_embedding\.linear_2\.", r"\1_embed.2."),
     (r"\.time_emb_proj\.", ".time."),
     (r"\.conv_shortcut\.", ".skip."),
     *TRANSFORMER,
 ]
 AUTOENCODER = [
-    (r"^first_stage_model\.", "autoencoder."),
     (r"\.nin_shortcut\.", ".skip."),
     (r"\.(down|up)sample\.conv\.", ".resample.conv."),
     (r"\.attn_1\.(q|k|v)\.", r".attn_1.to_\1."),
     (r"\.attn_1\.proj_out\.", ".attn_1.to_out."),
 ]
 HUB_AUTOENCODER = [
-    (r"^", "autoencoder."),
     (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
@@ -65,53 +63,67 @@ HUB_AUTOENCODER = [
     (r"\.conv_norm_out\.", ".norm_out."),
     (r"\.conv_shortcut\.", ".skip."),
 ]
-CLIP_TEXT = [  # 1.x's single file, and any hub folder
-    (r"^(?:cond_stage_model\.transformer\.)?(?:text_model\.)?", "clip.text.tower."),
-    (r"\.embeddings\.position_embedding\.weight", ".positional_embedding"),
-    (r"\.embeddings\.token_embedding\.", ".token_embedding."),
-    (r"\.final_layer_norm\.", ".ln_final."),
-    (r"\.encoder\.layers\.(\d+)\.", r".transformer.resblocks.\1."),
+TEXT = [  # the hub's names, which 1.x's single file has too; open_clip's are ours
+    (r"^text_model\.", ""),
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^embeddings\.token_embedding\.", "token_embedding."),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1."),
     (r"\.layer_norm(\d)\.", r".ln_\1."),
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.self_attn\.(q|k|v)_proj\.", r".attn.to_\1."),
 ]
-OPEN_CLIP_TEXT = [(r"^cond_stage_model\.model\.", "clip.text.tower.")]
 
-SINGLE_FILE = {  # where a key begins like this
-    "model.diffusion_model.": UNET,
-    "first_stage_model.": AUTOENCODER,
-    "cond_stage_model.transformer.": CLIP_TEXT,
-    "cond_stage_model.model.": OPEN_CLIP_TEXT,
+FIRST, SECOND = ("clip.text.tower.", TEXT), ("clip.text_2.tower.", TEXT)
+SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
+    "model.diffusion_model.": ("unet.", UNET),
+    "first_stage_model.": ("autoencoder.", AUTOENCODER),
+    "cond_stage_model.transformer.": FIRST,  # 1.x
+    "cond_stage_model.model.": FIRST,  # 2.x
+    "conditioner.embedders.0.transformer.": FIRST,  # SDXL
+    "conditioner.embedders.1.model.": SECOND,
+    "conditioner.embedders.1.transformer.": SECOND,  # by some trainers
 }
-HUB = {"unet": HUB_UNET, "vae": HUB_AUTOENCODER, "text_encoder": CLIP_TEXT}  # by sub-folder
+HUB = {  # likewise, by sub-folder
+    "unet": ("unet.", HUB_UNET),
+    "vae": ("autoencoder.", HUB_AUTOENCODER),
+    "text_encoder": FIRST,
+    "text_encoder_2": SECOND,
+}
+CLIP_SIZES = {
+    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+}  # fmt: skip
 HUB_SIZES = {  # config file -> (our section of the config, the hub's names and ours)
     "unet/config.json": ("unet", {
         "in_channels": "in_channels", "out_channels": "out_channels", "layers_per_block": "num_res_blocks",
         "cross_attention_dim": "context_dim", "transformer_layers_per_block": "transformer_depth",
+        "projection_class_embeddings_input_dim": "vector_dim",
     }),
     "vae/config.json": ("vae", {
         "layers_per_block": "num_res_blocks", "latent_channels": "z_channels", "scaling_factor": "scale_factor",
     }),
-    "text_encoder/config.json": ("text", {
-        "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
-        "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
-    }),
+    "text_encoder/config.json": ("text", CLIP_SIZES),
+    "text_encoder_2/config.json": ("text_2", CLIP_SIZES | {"projection_dim": "embed_dim"}),
     "scheduler/scheduler_config.json": ("schedule", {
         "beta_schedule": "kind", "beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps",
     }),
 }  # fmt: skip
+HUB_FILE = {section: file for file, (section, _) in HUB_SIZES.items()}
 # The files keep q, k and v apart, and the networks multiply them in one product.
 STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
-# The losses of training, constants, and CLIP's head, which conditioning does not use.
-NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|text_projection(\.weight)?)$"
+# The losses of training, constants, and CLIP's temperature.
+NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale)$"
 
 
 def from_single_file(key: str) -> str | None:
     """Our name for a key of a single file; None for one outside the networks."""
-    rules = next((rules for prefix, rules in SINGLE_FILE.items() if key.startswith(prefix)), None)
-    return None if rules is None or re.search(NO_WEIGHTS, key) else renamed(key, rules)
+    prefix = next((prefix for prefix in SINGLE_FILE if key.startswith(prefix)), None)
+    if prefix is None or re.search(NO_WEIGHTS, key):
+        return None
+    return renamed(key.removeprefix(prefix), *SINGLE_FILE[prefix])
 
 
 def from_hub(folder: str, key: str, sizes: Mapping[str, Any]) -> str | None:
@@ -124,7 +136,7 @@ def from_hub(folder: str, key: str, sizes: Mapping[str, Any]) -> str | None:
         key = unet_block(way, int(level or 0), kind, int(number), **sizes["unet"]) + key[match.end() :]
     if match := re.match(r"decoder\.up_blocks\.(\d+)\.", key):
         key = f"decoder.up.{len(sizes['vae']['ch_mult']) - 1 - int(match[1])}.{key[match.end() :]}"
-    return renamed(key, HUB[folder])
+    return renamed(key, *HUB[folder])
 
 
 def unet_block(way: str, level: int, kind: str, n: int, num_res_blocks, channel_mult, attention_levels, **_) -> str:
@@ -140,10 +152,10 @@ def unet_block(way: str, level: int, kind: str, n: int, num_res_blocks, channel_
     return f"output_blocks.{place}.{layer}."
 
 
-def renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
+def renamed(key: str, prefix: str, rules: Iterable[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
-    return key
+    return prefix + key
 
 
 def members(name: str) -> list[str]:
@@ -151,13 +163,17 @@ def members(name: str) -> list[str]:
     for stack, letters in STACKS:
         if stack in name:
             return [name.replace(stack, f"to_{letter}.") for letter in letters]
-    return [name]
+    return [f"{name}.weight" if name.endswith("text_projection") else name]  # the hub's is a Linear's
 
 
-FAMILIES = {  # by the keys of its text encoder in a single file
+FAMILIES = {  # by the keys of its last text tower in a single file
     "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
-}
+    "conditioner.embedders.1.": {
+        "unet": SDXL, "vae": KL_F8_XL, "text": SDXL_CLIP_L, "text_2": SDXL_BIG_G, "prediction": "epsilon",
+        "image_size": 1024, "empty_prompt": "zeros",
+    },
+}  # fmt: skip
 
 
 def family(keys: Iterable[str]) -> dict[str, Any]:
@@ -166,4 +182,4 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
     for prefix, sizes in FAMILIES.items():
         if all(any(key.startswith(p) for key in keys) for p in (prefix, "model.diffusion_model.input_blocks.")):
             return sizes
-    raise InputError(f"it is no whole Stable Diffusion 1.x or 2.x: its keys are {', '.join(keys[:3])}, ...")
+    raise InputError(f"it is no whole Stable Diffusion 1.x, 2.x or XL: its keys are {', '.join(keys[:3])}, ...")
