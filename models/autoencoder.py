@@ -149,7 +149,7 @@ class Autoencoder(nn.Module):
         return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
-# The autoencoder of Stable Diffusion 1.x and 2.x; those of SDXL, of the same shape, and of SD3. Later families go below.
+# The autoencoder of Stable Diffusion 1.x and 2.x; those of SDXL and of SD3. Later families go below.
 
 KL_F8 = dict(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, scale_factor=0.18215)
 KL_F8_XL = KL_F8 | dict(scale_factor=0.13025)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -24,10 +26,24 @@ from errors import InputError
 from files import whole_file
 from models import names
 from models.latent_diffusion import LatentDiffusion, build
+from models.t5 import T5, read_tokenizer
 
 PARTS = ("autoencoder", "clip", "unet")
-SECTIONS = ("unet", "vae", "text", "text_2", "vision", "schedule", "prediction", "image_size", "empty_prompt")
+SECTIONS = (
+    "unet",
+    "mmdit",
+    "vae",
+    "text",
+    "text_2",
+    "t5",
+    "vision",
+    "schedule",
+    "prediction",
+    "image_size",
+    "empty_prompt",
+)
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
+SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # org/name
@@ -41,6 +57,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     ema: bool | None = None,
+    text: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    tokenizer: str | os.PathLike | None = None,
 ) -> LatentDiffusion:
     """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x or 2.x as a single file (.safetensors,
     .ckpt), as a folder in the model hub's layout, or as a hub id ("org/name"), which is fetched once.
@@ -49,6 +67,9 @@ def load(
     averaged weights (True) and the plain ones (False) where a single file has both; None takes the averaged if there
     are some. A CLIP with an image tower stays in float32, so that its scores do not depend on a half-precision `dtype`.
     On a CPU, weights that need no cast stay mapped to their file: each page is read when it is used.
+
+    `text` names files, or a hub folder, with the text encoders that a single file of a Stable Diffusion 3 lacks, and
+    `tokenizer` T5's sentencepiece model, where no hub folder brings it. Without T5 it works on zeros, with a warning.
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
@@ -59,20 +80,29 @@ def load(
         source = fetch(str(path))
     try:
         if source.is_file():
-            config, named = open_single_file(source, arch, ema)
+            config, named = open_single_file(source, arch, ema, text)
+        elif text:
+            raise InputError("model.text is for a Stable Diffusion 3 in a single file")
         elif (source / "config.json").exists():
             config, named = open_own_folder(source, arch)
         else:
             config, named = open_hub_folder(source, arch)
         model = build(config, vocabulary=named.get("clip.text.vocabulary"), meta=True)
         parts = nn.ModuleDict({part: part_of(model, part) for part in PARTS})
-        parts.load_state_dict(fitted(parts.state_dict(), named), assign=True)
+        parts.load_state_dict(fitted(parts.state_dict(), unscaled(named, dtype)), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
         raise InputError(f"{source}: its sizes describe no network of a Stable Diffusion ({error!r})") from error
-    for module in parts.values():
-        module.to(device, torch.promote_types(dtype, torch.float32) if module is model.clip else dtype)
+    for module in (model.autoencoder, model.unet, *([model.clip] if model.clip else model.towers.values())):
+        half = torch.bfloat16 if isinstance(module, T5) and dtype == torch.float16 else dtype  # float16 overflows in T5
+        module.to(device, torch.promote_types(dtype, torch.float32) if module is model.clip else half)
+    if "t5" in config:
+        folders = [Path(folder) for folder in (source, text) if isinstance(folder, str | os.PathLike)]
+        found = [tokenizer] if tokenizer else [folder / SPIECE for folder in folders if (folder / SPIECE).exists()]
+        model.towers["t5"].tokenizer = read_tokenizer(Path(found[0])) if found else None
+    elif "mmdit" in config:
+        warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     return model.eval().requires_grad_(False)
 
 
@@ -82,10 +112,16 @@ def open_own_folder(path: Path, arch: Mapping | None) -> Opened:
     return configured({}, read_config(path), arch), named
 
 
-def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Opened:
-    """A Stable Diffusion in one file."""
+def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: Any = None) -> Opened:
+    """A Stable Diffusion in one file, or of whose text encoders some are in the files or the hub folder `text`."""
     tensors, named = read_tensors(path), {}
-    config = configured(names.family(tensors), {}, arch)
+    family = names.family(tensors)
+    for file in [] if text is None else [text] if isinstance(text, str | os.PathLike) else text:
+        tensors |= read_text_encoders(Path(file), (arch or {}).get("text", family["text"]).get("width", 0))
+    if "mmdit" in family and not all(any(key.startswith(t) for key in tensors) for t in names.TOWERS[:2]):
+        raise InputError("it has no CLIP text encoders: give model.text=PATH, files or a folder of the hub's layout")
+    t5 = {"t5": {}} if any(key.startswith(names.TOWERS[2]) for key in tensors) else {}
+    config = configured(family, t5, arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
         name, stored = names.from_single_file(key), key
@@ -102,15 +138,51 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Open
 
 def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
     """A Stable Diffusion in a folder of the hub's layout."""
-    if (path / "transformer").is_dir():
-        raise InputError("it seems to be an SD3, which is not supported: Stable Diffusion 1.x, 2.x and XL are")
     files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")]), {}
     family = names.FAMILIES["conditioner.embedders.1."] if "text_encoder_2" in files else {}
+    family = names.SD3 if "transformer" in files else family
     config = configured(family, hub_sizes(path, files), arch)
-    for part, file in files.items():
+    for part, file in ((part, file) for part, shards in files.items() for file in shards):
         named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
     named.pop(None, None)  # of keys that are no weights
+    for name in [name for name in named if names.swapped(name, config)]:
+        named[name] = torch.cat(named[name].chunk(2)[::-1])
     return config, named
+
+
+def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
+    """The text encoders in a file or in a hub folder, by the keys of SD3's single file. Of two CLIPs that do not name
+    themselves, the one of `width` is the first. Raises InputError where there is none."""
+    if path.is_dir():
+        files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], names.TOWER_FOLDERS)
+        parts = [(folder, read_tensors(path / file)) for folder, shards in files.items() for file in shards]
+        prefixes = dict(zip(names.TOWER_FOLDERS, names.TOWERS, strict=True))
+        return {prefixes[folder] + key: tensor for folder, tensors in parts for key, tensor in tensors.items()}
+    tensors = read_tensors(path) if path.exists() else {}
+    if any(key.startswith(names.TOWERS) for key in tensors):
+        return {key: tensor for key, tensor in tensors.items() if key.startswith(names.TOWERS)}
+    norm = tensors.get("text_model.final_layer_norm.weight")
+    if norm is None and "shared.weight" not in tensors:
+        raise InputError(f"model.text: there is no text encoder of a Stable Diffusion 3 at {path}")
+    prefix = names.TOWERS[2 if norm is None else 0 if len(norm) == width else 1]
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors as they are, but float8 ones in `dtype`, times the scale that is stored beside some of them."""
+    out = {}
+    for name, tensor in named.items():
+        stem, _, kind = name.rpartition(".")
+        if kind in ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8"):
+            continue
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            tensor = tensor.to(dtype)
+        scale = named.get(f"{stem}.scale_weight", named.get(f"{stem}.weight_scale")) if kind == "weight" else None
+        if scale is not None and scale.numel():
+            scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))  # one number, or one for each row
+            tensor = (tensor.float() * scale).to(dtype)
+        out[name] = tensor
+    return out
 
 
 def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,13 +237,22 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     folders = {*folders, "scheduler"}
     files = {file: read_config(path, file) for file in names.HUB_SIZES if file.split("/")[0] in folders}
     stated: dict[str, Any] = {
-        section: {ours: files[file][theirs] for theirs, ours in table.items() if theirs in files[file]}
+        section: {ours: files[file][theirs] for theirs, ours in table.items() if files[file].get(theirs) is not None}
         for file, (section, table) in names.HUB_SIZES.items()
         if file in files
     }
-    unet, vae, scheduler = (files[names.HUB_FILE[part]] for part in ("unet", "vae", "schedule"))
-    widths, ch = unet["block_out_channels"], vae["block_out_channels"]
+    network = "mmdit" if "mmdit" in stated else "unet"
+    unet, vae, scheduler = (files[names.HUB_FILE[part]] for part in (network, "vae", "schedule"))
+    ch = vae["block_out_channels"]
+    stated["image_size"] = unet["sample_size"] * 2 ** (len(ch) - 1)
     stated["vae"] |= {"ch": ch[0], "ch_mult": [width // ch[0] for width in ch]}
+    for section in {"text", "text_2"} & set(stated):
+        quick = files[names.HUB_FILE[section]].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
+        stated[section] |= {"quick_gelu": quick, "pad_token": "end" if quick else 0}
+    if "mmdit" in stated:
+        stated["mmdit"]["qk_norm"], stated["schedule"]["kind"] = "qk_norm" in stated["mmdit"], "flow"
+        return stated | {"prediction": "flow"}
+    widths = unet["block_out_channels"]
     stated["unet"] |= {
         "model_channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
@@ -179,17 +260,13 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
         # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
         "num_heads": unet.get("num_attention_heads") or unet["attention_head_dim"],
     }
-    for section in {"text", "text_2"} & set(stated):
-        quick = files[names.HUB_FILE[section]].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
-        stated[section] |= {"quick_gelu": quick, "pad_token": "end" if quick else 0}
     if (path / "model_index.json").exists() and "text_2" in stated:
         zeros = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
         stated["empty_prompt"] = "zeros" if zeros else "encoded"
     prediction = scheduler.get("prediction_type", "epsilon")  # 1.4's config has none
     if prediction not in PREDICTIONS or scheduler.get("rescale_betas_zero_snr"):
         raise InputError("its scheduler is not supported: epsilon or v_prediction, with betas that are not rescaled")
-    side = unet["sample_size"] * 2 ** (len(ch) - 1)
-    return stated | {"prediction": PREDICTIONS[prediction], "image_size": side}
+    return stated | {"prediction": PREDICTIONS[prediction]}
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -212,17 +289,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 # --- the model hub -------------------------------------------------------------------------------------------------
 
 
-def weight_files(files: Sequence[str]) -> dict[str, str]:
-    """The weights of each sub-folder among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`. Raises
-    InputError where a sub-folder has none."""
-    chosen = {}
-    for part in names.HUB:
-        found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and file.endswith(end)]
-        if not found and part == "text_encoder_2":
-            continue  # of SDXL alone
-        if not found:
-            raise InputError(f"there are no weights in {part}/, and no config.json of this project")
-        chosen[part] = found[0]
+def weight_files(files: Sequence[str], folders: Iterable[str] = names.HUB) -> dict[str, list[str]]:
+    """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`;
+    those of a large network are in several files. Raises InputError where a sub-folder has none."""
+    chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
+    for part in folders:
+        found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and whole[file].endswith(end)]
+        if found:
+            chosen[part] = sorted(file for file in found if whole[file] == whole[found[0]])
+        elif part not in names.NOT_IN_ALL or (part == "transformer" and "unet" not in chosen):
+            what = "unet" if part == "transformer" else part
+            raise InputError(f"there are no weights in {what}/, and no config.json of this project")
     return chosen
 
 
@@ -237,7 +314,7 @@ def fetch(repo_id: str) -> Path:
         return folder
     try:
         files = weight_files(list_repo_files(repo_id)).values()
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", *files]))
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", SPIECE, *chain(*files)]))
     except InputError as error:
         raise InputError(f"{repo_id}: {error}") from None
     except Exception as error:  # the hub's own, and those of three libraries below it

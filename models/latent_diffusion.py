@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.autoencoder import Autoencoder
+from models.mmdit import EmbeddedText, MMDiT
+from models.t5 import T5
 from models.text import Clip, TextEncoder, TextTowers, build_clip, build_text
 from models.unet import ProjectedContext, UNet
 from samplers import Conditioning, FlowSchedule, NoiseSchedule
@@ -25,7 +27,7 @@ class LatentDiffusion(nn.Module):
 
     def __init__(
         self,
-        unet: UNet,
+        unet: UNet | MMDiT,
         autoencoder: Autoencoder,
         towers: TextTowers,
         schedule: NoiseSchedule | FlowSchedule,
@@ -89,11 +91,13 @@ class LatentDiffusion(nn.Module):
         """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""
         return self.towers(prompts).map(lambda x: x.to(self.dtype))
 
-    def project(self, conditioning: Conditioning) -> ProjectedContext:
+    def project(self, conditioning: Conditioning) -> ProjectedContext | EmbeddedText:
         """Keys and values of the text for every layer of the UNet, to be reused over steps, and its vector."""
         return self.unet.project_context(conditioning.states, conditioning.vector)
 
-    def predict(self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext) -> Tensor:
+    def predict(
+        self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext | EmbeddedText
+    ) -> Tensor:
         """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
         number or (B,)).
 
@@ -120,11 +124,15 @@ def build(
             torch.manual_seed(seed)
         text = build_text(**config["text"], vocabulary=vocabulary)
         towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
-        unet, autoencoder = UNet(**config["unet"]), Autoencoder(**config["vae"])
+        if "t5" in config:
+            towers["t5"] = T5(**config["t5"])
+        unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+        autoencoder = Autoencoder(**config["vae"])
         vision = config.get("vision")
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
     others = {name: config[name] for name in ("prediction", "image_size") if name in config}
-    towers = TextTowers(towers, config.get("empty_prompt", "encoded"))
+    width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
+    towers = TextTowers(towers, config.get("empty_prompt", "encoded"), width)
     schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
     model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
     model.config = dict(config)

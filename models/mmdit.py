@@ -161,7 +161,7 @@ class MMDiT(nn.Module):
         square = rearrange(self.pos_embed, "1 (h w) c -> 1 h w c", h=side)
         return square[:, top : top + h, left : left + w].flatten(1, 2)
 
-    def forward(self, x: Tensor, t: Tensor | float, text: EmbeddedText) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, text: EmbeddedText, pixels: object = None) -> Tensor:
         h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         c = F.silu(self.time_embed(timestep_embedding(t, 256).to(x.dtype)) + text.vector)
