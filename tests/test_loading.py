@@ -230,8 +230,6 @@ def test_folders_that_do_not_fit(tiny_model, tmp_path):
     assert "part=unet" in refused(own, arch=None)
     (folder / "vae" / "config.json").unlink()
     assert "vae/config.json" in refused(folder, arch=None)
-    (folder / "transformer").mkdir()
-    assert "SD3" in refused(folder, arch=None)
 
 
 # The hub
