@@ -20,7 +20,7 @@ class Sampler:
 
     kind: str = "ddim"  # ddim | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
-    spacing: str = "leading"  # leading | trailing | linspace; see `NoiseSchedule.trajectory`
+    spacing: str = "auto"  # auto | leading | trailing | linspace; see `NoiseSchedule.trajectory`
     eta: float = 0.0  # of ddim, in [0, 1]: 0 is deterministic, 1 equals ddpm
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 
