@@ -40,6 +40,8 @@ class LatentDiffusion(nn.Module):
             raise InputError(f"prediction is {prediction!r}: choose epsilon, v or flow")
         if (prediction == "flow") != isinstance(schedule, FlowSchedule):
             raise InputError(f"prediction is {prediction!r}: flow, and no other, goes with schedule.kind=flow")
+        if prediction == "epsilon" and schedule.zero_snr:
+            raise InputError("a schedule of zero terminal SNR ends in pure noise, which only prediction=v can use")
         self.unet, self.autoencoder, self.towers = unet, autoencoder, towers
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
@@ -81,11 +83,11 @@ class LatentDiffusion(nn.Module):
         if x.shape[-2] % factor or x.shape[-1] % factor:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
             raise InputError(f"an image of {size} pixels does not fit this model: it takes multiples of {factor}")
-        return self.autoencoder.encode(x.to(self.device, self.dtype), generator)
+        return self.autoencoder.encode(x.to(self.autoencoder.encoder.conv_in.weight), generator)
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) of any dtype -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.autoencoder.decode(z.to(self.device, self.dtype))
+        return self.autoencoder.decode(z.to(self.autoencoder.encoder.conv_in.weight))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""

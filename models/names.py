@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from errors import InputError
 from models.autoencoder import KL_F8, KL_F8_16, KL_F8_XL
 from models.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
@@ -133,49 +135,58 @@ SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
     "text_encoders.t5xxl.transformer.": ("clip.t5.", T5),
 }
 HUB = {  # likewise, by sub-folder
-    "unet": ("unet.", HUB_UNET),
     "transformer": ("unet.", HUB_MMDIT),
+    "unet": ("unet.", HUB_UNET),
     "vae": ("autoencoder.", HUB_AUTOENCODER),
     "text_encoder": FIRST,
     "text_encoder_2": SECOND,
     "text_encoder_3": ("clip.t5.", T5),
 }
-NOT_IN_ALL = ("unet", "transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
+NOT_IN_ALL = ("transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
 CLIP_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
     "max_position_embeddings": "context_length",
 }  # fmt: skip
-HUB_SIZES = {  # config file -> (our section of the config, the hub's names and ours)
-    "unet/config.json": ("unet", {
+HUB_SIZES = {  # in the sub-folders' configs, the hub's names and ours
+    "unet": {
         "in_channels": "in_channels", "out_channels": "out_channels", "layers_per_block": "num_res_blocks",
         "cross_attention_dim": "context_dim", "transformer_layers_per_block": "transformer_depth",
         "projection_class_embeddings_input_dim": "vector_dim",
-    }),
-    "transformer/config.json": ("mmdit", {
+    },
+    "transformer": {
         "num_layers": "depth", "qk_norm": "qk_norm", "dual_attention_layers": "dual_attention_layers",
         "pos_embed_max_size": "max_positions", "in_channels": "in_channels", "patch_size": "patch",
         "joint_attention_dim": "context_dim", "pooled_projection_dim": "vector_dim",
-    }),
-    "vae/config.json": ("vae", {
+    },
+    "vae": {
         "layers_per_block": "num_res_blocks", "latent_channels": "z_channels", "scaling_factor": "scale_factor",
         "shift_factor": "shift_factor", "use_quant_conv": "quant_conv",
-    }),
-    "text_encoder/config.json": ("text", CLIP_SIZES),
-    "text_encoder_2/config.json": ("text_2", CLIP_SIZES | {"projection_dim": "embed_dim"}),
-    "text_encoder_3/config.json": ("t5", {
+    },
+    "text_encoder": CLIP_SIZES,
+    "text_encoder_2": CLIP_SIZES | {"projection_dim": "embed_dim"},
+    "text_encoder_3": {
         "d_model": "width", "num_layers": "layers", "num_heads": "heads", "d_kv": "head_width", "d_ff": "hidden",
         "vocab_size": "vocab_size",
-    }),
-    "scheduler/scheduler_config.json": ("schedule", {
+    },
+    "scheduler": {
         "beta_schedule": "kind", "beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps",
-        "shift": "shift",
-    }),
+        "rescale_betas_zero_snr": "zero_snr", "shift": "shift",
+    },
 }  # fmt: skip
-HUB_FILE = {section: file for file, (section, _) in HUB_SIZES.items()}
 # The files keep q, k and v apart, and the networks multiply them in one product.
 STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
 # The losses of training, constants, CLIP's temperature, and a second copy of T5's embedding.
 NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|embed_tokens\.weight)$"
+# Averages, which `ema` chooses; the schedule; and the marks that `stated` reads.
+OUTSIDE = r"model_ema\.|(sqrt_|log_one_minus_)?\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$|scaled_fp8$"
+
+REFINER = "SDXL's refiner, which continues the base model's pictures: give the base model"
+OTHERS = {  # models of other kinds, by their keys
+    r"(^|[._])lora[._]|\.hada_w": "a LoRA, which is an addition to a model: give the model that it was made into",
+    r"^conditioner\.embedders\.0\.model\.": REFINER,
+    r"^control_model\.|^controlnet_": "a ControlNet, which steers a model: give the model itself",
+    r"^(model\.diffusion_model\.)?double_blocks\.": "of another family than Stable Diffusion 1.x, 2.x, XL and 3",
+}
 
 
 def from_single_file(key: str) -> str | None:
@@ -254,8 +265,39 @@ FAMILIES = {  # by the keys of its last text tower in a single file, or of its n
 def family(keys: Iterable[str]) -> dict[str, Any]:
     """The sizes of the family that a single file with these keys belongs to. Raises InputError for another file."""
     keys = sorted(keys)
+    for pattern, kind in OTHERS.items():
+        if found := next((key for key in keys if re.search(pattern, key)), None):
+            raise InputError(f"it is {kind} (it has {found})")
     for prefix, sizes in FAMILIES.items():
         network = f"model.diffusion_model.{'input' if 'unet' in sizes else 'joint'}_blocks."
         if all(any(key.startswith(p) for key in keys) for p in (prefix, network)):
             return sizes
     raise InputError(f"it is no whole Stable Diffusion 1.x, 2.x, XL or 3: its keys are {', '.join(keys[:3])}, ...")
+
+
+def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it; of a
+    Stable Diffusion 3, whether T5 is in it."""
+    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in tensors):
+        return {"t5": {}} if any(key.startswith(TOWERS[2]) for key in tensors) else {}
+    said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
+    prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
+    alpha_bars = tensors.get("alphas_cumprod")
+    zero_snr = "ztsnr" in tensors or (alpha_bars is not None and float(alpha_bars[-1]) < 1e-6)
+    marks = {"prediction": prediction} if prediction else {}
+    return marks | ({"schedule": {"zero_snr": True}} if zero_snr else {})
+
+
+def is_foreign(key: str) -> bool:
+    """Whether a single file's key belongs neither to the networks nor to what is known beside them."""
+    return not key.startswith(tuple(SINGLE_FILE)) and re.match(OUTSIDE, key) is None
+
+
+def check(named: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a UNet of another use, and for a model without an autoencoder."""
+    stem = named.get("unet.input_blocks.0.0.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] in (8, 9):
+        use = "inpainting, which takes a mask" if stem.shape[1] == 9 else "instructions, as InstructPix2Pix"
+        raise InputError(f"its UNet takes {stem.shape[1]} channels and is for {use}: give a model for text to image")
+    if not any(name.startswith("autoencoder.") for name in named):
+        raise InputError("it has no autoencoder: name one with model.vae=PATH")

@@ -6,6 +6,7 @@ has several. `Clip` adds the image tower, for the contrastive training of both, 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +33,8 @@ class TextEncoder(nn.Module):
     `vocabulary`, where given, lists in ascending order the tokenizer's ids that the tower knows; its embedding then has
     one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that a small model
     carries no rows that were never trained. Without one, a tower of n embeddings knows the first n - 514 of the
-    tokenizer's merges, and begins and ends prompts with n - 2 and n - 1.
+    tokenizer's merges, and begins and ends prompts with n - 2 and n - 1. `added_tokens` are words of their own, such as
+    textual inversion learns, and their ids, which follow the others.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class TextEncoder(nn.Module):
         vocabulary: Tensor | None = None,
         final_norm: bool = True,
         vector: str | None = None,
+        added_tokens: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        self.final_norm, self.vector = final_norm, vector
-        size = min(tower.vocab_size, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
+        self.final_norm, self.vector, self.added_tokens = final_norm, vector, dict(added_tokens or {})
+        known = tower.vocab_size - len(self.added_tokens)
+        size = min(known, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
         self.tower, self.context_length = tower, tower.context_length
         self.begin, self.end = size - 2, size - 1
         self.hidden_layer, self.pad_token = hidden_layer, self.end if pad_token == "end" else pad_token
@@ -66,7 +70,7 @@ class TextEncoder(nn.Module):
         ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
         room = self.context_length - 2
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self._tokenizer.encode(prompt)
+            tokens = self._encode(prompt)
             if len(tokens) > room:
                 warnings.warn(f"the prompt has {len(tokens)} tokens and is cut to {room}: {prompt!r}", stacklevel=2)
                 tokens = tokens[:room]
@@ -75,6 +79,13 @@ class TextEncoder(nn.Module):
                 warnings.warn(f"this model has never seen: {words} (in the prompt {prompt!r})", stacklevel=2)
             row[: len(tokens) + 2] = torch.tensor([self.begin, *tokens, self.end])
         return ids
+
+    def _encode(self, prompt: str) -> list[int]:
+        """The prompt's ids, without begin and end."""
+        added = sorted(self.added_tokens, key=len, reverse=True)  # "<cat>_1" before "<cat>"
+        pieces = re.split(f"({'|'.join(map(re.escape, added))})", prompt) if added else [prompt]
+        ids = ([self.added_tokens[p]] if p in self.added_tokens else self._tokenizer.encode(p) for p in pieces)
+        return [token for piece in ids for token in piece]
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Tokenizer ids (B, L) -> hidden states (B, L, C)."""
@@ -199,6 +210,7 @@ def build_text(
     vocabulary: Tensor | None = None,
     final_norm: bool = True,
     vector: str | None = None,
+    added_tokens: Mapping[str, int] | None = None,
     **sizes: int,
 ) -> TextEncoder:
     """A text encoder of the given sizes: `width`, `heads`, `layers`, `context_length` (77)."""
@@ -213,7 +225,7 @@ def build_text(
     )
     with torch.device("cpu"):  # even while the weights are on the meta device: no file will bring the mask
         tower.attn_mask = tower.build_causal_mask()
-    return TextEncoder(tower, hidden_layer, pad_token, vocabulary, final_norm, vector)
+    return TextEncoder(tower, hidden_layer, pad_token, vocabulary, final_norm, vector, added_tokens)
 
 
 def build_clip(text: TextEncoder, embed_dim: int, image_size: int, patch: int, **sizes: int) -> Clip:

@@ -21,7 +21,8 @@ class Sampler:
 
     kind: str = "ddim"  # ddim (for a flow model its counterpart, Euler's steps) | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
-    spacing: str = "leading"  # leading | trailing | linspace; see `NoiseSchedule.trajectory`. A flow has one grid
+    # auto | leading | trailing | linspace; see `NoiseSchedule.trajectory`. A flow has one grid
+    spacing: str = "auto"
     eta: float = 0.0  # of ddim, in [0, 1]: 0 is deterministic, 1 equals ddpm
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 

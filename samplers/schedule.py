@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import InputError
 
 KINDS = ("scaled_linear", "linear", "cosine")
-SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = ("auto", "leading", "trailing", "linspace")
 ENDS = ("first", "one")
 
 
@@ -61,6 +61,8 @@ class NoiseSchedule:
     kind:             "linear" betas (Ho et al.); "scaled_linear", linear in their square root (Stable Diffusion); or
                       "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17), without beta_start and beta_end.
     steps_offset:     added to every timestep of a "leading" grid; Stable Diffusion uses 1.
+    zero_snr:         rescaled such that the last alpha_bar is zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1). It
+                      is 2 ** -24 here: at zero, epsilon is x itself, and a step along it would divide by zero.
     final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", without noise.
     """
 
@@ -70,6 +72,7 @@ class NoiseSchedule:
     beta_end: float = 0.012
     steps_offset: int = 1
     final_alpha_bar: str = "first"
+    zero_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -77,6 +80,9 @@ class NoiseSchedule:
         if self.final_alpha_bar not in ENDS:
             raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}: choose one of {', '.join(ENDS)}")
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
+        if self.zero_snr:
+            roots = self.alpha_bars.sqrt()
+            self.alpha_bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().clamp(min=2**-24)
 
     def _betas(self) -> Tensor:
         exact = {"dtype": torch.float64, "device": "cpu"}  # a model may be built on the meta device
@@ -88,10 +94,11 @@ class NoiseSchedule:
             return torch.linspace(self.beta_start, self.beta_end, self.timesteps, **exact)
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, **exact) ** 2
 
-    def trajectory(self, steps: int = 50, spacing: str = "leading") -> Trajectory:
+    def trajectory(self, steps: int = 50, spacing: str = "auto") -> Trajectory:
         """A descending grid of `steps` timesteps, 1 <= steps <= T, with the alpha_bar of each and of the end.
 
         With T timesteps (Lin et al. 2023, arXiv 2305.08891, table 2):
+          auto      trailing under zero_snr, which was trained from pure noise down, else leading.
           leading   0, T//steps, 2 (T//steps), ..., each plus steps_offset: starts a stride below full noise. Where the
                     offset would leave the schedule (steps = T), the whole grid is lowered to fit.
           trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
@@ -103,11 +110,11 @@ class NoiseSchedule:
             raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {T}")
         if spacing not in SPACINGS:
             raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
-        if spacing == "leading":
+        if spacing == "leading" or (spacing == "auto" and not self.zero_snr):
             stride = T // steps
             offset = min(self.steps_offset, T - 1 - stride * (steps - 1))
             ascending = [i * stride + offset for i in range(steps)]
-        elif spacing == "trailing":
+        elif spacing in ("auto", "trailing"):
             ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
         else:  # a single step starts from noise too, hence at T - 1
             ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]

@@ -153,7 +153,8 @@ def test_a_hub_folder_states_prediction_schedule_and_heads(tmp_path):
     assert model.schedule.alpha_bars[0].item() == pytest.approx(1 - 0.001)
     assert [m.heads for m in model.unet.modules() if hasattr(m, "to_kv")] == [2, 2, 4, 2, 2, 2]
     assert "prediction" in refused(folder, arch={"prediction": "epsilon"})
-    refused(change("scheduler/scheduler_config.json", rescale_betas_zero_snr=True), arch=None)
+    rescaled = models.load(change("scheduler/scheduler_config.json", rescale_betas_zero_snr=True))
+    assert rescaled.schedule.alpha_bars[-1] < 1e-7 < model.schedule.alpha_bars[-1]
     refused(hub_folder(tmp_path / "none", prediction="sample"), arch=None)
 
 
