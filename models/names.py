@@ -178,7 +178,10 @@ STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
 # The losses of training, constants, CLIP's temperature, and a second copy of T5's embedding.
 NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|embed_tokens\.weight)$"
 # Averages, which `ema` chooses; the schedule; and the marks that `stated` reads.
-OUTSIDE = r"model_ema\.|(sqrt_|log_one_minus_)?\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$|scaled_fp8$"
+OUTSIDE = (
+    r"model_ema\.|(sqrt_|log_one_minus_)?\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$"
+    r"|scaled_fp8$"
+)
 
 REFINER = "SDXL's refiner, which continues the base model's pictures: give the base model"
 OTHERS = {  # models of other kinds, by their keys
