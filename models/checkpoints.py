@@ -68,11 +68,11 @@ def load(
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
-    source = located(path)
+    source, texts = located(path), [Path(text)] if isinstance(text, str | os.PathLike) else [*map(Path, text or ())]
     try:
         if source.is_file():
-            config, named = open_single_file(source, arch, ema, text)
-        elif text:
+            config, named = open_single_file(source, arch, ema, texts)
+        elif texts:
             raise InputError("model.text is for a Stable Diffusion 3 in a single file")
         elif (source / "config.json").exists():
             config, named = open_own_folder(source, arch)
@@ -97,10 +97,10 @@ def load(
     for part, module in parts.items():
         module.to(device, precision[part])  # the buffers that no file brings
     if "t5" in config:
-        t5, folders = model.towers["t5"], [Path(path) for path in (source, text) if isinstance(path, str | os.PathLike)]
-        t5.to(torch.bfloat16 if dtype == torch.float16 else dtype)  # float16 overflows in it
-        found = [tokenizer] if tokenizer else [folder / SPIECE for folder in folders if (folder / SPIECE).exists()]
-        t5.tokenizer = read_tokenizer(Path(found[0])) if found else None
+        model.towers["t5"].to(torch.bfloat16 if dtype == torch.float16 else dtype)  # float16 overflows in it
+        for file in [tokenizer] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:
+            if tokenizer or file.exists():
+                model.towers["t5"].tokenizer = read_tokenizer(Path(file))
     elif "mmdit" in config:
         warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):
@@ -127,16 +127,11 @@ def open_own_folder(path: Path, arch: Mapping | None) -> Opened:
     return configured({}, read_config(path), arch), named
 
 
-def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: Any = None) -> Opened:
-    """A Stable Diffusion in one file, of whose text encoders some may be in the files or the hub folder `text`. Keys
+def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, texts: Sequence[Path] = ()) -> Opened:
+    """A Stable Diffusion in one file, of whose text encoders some may be in the files or hub folders `texts`. Keys
     outside its networks are left out, with a warning where they are unknown."""
     tensors, named = read_tensors(path), {}
-    family = names.family(tensors)
-    for file in [] if text is None else [text] if isinstance(text, str | os.PathLike) else text:
-        tensors |= read_text_encoders(Path(file), (arch or {}).get("text", family["text"]).get("width", 0))
-    config = configured(family, names.stated(tensors, read_metadata(path)), arch)
-    if "mmdit" in config and not all(any(key.startswith(t) for key in tensors) for t in names.TOWERS[:2]):
-        raise InputError("it has no CLIP text encoders: give model.text=PATH, files or a folder of the hub's layout")
+    config = configured(names.family(tensors), names.stated(tensors, read_metadata(path)), arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
         name, stored = names.from_single_file(key), key
@@ -148,6 +143,12 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: A
             if stored not in tensors:
                 raise InputError(f"{stored} is missing: ema=false takes the plain weights")
         named[name] = tensors[stored]
+    for file in texts:
+        named |= read_text_encoders(file, config["text"]["width"])
+    if "mmdit" in config and not any(name.startswith("clip.text.") for name in named):
+        raise InputError("it has no text encoders: give model.text=PATH, files or a folder of the hub's layout")
+    if any(name.startswith("clip.t5.") for name in named):
+        config.setdefault("t5", {})
     if foreign := {key.split(".")[0] for key in tensors if names.is_foreign(key)}:
         warnings.warn(f"{path}: keys outside its networks are left out: {', '.join(sorted(foreign))}", stacklevel=2)
     return config, named
@@ -185,21 +186,20 @@ def open_autoencoder(path: Path, config: Mapping) -> Opened:
 
 
 def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
-    """The text encoders in a file or in a hub folder, by the keys of SD3's single file. Of two CLIPs that do not name
-    themselves, the one of `width` is the first. Raises InputError where there is none."""
+    """The text encoders of an SD3 in a file or a hub folder, by our names. Of CLIPs without a prefix, the one of `width`
+    is the first. Raises InputError where there is none."""
     if path.is_dir():
-        files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], names.TOWER_FOLDERS)
-        parts = [(folder, read_tensors(path / file)) for folder, several in files.items() for file in several]
-        prefixes = dict(zip(names.TOWER_FOLDERS, names.TOWERS, strict=True))
-        return {prefixes[folder] + key: tensor for folder, tensors in parts for key, tensor in tensors.items()}
+        files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], names.TOWERS)
+        read = [(folder, read_tensors(path / file)) for folder, several in files.items() for file in several]
+        return {names.from_hub(folder, key, {}): tensor for folder, of in read for key, tensor in of.items()}
     tensors = read_tensors(path) if path.exists() else {}
-    if any(key.startswith(names.TOWERS) for key in tensors):
-        return {key: tensor for key, tensor in tensors.items() if key.startswith(names.TOWERS)}
     norm = tensors.get("text_model.final_layer_norm.weight")
-    if norm is None and "shared.weight" not in tensors:
+    clip = "" if norm is None else names.TOWERS["text_encoder" if len(norm) == width else "text_encoder_2"]
+    prefix = names.TOWERS["text_encoder_3"] if "shared.weight" in tensors else clip
+    named = {names.from_single_file(prefix + key): tensor for key, tensor in tensors.items()}
+    if not (found := {name: tensor for name, tensor in named.items() if name and name.startswith("clip.")}):
         raise InputError(f"model.text: there is no text encoder of a Stable Diffusion 3 at {path}")
-    prefix = names.TOWERS[2 if norm is None else 0 if len(norm) == width else 1]
-    return {prefix + key: tensor for key, tensor in tensors.items()}
+    return found
 
 
 def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -296,10 +296,16 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     if flow:
         stated["schedule"]["kind"], sizes = "flow", taken("transformer", unet)
         stated |= {"prediction": "flow", "mmdit": sizes | {"qk_norm": "qk_norm" in sizes}}
-        if "text_encoder_3" in files:
-            stated["t5"] = taken("text_encoder_3", files["text_encoder_3"])
+        stated |= {"t5": taken("text_encoder_3", files["text_encoder_3"])} if "text_encoder_3" in files else {}
     else:
-        stated |= {"prediction": PREDICTIONS[prediction], "unet": taken("unet", unet) | unet_sizes(unet)}
+        stated["prediction"], widths = PREDICTIONS[prediction], unet["block_out_channels"]
+        stated["unet"] = taken("unet", unet) | {
+            "model_channels": widths[0],
+            "channel_mult": [width // widths[0] for width in widths],
+            "attention_levels": [i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind],
+            # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
+            "num_heads": unet.get("num_attention_heads") or unet["attention_head_dim"],
+        }
     for section, folder in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
         if folder in files:
             quick = files[folder].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
@@ -312,18 +318,6 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
         zeros = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
         stated["empty_prompt"] = "zeros" if zeros else "encoded"
     return stated
-
-
-def unet_sizes(content: Mapping) -> dict[str, Any]:
-    """The sizes that a hub UNet's config.json states in other terms than ours."""
-    widths = content["block_out_channels"]
-    return {
-        "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
-        "attention_levels": [i for i, kind in enumerate(content["down_block_types"]) if "CrossAttn" in kind],
-        # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
-        "num_heads": content.get("num_attention_heads") or content["attention_head_dim"],
-    }
 
 
 def taken(folder: str, content: Mapping) -> dict[str, Any]:

@@ -72,10 +72,6 @@ class Branch(nn.Module):
         self.attn2 = HalfAttention(dim, qk_norm) if dual else None
         self.mlp = None if last else mlp(dim, 4 * dim, dim, nn.GELU(approximate="tanh"))
 
-    def chunks(self, c: Tensor) -> list[Tensor]:
-        """c (B, dim) -> shift, scale, gate of the attention, of the MLP and of the second attention, (B, 1, dim)."""
-        return list(self.modulation(c)[:, None].chunk(self.modulation.out_features // c.shape[-1], dim=-1))
-
 
 class JointBlock(nn.Module):
     """Text (B, L, dim) and image (B, N, dim) attend to the sequence of both, text first; each has its own weights."""
@@ -88,7 +84,8 @@ class JointBlock(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         sides = (text, self.context_block), (image, self.x_block)
-        chunks = [branch.chunks(c) for _, branch in sides]
+        # (shift, scale, gate) of the attention, of the MLP and of the second attention
+        chunks = [branch.modulation(c)[:, None].split(c.shape[-1], dim=-1) for _, branch in sides]
         parts = [branch.attn(modulate(x, *own[:2])) for (x, branch), own in zip(sides, chunks, strict=True)]
         joint = self.attention(*(torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)))
         outs = rearrange(joint, "b h n d -> b n (h d)").split([text.shape[1], image.shape[1]], dim=1)
@@ -103,16 +100,6 @@ class JointBlock(nn.Module):
                 y = y + own[8] * branch.attn2.to_out(rearrange(out, "b h n d -> b n (h d)"))
             results.append(y + own[5] * branch.mlp(modulate(y, *own[3:5])))
         return results[0], results[1]
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, dim: int, out: int):
-        super().__init__()
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, out)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.linear(modulate(x, *self.modulation(c)[:, None].chunk(2, dim=-1)))
 
 
 class MMDiT(nn.Module):
@@ -146,7 +133,8 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(
             JointBlock(dim, qk_norm, i in dual_attention_layers, i == depth - 1, self.attention) for i in range(depth)
         )
-        self.final_layer = FinalLayer(dim, patch**2 * in_channels)
+        self.final_modulation = nn.Linear(dim, 2 * dim)
+        self.final_linear = nn.Linear(dim, patch**2 * in_channels)
 
     def project_context(self, states: Tensor, vector: Tensor) -> EmbeddedText:
         """Text states (B, L, context_dim) and pooled text (B, vector_dim) -> what each step needs of them."""
@@ -172,7 +160,7 @@ class MMDiT(nn.Module):
                 context, image = checkpoint(block, context, image, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 context, image = block(context, image, c)
-        patches = self.final_layer(image, c)
+        patches = self.final_linear(modulate(image, *self.final_modulation(c)[:, None].chunk(2, dim=-1)))
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=self.patch, q=self.patch)
 
 

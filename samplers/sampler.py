@@ -8,9 +8,9 @@ from torch import Tensor
 from errors import InputError
 
 from . import ddim, ddpm
-from .flow import VARIANCE_PRESERVING, FlowSchedule
+from .flow import FlowSchedule
 from .guidance import Denoiser
-from .schedule import SPACINGS, NoiseSchedule, Trajectory
+from .schedule import SPACINGS, VARIANCE_PRESERVING, NoiseSchedule, Trajectory
 
 SAMPLERS = ("ddim", "ddpm")
 
