@@ -49,7 +49,7 @@ class Source:
             if i < len(self.nulls):  # else that of the step before, whose texts are projected already
                 denoise = guided(model, prompts, scale, self.nulls[i])
             with control(i):
-                eps = denoise(x, int(trajectory.timesteps[i]))
+                eps = denoise(x, trajectory.timesteps[i].item())
             x = trajectory.step(x, eps, i, i + 1)
             if self.rectified:
                 x = torch.cat([self.path.latents[i + 1], x[1:]])
@@ -138,7 +138,7 @@ class NullText(Inversion):
         trajectory, as_source, null = source.trajectory, guided(model, source.text), source.nulls[0]
         steps, z, states, nulls, losses = len(trajectory), source.path.latent, null.states.float(), [], []
         for i in run.progress("null_text")(range(steps)):
-            t, pivot = int(trajectory.timesteps[i]), source.path.latents[i + 1]
+            t, pivot = trajectory.timesteps[i].item(), source.path.latents[i + 1]
             eps_source = as_source(z, t)
             states = states.detach().clone().requires_grad_()
             adam = torch.optim.Adam([states], self.null_lr * (1 - i / (2 * steps)))

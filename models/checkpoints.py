@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -25,12 +26,27 @@ from torch import Tensor, nn
 from errors import InputError
 from files import whole_file
 from models import names
+from models.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion, build
+from models.t5 import T5, read_tokenizer
 from models.text import VOCABULARY
 
 PARTS = ("autoencoder", "clip", "unet")
-SECTIONS = ("unet", "vae", "text", "text_2", "vision", "schedule", "prediction", "image_size", "empty_prompt")
+SECTIONS = (
+    "unet",
+    "mmdit",
+    "vae",
+    "text",
+    "text_2",
+    "t5",
+    "vision",
+    "schedule",
+    "prediction",
+    "image_size",
+    "empty_prompt",
+)
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
+SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")  # org/name, org/name@revision
@@ -45,6 +61,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     ema: bool | None = None,
     vae: str | os.PathLike | None = None,
+    text: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    tokenizer: str | os.PathLike | None = None,
 ) -> LatentDiffusion:
     """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x, 2.x or XL as a single file
     (.safetensors, .ckpt), as a folder in the model hub's layout, or as a hub id ("org/name", "org/name@revision"),
@@ -56,12 +74,17 @@ def load(
     in float32, so that its scores do not depend on a half-precision `dtype`; an autoencoder is never in float16, in
     which SDXL's overflows. On a CPU, weights that need no cast stay mapped to their file.
 
+    `text` names files, or a hub folder, with the text encoders that a single file of a Stable Diffusion 3 lacks, and
+    `tokenizer` T5's sentencepiece model, where no hub folder brings it. Without T5 it works on zeros, with a warning.
+
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
     source = located(path)
     try:
         if source.is_file():
-            config, named = open_single_file(source, arch, ema)
+            config, named = open_single_file(source, arch, ema, text)
+        elif text:
+            raise InputError("model.text is for a Stable Diffusion 3 in a single file")
         elif (source / "config.json").exists():
             config, named = open_own_folder(source, arch)
         else:
@@ -72,18 +95,24 @@ def load(
         names.check(named)
         model = build(config, vocabulary=named.get("clip.text.vocabulary"), meta=True)
         parts = nn.ModuleDict({part: part_of(model, part) for part in PARTS})
-        precision = {
-            "autoencoder": torch.float32 if dtype == torch.float16 else dtype,
-            "clip": dtype if model.clip is None else torch.promote_types(dtype, torch.float32),
-            "unet": dtype,
-        }
-        parts.load_state_dict(cast(fitted(parts.state_dict(), named), device, precision), assign=True)
+        safe = {Autoencoder: torch.float32, T5: torch.bfloat16} if dtype == torch.float16 else {}  # they overflow in it
+        for module in (model.unet, model.autoencoder, *model.towers.values()):  # on the meta device
+            module.to(safe.get(type(module), dtype))
+        if model.clip is not None:
+            model.clip.to(torch.promote_types(dtype, torch.float32))
+        own = parts.state_dict()
+        parts.load_state_dict(cast(fitted(own, unscaled(named, dtype)), own, device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
         raise InputError(f"{source}: its sizes describe no network of a Stable Diffusion ({error!r})") from error
-    for part, module in parts.items():
-        module.to(device, precision[part])  # the buffers that no file brings
+    parts.to(device)  # the buffers that no file brings
+    if "t5" in config:
+        folders = [Path(folder) for folder in (source, text) if isinstance(folder, str | os.PathLike)]
+        found = [tokenizer] if tokenizer else [folder / SPIECE for folder in folders if (folder / SPIECE).exists()]
+        model.towers["t5"].tokenizer = read_tokenizer(Path(found[0])) if found else None
+    elif "mmdit" in config:
+        warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):
         few = "sampler.steps=4 sampler.spacing=trailing method.guidance_scale=1"
         warnings.warn(f"{path} is named as a model that wants few steps and little guidance: {few}", stacklevel=2)
@@ -108,10 +137,19 @@ def open_own_folder(path: Path, arch: Mapping | None) -> Opened:
     return configured({}, read_config(path), arch), named
 
 
-def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Opened:
-    """A Stable Diffusion in one file. Keys outside its networks are left out, with a warning where they are unknown."""
+def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: Any = None) -> Opened:
+    """A Stable Diffusion in one file, or of whose text encoders some are in the files or the hub folder `text`. Keys
+    outside its networks are left out, with a warning where they are unknown."""
     tensors, named = read_tensors(path), {}
-    config = configured(names.family(tensors), names.stated(tensors, read_metadata(path)), arch)
+    family = names.family(tensors)
+    for file in [] if text is None else [text] if isinstance(text, str | os.PathLike) else text:
+        tensors |= read_text_encoders(Path(file), (arch or {}).get("text", family["text"]).get("width", 0))
+    if "mmdit" in family and not all(any(key.startswith(t) for key in tensors) for t in names.TOWERS[:2]):
+        raise InputError("it has no CLIP text encoders: give model.text=PATH, files or a folder of the hub's layout")
+    stated = names.stated(tensors, read_metadata(path))
+    if any(key.startswith(names.TOWERS[2]) for key in tensors):
+        stated["t5"] = {}
+    config = configured(family, stated, arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
         name, stored = names.from_single_file(key), key
@@ -130,14 +168,15 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None) -> Open
 
 def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
     """A Stable Diffusion in a folder of the hub's layout."""
-    if (path / "transformer").is_dir():
-        raise InputError("it seems to be an SD3, which is not supported: Stable Diffusion 1.x, 2.x and XL are")
     files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")]), {}
     family = names.FAMILIES["conditioner.embedders.1."] if "text_encoder_2" in files else {}
+    family = names.SD3 if "transformer" in files else family
     config = configured(family, hub_sizes(path, files), arch)
-    for part, file in files.items():
+    for part, file in ((part, file) for part, shards in files.items() for file in shards):
         named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
     named.pop(None, None)  # of keys that are no weights
+    for name in [name for name in named if names.swapped(name, config)]:
+        named[name] = torch.cat(named[name].chunk(2)[::-1])
     return config, named
 
 
@@ -156,6 +195,41 @@ def open_autoencoder(path: Path, config: Mapping) -> Opened:
     if any("_block" in key for key in tensors):
         return config, {names.from_hub("vae", key, config): tensor for key, tensor in tensors.items()}
     return config, {names.from_single_file(f"first_stage_model.{key}"): tensor for key, tensor in tensors.items()}
+
+
+def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
+    """The text encoders in a file or in a hub folder, by the keys of SD3's single file. Of two CLIPs that do not name
+    themselves, the one of `width` is the first. Raises InputError where there is none."""
+    if path.is_dir():
+        files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], names.TOWER_FOLDERS)
+        parts = [(folder, read_tensors(path / file)) for folder, shards in files.items() for file in shards]
+        prefixes = dict(zip(names.TOWER_FOLDERS, names.TOWERS, strict=True))
+        return {prefixes[folder] + key: tensor for folder, tensors in parts for key, tensor in tensors.items()}
+    tensors = read_tensors(path) if path.exists() else {}
+    if any(key.startswith(names.TOWERS) for key in tensors):
+        return {key: tensor for key, tensor in tensors.items() if key.startswith(names.TOWERS)}
+    norm = tensors.get("text_model.final_layer_norm.weight")
+    if norm is None and "shared.weight" not in tensors:
+        raise InputError(f"model.text: there is no text encoder of a Stable Diffusion 3 at {path}")
+    prefix = names.TOWERS[2 if norm is None else 0 if len(norm) == width else 1]
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors as they are, but float8 ones in `dtype`, times the scale that is stored beside some of them."""
+    out = {}
+    for name, tensor in named.items():
+        stem, _, kind = name.rpartition(".")
+        if kind in ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8"):
+            continue
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            tensor = tensor.to(dtype)
+        scale = named.get(f"{stem}.scale_weight", named.get(f"{stem}.weight_scale")) if kind == "weight" else None
+        if scale is not None and scale.numel():
+            scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))  # one number, or one for each row
+            tensor = (tensor.float() * scale).to(dtype)
+        out[name] = tensor
+    return out
 
 
 def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -186,16 +260,15 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, 
 
 
 def cast(
-    state: Mapping[str, list[Tensor]], device: str | torch.device | None, precision: Mapping[str, torch.dtype]
+    state: Mapping[str, list[Tensor]], own: Mapping[str, Tensor], device: str | torch.device | None
 ) -> dict[str, Tensor]:
-    """A state dict of the stacked pieces, each cast alone, so that no second copy of the file lies in memory. Raises
-    InputError with the first three that are not finite."""
+    """A state dict of the stacked pieces in the precision of `own`, each cast alone, so that no second copy of the file
+    lies in memory. Raises InputError with the first three that are not finite."""
     whole, broken = {}, []
     for name, pieces in state.items():
-        dtype = precision[name.split(".")[0]] if pieces[0].is_floating_point() else None
-        pieces = [piece.to(device, dtype) for piece in pieces]
+        pieces = [piece.to(device, own[name].dtype) for piece in pieces]
         whole[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if dtype and not torch.stack(whole[name].aminmax()).isfinite().all():
+        if whole[name].is_floating_point() and not torch.stack(whole[name].aminmax()).isfinite().all():
             broken.append(name)
     if broken:
         raise InputError(f"{len(broken)} of its weights are NaN or infinite: {', '.join(broken[:3])}")
@@ -227,19 +300,7 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     """The sizes that the config files of a hub folder with these sub-folders state, and its learned tokens."""
     files = {folder: read_config(path / folder) for folder in folders}
     files["scheduler"] = read_config(path / "scheduler", "scheduler_config.json")
-    unet, scheduler = files["unet"], files["scheduler"]
-    widths, prediction = unet["block_out_channels"], scheduler.get("prediction_type", "epsilon")  # 1.4's has none
-    if prediction not in PREDICTIONS:
-        raise InputError("its scheduler is not supported: epsilon or v_prediction")
-    stated: dict[str, Any] = {"prediction": PREDICTIONS[prediction], "vae": vae_sizes(files["vae"])}
-    stated["unet"] = taken("unet", unet) | {
-        "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
-        "attention_levels": [i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind],
-        # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
-        "num_heads": unet.get("num_attention_heads") or unet["attention_head_dim"],
-    }
-    stated["schedule"] = taken("scheduler", scheduler)
+    stated: dict[str, Any] = {"vae": vae_sizes(files["vae"]), "schedule": taken("scheduler", files["scheduler"])}
     for section, folder in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
         if folder in files:
             quick = files[folder].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
@@ -248,15 +309,35 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
             if (tokens / "added_tokens.json").exists():
                 added = read_config(tokens, "added_tokens.json")
                 stated[section]["added_tokens"] = {token: n for token, n in added.items() if n >= VOCABULARY}
+    if "text_encoder_3" in files:
+        stated["t5"] = taken("text_encoder_3", files["text_encoder_3"])
+    network = files.get("transformer") or files["unet"]
+    stated["image_size"] = network["sample_size"] * 2 ** (len(stated["vae"]["ch_mult"]) - 1)
+    if "transformer" in files:
+        stated["mmdit"] = taken("transformer", network)
+        stated["mmdit"]["qk_norm"], stated["schedule"]["kind"] = "qk_norm" in stated["mmdit"], "flow"
+        return stated | {"prediction": "flow"}
+    prediction = files["scheduler"].get("prediction_type", "epsilon")  # 1.4's has none
+    if prediction not in PREDICTIONS:
+        raise InputError("its scheduler is not supported: epsilon or v_prediction")
+    widths = network["block_out_channels"]
+    stated["unet"] = taken("unet", network) | {
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "attention_levels": [i for i, kind in enumerate(network["down_block_types"]) if "CrossAttn" in kind],
+        # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
+        "num_heads": network.get("num_attention_heads") or network["attention_head_dim"],
+    }
     if (path / "model_index.json").exists() and "text_2" in stated:
         zeros = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
         stated["empty_prompt"] = "zeros" if zeros else "encoded"
-    return stated | {"image_size": unet["sample_size"] * 2 ** (len(stated["vae"]["ch_mult"]) - 1)}
+    return stated | {"prediction": PREDICTIONS[prediction]}
 
 
 def taken(folder: str, content: Mapping) -> dict[str, Any]:
     """Our sizes among those of a config file in the hub's sub-folder."""
-    return {ours: content[theirs] for theirs, ours in names.HUB_SIZES[folder].items() if theirs in content}
+    table = names.HUB_SIZES[folder].items()
+    return {ours: content[theirs] for theirs, ours in table if content.get(theirs) is not None}
 
 
 def vae_sizes(content: Mapping) -> dict[str, Any]:
@@ -293,19 +374,19 @@ def read_metadata(file: Path) -> dict[str, str]:
 # --- the model hub -------------------------------------------------------------------------------------------------
 
 
-def weight_files(files: Sequence[str]) -> dict[str, str]:
-    """The weights of each sub-folder among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`. Raises
-    InputError where a sub-folder has none."""
-    chosen = {}
-    for part in names.HUB:
-        found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and file.endswith(end)]
-        if not found and part == "text_encoder_2":
-            continue  # of SDXL alone
-        if not found and part == "text_encoder" and any(file.startswith("text_encoder_2/") for file in files):
+def weight_files(files: Sequence[str], folders: Iterable[str] = names.HUB) -> dict[str, list[str]]:
+    """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`;
+    those of a large network are in several files. Raises InputError where a sub-folder has none."""
+    chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
+    for part in folders:
+        found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and whole[file].endswith(end)]
+        if found:
+            chosen[part] = sorted(file for file in found if whole[file] == whole[found[0]])
+        elif part == "text_encoder" and any(file.startswith("text_encoder_2/") for file in files):
             raise InputError(f"it is {names.REFINER}")
-        if not found:
-            raise InputError(f"there are no weights in {part}/, and no config.json of this project")
-        chosen[part] = found[0]
+        elif part not in names.NOT_IN_ALL or (part == "transformer" and "unet" not in chosen):
+            what = "unet" if part == "transformer" else part
+            raise InputError(f"there are no weights in {what}/, and no config.json of this project")
     return chosen
 
 
@@ -323,7 +404,7 @@ def fetch(repo_id: str) -> Path:
         return folder
     try:
         files = weight_files(list_repo_files(name, **at)).values()
-        return Path(snapshot_download(name, allow_patterns=["*.json", *files], **at))
+        return Path(snapshot_download(name, allow_patterns=["*.json", SPIECE, *chain(*files)], **at))
     except InputError as error:
         raise InputError(f"{repo_id}: {error}") from None
     except Exception as error:  # the hub's own, and those of three libraries below it

@@ -13,29 +13,34 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.autoencoder import Autoencoder
+from models.mmdit import EmbeddedText, MMDiT
+from models.t5 import T5
 from models.text import Clip, TextEncoder, TextTowers, build_clip, build_text
 from models.unet import ProjectedContext, UNet
-from samplers import Conditioning, NoiseSchedule
+from samplers import Conditioning, FlowSchedule, NoiseSchedule
 
 
 class LatentDiffusion(nn.Module):
-    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output,
-    "epsilon" or "v" (Salimans & Ho, 2022); `image_size` is the side in pixels that it was trained at."""
+    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output:
+    "epsilon", "v" (Salimans & Ho, 2022) or, with a flow schedule, the velocity ("flow"); `image_size` is the side in
+    pixels that it was trained at."""
 
     def __init__(
         self,
-        unet: UNet,
+        unet: UNet | MMDiT,
         autoencoder: Autoencoder,
         towers: TextTowers,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | FlowSchedule,
         prediction: str = "epsilon",
         image_size: int = 512,
         clip: Clip | None = None,  # holds the very same text encoder as the towers
     ):
         super().__init__()
-        if prediction not in ("epsilon", "v"):
-            raise InputError(f"prediction is {prediction!r}: choose epsilon or v")
-        if schedule.zero_snr and prediction == "epsilon":
+        if prediction not in ("epsilon", "v", "flow"):
+            raise InputError(f"prediction is {prediction!r}: choose epsilon, v or flow")
+        if (prediction == "flow") != isinstance(schedule, FlowSchedule):
+            raise InputError(f"prediction is {prediction!r}: flow, and no other, goes with schedule.kind=flow")
+        if prediction == "epsilon" and schedule.zero_snr:
             raise InputError("a schedule of zero terminal SNR ends in pure noise, which only prediction=v can use")
         self.unet, self.autoencoder, self.towers = unet, autoencoder, towers
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
@@ -88,22 +93,25 @@ class LatentDiffusion(nn.Module):
         """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""
         return self.towers(prompts).map(lambda x: x.to(self.dtype))
 
-    def project(self, conditioning: Conditioning) -> ProjectedContext:
+    def project(self, conditioning: Conditioning) -> ProjectedContext | EmbeddedText:
         """Keys and values of the text for every layer of the UNet, to be reused over steps, and its vector."""
         return self.unet.project_context(conditioning.states, conditioning.vector)
 
-    def predict(self, x: Tensor, t: Tensor | int, conditioning: Conditioning | ProjectedContext) -> Tensor:
-        """The schedule's own prediction, epsilon (B, c, h, w), for noisy latents x at timestep t (an int or (B,)).
+    def predict(
+        self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext | EmbeddedText
+    ) -> Tensor:
+        """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
+        number or (B,)).
 
         The network works in its own precision; the prediction is computed, and returned, in that of x.
         """
         if isinstance(conditioning, Conditioning):
             conditioning = self.project(conditioning.expand(len(x)))
         # As a tensor for the network, which would be compiled anew for each number; made without waiting for a device.
-        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int | float) else t
         pixels = tuple(side * self.autoencoder.downsampling for side in x.shape[-2:])
         out = self.unet(x.to(self.dtype), timesteps, conditioning, pixels).to(x.dtype)
-        return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
+        return self.schedule.eps_from_v(x, out, t) if self.prediction == "v" else out
 
 
 def build(
@@ -118,11 +126,16 @@ def build(
             torch.manual_seed(seed)
         text = build_text(**config["text"], vocabulary=vocabulary)
         towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
-        unet, autoencoder = UNet(**config["unet"]), Autoencoder(**config["vae"])
+        if "t5" in config:
+            towers["t5"] = T5(**config["t5"])
+        unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+        autoencoder = Autoencoder(**config["vae"])
         vision = config.get("vision")
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
     others = {name: config[name] for name in ("prediction", "image_size") if name in config}
-    towers = TextTowers(towers, config.get("empty_prompt", "encoded"))
-    model = LatentDiffusion(unet, autoencoder, towers, NoiseSchedule(**config["schedule"]), clip=clip, **others)
+    width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
+    towers = TextTowers(towers, config.get("empty_prompt", "encoded"), width)
+    schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
+    model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
     model.config = dict(config)
     return model.eval()

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from errors import InputError
-from models.autoencoder import KL_F8, KL_F8_XL
+from models.autoencoder import KL_F8, KL_F8_16, KL_F8_XL
+from models.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from models.text import CLIP_L, OPEN_CLIP_H, SDXL_BIG_G, SDXL_CLIP_L
 from models.unet import SD1, SD2, SDXL
 
@@ -45,6 +46,36 @@ HUB_UNET = [
     (r"\.time_emb_proj\.", ".time."),
     (r"\.conv_shortcut\.", ".skip."),
     *TRANSFORMER,
+]
+MMDIT = [
+    (r"^x_embedder\.proj\.", "x_embedder."),
+    (r"^t_embedder\.mlp\.", "time_embed."),
+    (r"^y_embedder\.mlp\.", "vector_embed."),
+    (r"\.adaLN_modulation\.1\.", ".modulation."),
+    (r"\.(attn2?)\.qkv\.", r".\1.to_qkv."),
+    (r"\.(attn2?)\.proj\.", r".\1.to_out."),
+    (r"\.ln_(q|k)\.", r".norm_\1."),
+    (r"_block\.mlp\.fc1\.", "_block.mlp.0."),
+    (r"_block\.mlp\.fc2\.", "_block.mlp.2."),
+]
+HUB_MMDIT = [
+    (r"^pos_embed\.proj\.", "x_embedder."),
+    (r"^pos_embed\.pos_embed", "pos_embed"),
+    (r"^time_text_embed\.timestep_embedder\.", "time_embed."),
+    (r"^time_text_embed\.text_embedder\.", "vector_embed."),
+    (r"_embed\.linear_1\.", "_embed.0."),
+    (r"_embed\.linear_2\.", "_embed.2."),
+    (r"^norm_out\.linear\.", "final_layer.modulation."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^transformer_blocks\.(\d+)\.(norm1|ff)_context\.", r"joint_blocks.\1.context_block.\2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.add_(q|k|v)_proj\.", r"joint_blocks.\1.context_block.attn.to_\2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.", r"joint_blocks.\1.context_block.attn.norm_\2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.to_add_out\.", r"joint_blocks.\1.context_block.attn.to_out."),
+    (r"^transformer_blocks\.(\d+)\.", r"joint_blocks.\1.x_block."),
+    (r"\.norm1\.linear\.", ".modulation."),
+    (r"\.ff\.net\.0\.proj\.", ".mlp.0."),
+    (r"\.ff\.net\.2\.", ".mlp.2."),
+    (r"\.to_out\.0\.", ".to_out."),
 ]
 AUTOENCODER = [
     (r"\.nin_shortcut\.", ".skip."),
@@ -77,23 +108,41 @@ TEXT = [  # the hub's names, which 1.x's single file has too; open_clip's are ou
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.self_attn\.(q|k|v)_proj\.", r".attn.to_\1."),
 ]
+T5 = [
+    (r"^encoder\.", ""),
+    (r"^shared\.", "token_embedding."),
+    (r"^final_layer_norm\.", "norm_out."),
+    (r"^block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.", "position_bias."),
+    (r"^block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
+    (r"^block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
+    (r"^block\.(\d+)\.layer\.\d\.", r"blocks.\1."),
+    (r"\.SelfAttention\.(q|k|v)\.", r".attn.to_\1."),
+    (r"\.SelfAttention\.o\.", ".attn.to_out."),
+    (r"\.DenseReluDense\.", "."),
+]
 
 FIRST, SECOND = ("clip.text.tower.", TEXT), ("clip.text_2.tower.", TEXT)
 SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
-    "model.diffusion_model.": ("unet.", UNET),
+    "model.diffusion_model.": ("unet.", [*UNET, *MMDIT]),
     "first_stage_model.": ("autoencoder.", AUTOENCODER),
     "cond_stage_model.transformer.": FIRST,  # 1.x
     "cond_stage_model.model.": FIRST,  # 2.x
     "conditioner.embedders.0.transformer.": FIRST,  # SDXL
     "conditioner.embedders.1.model.": SECOND,
     "conditioner.embedders.1.transformer.": SECOND,  # by some trainers
+    "text_encoders.clip_l.transformer.": FIRST,  # SD3
+    "text_encoders.clip_g.transformer.": SECOND,
+    "text_encoders.t5xxl.transformer.": ("clip.t5.", T5),
 }
 HUB = {  # likewise, by sub-folder
     "unet": ("unet.", HUB_UNET),
+    "transformer": ("unet.", HUB_MMDIT),
     "vae": ("autoencoder.", HUB_AUTOENCODER),
     "text_encoder": FIRST,
     "text_encoder_2": SECOND,
+    "text_encoder_3": ("clip.t5.", T5),
 }
+NOT_IN_ALL = ("unet", "transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
 CLIP_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
     "max_position_embeddings": "context_length",
@@ -104,31 +153,38 @@ HUB_SIZES = {  # in the sub-folders' configs, the hub's names and ours
         "cross_attention_dim": "context_dim", "transformer_layers_per_block": "transformer_depth",
         "projection_class_embeddings_input_dim": "vector_dim",
     },
+    "transformer": {
+        "num_layers": "depth", "qk_norm": "qk_norm", "dual_attention_layers": "dual_attention_layers",
+        "pos_embed_max_size": "max_positions", "in_channels": "in_channels", "patch_size": "patch",
+        "joint_attention_dim": "context_dim", "pooled_projection_dim": "vector_dim",
+    },
     "vae": {
         "layers_per_block": "num_res_blocks", "latent_channels": "z_channels", "scaling_factor": "scale_factor",
+        "shift_factor": "shift_factor", "use_quant_conv": "quant_conv",
     },
     "text_encoder": CLIP_SIZES,
     "text_encoder_2": CLIP_SIZES | {"projection_dim": "embed_dim"},
+    "text_encoder_3": {
+        "d_model": "width", "num_layers": "layers", "num_heads": "heads", "d_kv": "head_width", "d_ff": "hidden",
+        "vocab_size": "vocab_size",
+    },
     "scheduler": {
         "beta_schedule": "kind", "beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps",
-        "rescale_betas_zero_snr": "zero_snr",
+        "rescale_betas_zero_snr": "zero_snr", "shift": "shift",
     },
 }  # fmt: skip
 # The files keep q, k and v apart, and the networks multiply them in one product.
 STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
-# The losses of training, constants, and CLIP's temperature.
-NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale)$"
-# Averages, which `ema` chooses; the schedule; and the marks that `stated` reads.
-OUTSIDE = (
-    r"model_ema\.|(sqrt_|log_one_minus_)?\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$"
-)
+# The losses of training, constants, CLIP's temperature, and a second copy of T5's embedding.
+NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|embed_tokens\.weight)$"
+# Averages, which `ema` chooses; the schedule; and marks, such as those that `stated` reads.
+OUTSIDE = r"model_ema\.|\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$|scaled_fp8$"
 
 REFINER = "SDXL's refiner, which continues the base model's pictures: give the base model"
 OTHERS = {  # models of other kinds, by their keys
     r"(^|[._])lora[._]|\.hada_w": "a LoRA, which is an addition to a model: give the model that it was made into",
     r"^conditioner\.embedders\.0\.model\.": REFINER,
     r"^control_model\.|^controlnet_": "a ControlNet, which steers a model: give the model itself",
-    r"\.joint_blocks\.|^double_blocks\.": "of another family: Stable Diffusion 1.x, 2.x and XL are supported",
 }
 
 
@@ -180,13 +236,28 @@ def members(name: str) -> list[str]:
     return [f"{name}.weight" if name.endswith("text_projection") else name]  # the hub's is a Linear's
 
 
-FAMILIES = {  # by the keys of its last text tower in a single file
+def swapped(name: str, sizes: Mapping[str, Any]) -> bool:
+    """Whether the hub's tensor has scale and shift where ours has shift and scale: in its last norms."""
+    last = f"unet.joint_blocks.{sizes['mmdit']['depth'] - 1}.context_block." if "mmdit" in sizes else None
+    return last is not None and name.startswith(("unet.final_layer.modulation.", f"{last}modulation."))
+
+
+TOWERS = tuple(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))  # of SD3
+TOWER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SD3 = {
+    "vae": KL_F8_16, "text": SDXL_CLIP_L | {"vector": "end"}, "text_2": SDXL_BIG_G, "prediction": "flow",
+    "schedule": {"kind": "flow"}, "image_size": 1024,
+}  # fmt: skip
+FAMILIES = {  # by the keys of its last text tower in a single file, or of its network
     "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
     "conditioner.embedders.1.": {
         "unet": SDXL, "vae": KL_F8_XL, "text": SDXL_CLIP_L, "text_2": SDXL_BIG_G, "prediction": "epsilon",
         "image_size": 1024, "empty_prompt": "zeros",
     },
+    "model.diffusion_model.joint_blocks.0.x_block.attn2.": SD3 | {"mmdit": SD35_MEDIUM},
+    "model.diffusion_model.joint_blocks.0.x_block.attn.ln_q.": SD3 | {"mmdit": SD35_LARGE},
+    "model.diffusion_model.joint_blocks.": SD3 | {"mmdit": SD3_MEDIUM},
 }  # fmt: skip
 
 
@@ -197,9 +268,10 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
         if found := next((key for key in keys if re.search(pattern, key)), None):
             raise InputError(f"it is {kind} (it has {found})")
     for prefix, sizes in FAMILIES.items():
-        if all(any(key.startswith(p) for key in keys) for p in (prefix, "model.diffusion_model.input_blocks.")):
+        network = f"model.diffusion_model.{'input' if 'unet' in sizes else 'joint'}_blocks."
+        if all(any(key.startswith(p) for key in keys) for p in (prefix, network)):
             return sizes
-    raise InputError(f"it is no whole Stable Diffusion 1.x, 2.x or XL: its keys are {', '.join(keys[:3])}, ...")
+    raise InputError(f"it is no whole Stable Diffusion 1.x, 2.x, XL or 3: its keys are {', '.join(keys[:3])}, ...")
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:

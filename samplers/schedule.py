@@ -5,7 +5,7 @@ arithmetic of alpha_bars is done in float64 on the CPU; a tensor meets only the 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,30 +21,37 @@ ENDS = ("first", "one")
 class Trajectory:
     """One grid, walked down by sampling and up by inversion, so the two can never disagree.
 
-    timesteps:  (steps,) int64, descending, for the network.
-    alpha_bars: (steps + 1,) float64. alpha_bars[i] belongs to timesteps[i]; step i goes from alpha_bars[i] down to
-                alpha_bars[i + 1], and alpha_bars[-1] is the clean end.
+    timesteps: (steps,) descending, for the network; int64.
+    levels:    (steps + 1,) float64, the alpha_bars. levels[i] belongs to timesteps[i]; step i goes from levels[i] down
+               to levels[i + 1], and levels[-1] is the clean end.
+
+    `FlowTrajectory` is the other kind: its timesteps are float64, its levels sigmas, its predictions velocities.
     """
 
     timesteps: Tensor
-    alpha_bars: Tensor
+    levels: Tensor
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
-        """Take x (B, ...) from noise level i to level j, either way, along the prediction eps made at level i or j.
+    @property
+    def alpha_bars(self) -> Tensor:
+        return self.levels
 
-        With x = alpha x0 + sigma eps: x_j = a x_i + b eps, where a = alpha_j / alpha_i and b = sigma_j - a sigma_i.
-        """
-        a = math.sqrt(self.alpha_bars[j] / self.alpha_bars[i])
-        b = math.sqrt(1 - self.alpha_bars[j]) - a * math.sqrt(1 - self.alpha_bars[i])  # what cancels does so in float64
+    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
+        """Take x (B, ...) from noise level i to level j, either way, along the prediction made at level i or j."""
+        a, b = self.coefficients(i, j)
         return a * x + b * prediction
+
+    def coefficients(self, i: int, j: int) -> tuple[float, float]:
+        """With x = alpha x0 + sigma eps: x_j = a x_i + b eps, where a = alpha_j / alpha_i, b = sigma_j - a sigma_i."""
+        a = math.sqrt(self.levels[j] / self.levels[i])
+        return a, math.sqrt(1 - self.levels[j]) - a * math.sqrt(1 - self.levels[i])  # what cancels does so in float64
 
     def tail(self, share: float) -> "Trajectory":
         """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
         start = len(self) - max(1, round(share * len(self)))
-        return Trajectory(self.timesteps[start:], self.alpha_bars[start:])
+        return replace(self, timesteps=self.timesteps[start:], levels=self.levels[start:])
 
 
 @dataclass
@@ -127,6 +134,14 @@ class NoiseSchedule:
         """Draw from q(x_t | x0), given the noise (Ho et al., eq. 4). x0, noise (B, ...); t an int or (B,)."""
         a, s = self._coefficients(t, x0)
         return a * x0 + s * noise
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Timesteps (n,) for a training loss, uniform, where the generator lives."""
+        return torch.randint(self.timesteps, (n,), generator=generator, device=generator.device)
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The prediction that a perfect network makes of x0 noised with `noise`: epsilon, which is the noise."""
+        return noise
 
     def eps_from_v(self, x: Tensor, v: Tensor, t: int | Tensor) -> Tensor:
         """The noise that v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 implies, exact at every t. Salimans & Ho
