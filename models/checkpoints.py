@@ -29,7 +29,6 @@ from models import names
 from models.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion, build
 from models.t5 import T5, read_tokenizer
-from models.text import VOCABULARY
 
 PARTS = ("autoencoder", "clip", "unet")
 SECTIONS = (
@@ -279,11 +278,11 @@ def cast(
 
 
 def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[str, Any]:
-    """The sizes of a family, then those that the checkpoint states, then the user's `arch`.
+    """The sizes of a family, then those that the checkpoint states, then the user's `arch`, where null says nothing.
 
     Raises InputError for an unknown section, for a prediction that the checkpoint contradicts, and for none.
     """
-    arch, config = arch or {}, {"schedule": {}}
+    arch, config = {name: values for name, values in (arch or {}).items() if values is not None}, {"schedule": {}}
     if arch.get("prediction", said := stated.get("prediction")) != said and said:
         raise InputError(f"arch.prediction is {arch['prediction']}, and the checkpoint says {said}")
     for given in (family, stated, arch):
@@ -308,7 +307,8 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
             tokens = path / folder.replace("text_encoder", "tokenizer")
             if (tokens / "added_tokens.json").exists():
                 added = read_config(tokens, "added_tokens.json")
-                stated[section]["added_tokens"] = {token: n for token, n in added.items() if n >= VOCABULARY}
+                learned = {token: n for token, n in added.items() if not token.startswith("<|")}  # begin and end
+                stated[section]["added_tokens"] = learned
     if "text_encoder_3" in files:
         stated["t5"] = taken("text_encoder_3", files["text_encoder_3"])
     network = files.get("transformer") or files["unet"]

@@ -249,7 +249,9 @@ SD3 = {
     "schedule": {"kind": "flow"}, "image_size": 1024,
 }  # fmt: skip
 FAMILIES = {  # by the keys of its last text tower in a single file, or of its network
-    "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
+    "cond_stage_model.transformer.": {
+        "unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon", "image_size": 512,
+    },
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
     "conditioner.embedders.1.": {
         "unet": SDXL, "vae": KL_F8_XL, "text": SDXL_CLIP_L, "text_2": SDXL_BIG_G, "prediction": "epsilon",
