@@ -10,6 +10,7 @@ noised, the path's point is moved by as much, and the path follows the differenc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from errors import InputError
@@ -51,6 +52,7 @@ class FlowEdit(Method):
                 z_src = model.schedule.add_noise(z, noise_like(draws, noise), t)
                 v = as_target(x + z_src - z, t) - as_source(z_src, t)
                 x = trajectory.step(x, v.mean(dim=0, keepdim=True), n, n + 1)
+                x = x if trajectory.kept is None else torch.lerp(z, x, trajectory.kept[1])  # outside there is no edit
             if self.n_min:
                 rest = trajectory.tail(self.n_min / steps)
                 x = x - z + model.schedule.add_noise(z, noise_like(z, noise), rest.timesteps[0].item())

@@ -32,18 +32,8 @@ from models.t5 import T5, read_tokenizer
 
 PARTS = ("autoencoder", "clip", "unet")
 SECTIONS = (
-    "unet",
-    "mmdit",
-    "vae",
-    "text",
-    "text_2",
-    "t5",
-    "vision",
-    "schedule",
-    "prediction",
-    "image_size",
-    "empty_prompt",
-)
+    "unet", "mmdit", "vae", "text", "text_2", "t5", "vision", "schedule", "prediction", "image_size", "empty_prompt",
+)  # fmt: skip
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
@@ -63,7 +53,7 @@ def load(
     text: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     tokenizer: str | os.PathLike | None = None,
 ) -> LatentDiffusion:
-    """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x, 2.x or XL as a single file
+    """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x, 2.x, XL or 3 as a single file
     (.safetensors, .ckpt), as a folder in the model hub's layout, or as a hub id ("org/name", "org/name@revision"),
     which is fetched once.
 
@@ -143,7 +133,8 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: A
     family = names.family(tensors)
     for file in [] if text is None else [text] if isinstance(text, str | os.PathLike) else text:
         tensors |= read_text_encoders(Path(file), (arch or {}).get("text", family["text"]).get("width", 0))
-    if "mmdit" in family and not all(any(key.startswith(t) for key in tensors) for t in names.TOWERS[:2]):
+    config = configured(family, names.stated(tensors, read_metadata(path)), arch)
+    if "mmdit" in config and not all(any(key.startswith(t) for key in tensors) for t in names.TOWERS[:2]):
         raise InputError("it has no CLIP text encoders: give model.text=PATH, files or a folder of the hub's layout")
     stated = names.stated(tensors, read_metadata(path))
     if any(key.startswith(names.TOWERS[2]) for key in tensors):
@@ -171,7 +162,7 @@ def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
     family = names.FAMILIES["conditioner.embedders.1."] if "text_encoder_2" in files else {}
     family = names.SD3 if "transformer" in files else family
     config = configured(family, hub_sizes(path, files), arch)
-    for part, file in ((part, file) for part, shards in files.items() for file in shards):
+    for part, file in ((part, file) for part, several in files.items() for file in several):
         named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
     named.pop(None, None)  # of keys that are no weights
     for name in [name for name in named if names.swapped(name, config)]:

@@ -135,14 +135,14 @@ SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
     "text_encoders.t5xxl.transformer.": ("clip.t5.", T5),
 }
 HUB = {  # likewise, by sub-folder
-    "unet": ("unet.", HUB_UNET),
     "transformer": ("unet.", HUB_MMDIT),
+    "unet": ("unet.", HUB_UNET),
     "vae": ("autoencoder.", HUB_AUTOENCODER),
     "text_encoder": FIRST,
     "text_encoder_2": SECOND,
     "text_encoder_3": ("clip.t5.", T5),
 }
-NOT_IN_ALL = ("unet", "transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
+NOT_IN_ALL = ("transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
 CLIP_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
     "max_position_embeddings": "context_length",
@@ -277,7 +277,10 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it."""
+    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it; of a
+    Stable Diffusion 3, whether T5 is in it."""
+    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in tensors):
+        return {"t5": {}} if any(key.startswith(TOWERS[2]) for key in tensors) else {}
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
     alpha_bars = tensors.get("alphas_cumprod")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from errors import InputError
 
-from .schedule import Trajectory
+from .schedule import Schedule, Trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,10 @@ class FlowTrajectory(Trajectory):
         """x_j = x_i + (sigma_j - sigma_i) v."""
         return 1.0, float(self.levels[j] - self.levels[i])
 
+    def towards(self, x: Tensor, z: Tensor, i: int) -> Tensor:
+        """The velocity along which x at level i comes to z."""
+        return (x - z) / self.levels[i]
+
 
 VARIANCE_PRESERVING = (
     "ancestral sampling (sampler=ddpm, sampler.eta above 0) and DDPM inversion are not defined for a flow model:"
@@ -32,7 +36,7 @@ VARIANCE_PRESERVING = (
 
 
 @dataclass
-class FlowSchedule:
+class FlowSchedule(Schedule):
     """sigma from 1 (noise) to 0 (clean); the network's timestep is `timesteps` sigma, a float.
 
     shift: s of sigma <- s sigma / (1 + (s - 1) sigma), which spends more of the path at high noise (Esser et al. 2024,
@@ -46,14 +50,14 @@ class FlowSchedule:
     def shifted(self, sigma: Tensor) -> Tensor:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
-    def trajectory(self, steps: int = 50, spacing: str = "") -> FlowTrajectory:
-        """The published grid, the only one, whatever `spacing`: evenly spaced from the shifted 1 to the shifted
+    def trajectory(self, steps: int = 50, *_) -> FlowTrajectory:
+        """The published grid, which is the only one: evenly spaced from the shifted 1 to the shifted
         1 / timesteps, shifted once more, and 0. Raises InputError for a step count out of range."""
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {self.timesteps}")
         ends = self.shifted(torch.tensor([1, 1 / self.timesteps], dtype=torch.float64, device="cpu")).tolist()
         sigmas = self.shifted(torch.linspace(*ends, steps, dtype=torch.float64, device="cpu"))
-        return FlowTrajectory(self.timesteps * sigmas, torch.cat([sigmas, torch.zeros_like(sigmas[:1])]))
+        return FlowTrajectory(self.timesteps * sigmas, torch.cat([sigmas, torch.zeros_like(sigmas[:1])]), self.kept)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
         """(1 - sigma) x0 + sigma noise at sigma = t / timesteps. x0, noise (B, ...); t a number or (B,)."""

@@ -31,12 +31,14 @@ class Sampler:
                 raise InputError(f"sampler.{name} is {getattr(self, name)}: choose one of {', '.join(choices)}")
         if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
             raise InputError(f"sampler.eta is {self.eta}: it must be a number from 0 to 1")
+        if self.offset is not None and (not isinstance(self.offset, int) or self.offset < 0):
+            raise InputError(f"sampler.offset is {self.offset}: it must be a whole number, 0 or more, or null")
 
     def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
         if isinstance(schedule, FlowSchedule) and (self.kind == "ddpm" or self.eta > 0):
             raise InputError(VARIANCE_PRESERVING)
-        return schedule.trajectory(self.steps, self.spacing)
+        return schedule.trajectory(self.steps, self.spacing, self.offset)
 
     def sample(
         self,

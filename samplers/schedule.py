@@ -4,8 +4,10 @@ Notation of Ho et al. (2020, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x0 + sqr
 arithmetic of alpha_bars is done in float64 on the CPU; a tensor meets only the finished coefficient, in its own dtype.
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,12 +26,14 @@ class Trajectory:
     timesteps: (steps,) descending, for the network; int64.
     levels:    (steps + 1,) float64, the alpha_bars. levels[i] belongs to timesteps[i]; step i goes from levels[i] down
                to levels[i + 1], and levels[-1] is the clean end.
+    kept:      None, or (z, inside): see `Schedule.confined`.
 
     `FlowTrajectory` is the other kind: its timesteps are float64, its levels sigmas, its predictions velocities.
     """
 
     timesteps: Tensor
     levels: Tensor
+    kept: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -53,9 +57,33 @@ class Trajectory:
         start = len(self) - max(1, round(share * len(self)))
         return replace(self, timesteps=self.timesteps[start:], levels=self.levels[start:])
 
+    def towards(self, x: Tensor, z: Tensor, i: int) -> Tensor:
+        """The prediction along which x at level i comes to z at the clean end: the noise n of x = alpha z + sigma n."""
+        return (x - math.sqrt(self.levels[i]) * z) / math.sqrt(1 - self.levels[i])
+
+    def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
+        """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z."""
+        if self.kept is None:
+            return lower
+        z, inside = self.kept
+        return torch.lerp(self.step(x, self.towards(x, z, i), i, i + 1), lower, inside)
+
+
+class Schedule:
+    """What schedules share: a latent that walks keep to."""
+
+    kept: ClassVar[tuple[Tensor, Tensor] | None] = None
+
+    def confined(self, z: Tensor, inside: Tensor) -> "Schedule":
+        """This schedule with trajectories on which `ddim.walk` comes to the latent z (1, c, h, w) wherever `inside`
+        (1, 1, h, w) is 0, from any start and whatever the steps; where it is 1, it is free. Inversion is not bound."""
+        schedule = copy.copy(self)
+        schedule.kept = z, inside
+        return schedule
+
 
 @dataclass
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's.
 
     kind:             "linear" betas (Ho et al.); "scaled_linear", linear in their square root (Stable Diffusion); or
@@ -94,13 +122,13 @@ class NoiseSchedule:
             return torch.linspace(self.beta_start, self.beta_end, self.timesteps, **exact)
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, **exact) ** 2
 
-    def trajectory(self, steps: int = 50, spacing: str = "auto") -> Trajectory:
+    def trajectory(self, steps: int = 50, spacing: str = "auto", offset: int | None = None) -> Trajectory:
         """A descending grid of `steps` timesteps, 1 <= steps <= T, with the alpha_bar of each and of the end.
 
         With T timesteps (Lin et al. 2023, arXiv 2305.08891, table 2):
           auto      trailing under zero_snr, which was trained from pure noise down, else leading.
-          leading   0, T//steps, 2 (T//steps), ..., each plus steps_offset: starts a stride below full noise. Where the
-                    offset would leave the schedule (steps = T), the whole grid is lowered to fit.
+          leading   0, T//steps, 2 (T//steps), ..., each plus `offset` or steps_offset: starts a stride below full
+                    noise. Where the offset would leave the schedule (steps = T), the whole grid is lowered to fit.
           trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
           linspace  T - 1 down to 0, evenly. With final_alpha_bar="first" its last step changes nothing.
         Raises InputError for a step count out of range, or an unknown spacing.
@@ -112,7 +140,7 @@ class NoiseSchedule:
             raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
         if spacing == "leading" or (spacing == "auto" and not self.zero_snr):
             stride = T // steps
-            offset = min(self.steps_offset, T - 1 - stride * (steps - 1))
+            offset = min(self.steps_offset if offset is None else offset, T - 1 - stride * (steps - 1))
             ascending = [i * stride + offset for i in range(steps)]
         elif spacing in ("auto", "trailing"):
             ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
@@ -120,7 +148,7 @@ class NoiseSchedule:
             ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
         timesteps = torch.tensor(ascending[::-1], device="cpu")
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
-        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]))
+        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), self.kept)
 
     def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for an int, tensors that multiply `x` by sample for (B,).
