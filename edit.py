@@ -72,7 +72,8 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
+    own = {"ema": cfg.model.ema, "vae": cfg.model.vae and find(cfg.model.vae)}
+    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, **own)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from errors import InputError
 from files import whole_file
 from models import names
+from models.autoencoder import Autoencoder
 from models.latent_diffusion import LatentDiffusion, build
-from models.t5 import read_tokenizer
-from models.text import VOCABULARY
+from models.t5 import T5, read_tokenizer
 
 PARTS = ("autoencoder", "clip", "unet")
 SECTIONS = (
@@ -84,23 +84,22 @@ def load(
         names.check(named)
         model = build(config, vocabulary=named.get("clip.text.vocabulary"), meta=True)
         parts = nn.ModuleDict({part: part_of(model, part) for part in PARTS})
-        precision = {
-            "autoencoder": torch.float32 if dtype == torch.float16 else dtype,
-            "clip": dtype if model.clip is None else torch.promote_types(dtype, torch.float32),
-            "unet": dtype,
-        }
-        parts.load_state_dict(cast(fitted(parts.state_dict(), unscaled(named, dtype)), device, precision), assign=True)
+        safe = {Autoencoder: torch.float32, T5: torch.bfloat16} if dtype == torch.float16 else {}  # they overflow in it
+        for module in (model.unet, model.autoencoder, *model.towers.values()):  # on the meta device
+            module.to(safe.get(type(module), dtype))
+        if model.clip is not None:
+            model.clip.to(torch.promote_types(dtype, torch.float32))
+        own = parts.state_dict()
+        parts.load_state_dict(cast(fitted(own, unscaled(named, dtype)), own, device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
         raise InputError(f"{source}: its sizes describe no network of a Stable Diffusion ({error!r})") from error
-    for part, module in parts.items():
-        module.to(device, precision[part])  # the buffers that no file brings
+    parts.to(device)  # the buffers that no file brings
     if "t5" in config:
-        model.towers["t5"].to(torch.bfloat16 if dtype == torch.float16 else dtype)  # float16 overflows in it
-        for file in [tokenizer] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:
+        for file in [Path(tokenizer)] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:
             if tokenizer or file.exists():
-                model.towers["t5"].tokenizer = read_tokenizer(Path(file))
+                model.towers["t5"].tokenizer = read_tokenizer(file)
     elif "mmdit" in config:
         warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):
@@ -186,8 +185,8 @@ def open_autoencoder(path: Path, config: Mapping) -> Opened:
 
 
 def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
-    """The text encoders of an SD3 in a file or a hub folder, by our names. Of CLIPs without a prefix, the one of `width`
-    is the first. Raises InputError where there is none."""
+    """The text encoders of an SD3 in a file or a hub folder, by our names. A CLIP without a prefix is the first if it
+    has the `width`. Raises InputError where there is none."""
     if path.is_dir():
         files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], names.TOWERS)
         read = [(folder, read_tensors(path / file)) for folder, several in files.items() for file in several]
@@ -203,12 +202,14 @@ def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
 
 
 def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors as they are, but those of float8 that have a scale beside them, times the scale in `dtype`."""
+    """The tensors as they are, but float8 ones in `dtype`, times the scale that is stored beside some of them."""
     out = {}
     for name, tensor in named.items():
         stem, _, kind = name.rpartition(".")
         if kind in ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8"):
             continue
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            tensor = tensor.to(dtype)
         scale = named.get(f"{stem}.scale_weight", named.get(f"{stem}.weight_scale")) if kind == "weight" else None
         if scale is not None and scale.numel():
             scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))  # one number, or one for each row
@@ -245,16 +246,15 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, 
 
 
 def cast(
-    state: Mapping[str, list[Tensor]], device: str | torch.device | None, precision: Mapping[str, torch.dtype]
+    state: Mapping[str, list[Tensor]], own: Mapping[str, Tensor], device: str | torch.device | None
 ) -> dict[str, Tensor]:
-    """A state dict of the stacked pieces, each cast alone, so that no second copy of the file lies in memory. Raises
-    InputError with the first three that are not finite."""
+    """A state dict of the stacked pieces in the precision of `own`, each cast alone, so that no second copy of the file
+    lies in memory. Raises InputError with the first three that are not finite."""
     whole, broken = {}, []
     for name, pieces in state.items():
-        dtype = precision[name.split(".")[0]] if pieces[0].is_floating_point() else None
-        pieces = [piece.to(device, dtype) for piece in pieces]
+        pieces = [piece.to(device, own[name].dtype) for piece in pieces]
         whole[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if dtype and not torch.stack(whole[name].aminmax()).isfinite().all():
+        if whole[name].is_floating_point() and not torch.stack(whole[name].aminmax()).isfinite().all():
             broken.append(name)
     if broken:
         raise InputError(f"{len(broken)} of its weights are NaN or infinite: {', '.join(broken[:3])}")
@@ -265,11 +265,11 @@ def cast(
 
 
 def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[str, Any]:
-    """The sizes of a family, then those that the checkpoint states, then the user's `arch`.
+    """The sizes of a family, then those that the checkpoint states, then the user's `arch`, where null says nothing.
 
     Raises InputError for an unknown section, for a prediction that the checkpoint contradicts, and for none.
     """
-    arch, config = arch or {}, {"schedule": {}}
+    arch, config = {name: values for name, values in (arch or {}).items() if values is not None}, {"schedule": {}}
     if arch.get("prediction", said := stated.get("prediction")) != said and said:
         raise InputError(f"arch.prediction is {arch['prediction']}, and the checkpoint says {said}")
     for given in (family, stated, arch):
@@ -286,26 +286,7 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     """The sizes that the config files of a hub folder with these sub-folders state, and its learned tokens."""
     files = {folder: read_config(path / folder) for folder in folders}
     files["scheduler"] = read_config(path / "scheduler", "scheduler_config.json")
-    scheduler, flow = files["scheduler"], "transformer" in files
-    prediction = scheduler.get("prediction_type", "epsilon")  # 1.4's has none
-    if prediction not in PREDICTIONS and not flow:
-        raise InputError("its scheduler is not supported: epsilon or v_prediction")
-    stated: dict[str, Any] = {"vae": vae_sizes(files["vae"]), "schedule": taken("scheduler", scheduler)}
-    unet = files["transformer" if flow else "unet"]
-    stated["image_size"] = unet["sample_size"] * 2 ** (len(stated["vae"]["ch_mult"]) - 1)
-    if flow:
-        stated["schedule"]["kind"], sizes = "flow", taken("transformer", unet)
-        stated |= {"prediction": "flow", "mmdit": sizes | {"qk_norm": "qk_norm" in sizes}}
-        stated |= {"t5": taken("text_encoder_3", files["text_encoder_3"])} if "text_encoder_3" in files else {}
-    else:
-        stated["prediction"], widths = PREDICTIONS[prediction], unet["block_out_channels"]
-        stated["unet"] = taken("unet", unet) | {
-            "model_channels": widths[0],
-            "channel_mult": [width // widths[0] for width in widths],
-            "attention_levels": [i for i, kind in enumerate(unet["down_block_types"]) if "CrossAttn" in kind],
-            # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
-            "num_heads": unet.get("num_attention_heads") or unet["attention_head_dim"],
-        }
+    stated: dict[str, Any] = {"vae": vae_sizes(files["vae"]), "schedule": taken("scheduler", files["scheduler"])}
     for section, folder in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
         if folder in files:
             quick = files[folder].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
@@ -313,17 +294,37 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
             tokens = path / folder.replace("text_encoder", "tokenizer")
             if (tokens / "added_tokens.json").exists():
                 added = read_config(tokens, "added_tokens.json")
-                stated[section]["added_tokens"] = {token: n for token, n in added.items() if n >= VOCABULARY}
-    if (path / "model_index.json").exists() and "text_2" in stated and not flow:
+                learned = {token: n for token, n in added.items() if not token.startswith("<|")}  # begin and end
+                stated[section]["added_tokens"] = learned
+    if "text_encoder_3" in files:
+        stated["t5"] = taken("text_encoder_3", files["text_encoder_3"])
+    network = files.get("transformer") or files["unet"]
+    stated["image_size"] = network["sample_size"] * 2 ** (len(stated["vae"]["ch_mult"]) - 1)
+    if "transformer" in files:
+        stated["mmdit"] = taken("transformer", network)
+        stated["mmdit"]["qk_norm"], stated["schedule"]["kind"] = "qk_norm" in stated["mmdit"], "flow"
+        return stated | {"prediction": "flow"}
+    prediction = files["scheduler"].get("prediction_type", "epsilon")  # 1.4's has none
+    if prediction not in PREDICTIONS:
+        raise InputError("its scheduler is not supported: epsilon or v_prediction")
+    widths = network["block_out_channels"]
+    stated["unet"] = taken("unet", network) | {
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "attention_levels": [i for i, kind in enumerate(network["down_block_types"]) if "CrossAttn" in kind],
+        # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
+        "num_heads": network.get("num_attention_heads") or network["attention_head_dim"],
+    }
+    if (path / "model_index.json").exists() and "text_2" in stated:
         zeros = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
         stated["empty_prompt"] = "zeros" if zeros else "encoded"
-    return stated
+    return stated | {"prediction": PREDICTIONS[prediction]}
 
 
 def taken(folder: str, content: Mapping) -> dict[str, Any]:
     """Our sizes among those of a config file in the hub's sub-folder."""
-    table = names.HUB_SIZES[folder]
-    return {ours: content[theirs] for theirs, ours in table.items() if content.get(theirs) is not None}
+    table = names.HUB_SIZES[folder].items()
+    return {ours: content[theirs] for theirs, ours in table if content.get(theirs) is not None}
 
 
 def vae_sizes(content: Mapping) -> dict[str, Any]:
@@ -366,13 +367,13 @@ def weight_files(files: Sequence[str], folders: Iterable[str] = names.HUB) -> di
     chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
     for part in folders:
         found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and whole[file].endswith(end)]
-        if not found and (part in names.NOT_IN_ALL or (part == "unet" and "transformer" in chosen)):
-            continue
-        if not found and part == "text_encoder" and any(file.startswith("text_encoder_2/") for file in files):
+        if found:
+            chosen[part] = sorted(file for file in found if whole[file] == whole[found[0]])
+        elif part == "text_encoder" and any(file.startswith("text_encoder_2/") for file in files):
             raise InputError(f"it is {names.REFINER}")
-        if not found:
-            raise InputError(f"there are no weights in {part}/, and no config.json of this project")
-        chosen[part] = sorted(file for file in found if whole[file] == whole[found[0]])
+        elif part not in names.NOT_IN_ALL or (part == "transformer" and "unet" not in chosen):
+            what = "unet" if part == "transformer" else part
+            raise InputError(f"there are no weights in {what}/, and no config.json of this project")
     return chosen
 
 

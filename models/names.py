@@ -51,12 +51,8 @@ MMDIT = [
     (r"^x_embedder\.proj\.", "x_embedder."),
     (r"^t_embedder\.mlp\.", "time_embed."),
     (r"^y_embedder\.mlp\.", "vector_embed."),
-    (r"^final_layer\.linear\.", "final_linear."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "final_modulation."),
-    (r"\.adaLN_modulation\.1\.", ".modulation."),
     (r"\.(attn2?)\.qkv\.", r".\1.to_qkv."),
     (r"\.(attn2?)\.proj\.", r".\1.to_out."),
-    (r"\.ln_(q|k)\.", r".norm_\1."),
     (r"_block\.mlp\.fc1\.", "_block.mlp.0."),
     (r"_block\.mlp\.fc2\.", "_block.mlp.2."),
 ]
@@ -67,14 +63,15 @@ HUB_MMDIT = [
     (r"^time_text_embed\.text_embedder\.", "vector_embed."),
     (r"_embed\.linear_1\.", "_embed.0."),
     (r"_embed\.linear_2\.", "_embed.2."),
-    (r"^norm_out\.linear\.", "final_modulation."),
-    (r"^proj_out\.", "final_linear."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
     (r"^transformer_blocks\.(\d+)\.(norm1|ff)_context\.", r"joint_blocks.\1.context_block.\2."),
     (r"^transformer_blocks\.(\d+)\.attn\.add_(q|k|v)_proj\.", r"joint_blocks.\1.context_block.attn.to_\2."),
-    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.", r"joint_blocks.\1.context_block.attn.norm_\2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.", r"joint_blocks.\1.context_block.attn.ln_\2."),
     (r"^transformer_blocks\.(\d+)\.attn\.to_add_out\.", r"joint_blocks.\1.context_block.attn.to_out."),
     (r"^transformer_blocks\.(\d+)\.", r"joint_blocks.\1.x_block."),
-    (r"\.norm1\.linear\.", ".modulation."),
+    (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
+    (r"\.norm_(q|k)\.", r".ln_\1."),
     (r"\.ff\.net\.0\.proj\.", ".mlp.0."),
     (r"\.ff\.net\.2\.", ".mlp.2."),
     (r"\.to_out\.0\.", ".to_out."),
@@ -179,18 +176,14 @@ HUB_SIZES = {  # in the sub-folders' configs, the hub's names and ours
 STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
 # The losses of training, constants, CLIP's temperature, and a second copy of T5's embedding.
 NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|embed_tokens\.weight)$"
-# Averages, which `ema` chooses; the schedule; and the marks that `stated` reads.
-OUTSIDE = (
-    r"model_ema\.|(sqrt_|log_one_minus_)?\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$"
-    r"|scaled_fp8$"
-)
+# Averages, which `ema` chooses; the schedule; and marks, such as those that `stated` reads.
+OUTSIDE = r"model_ema\.|\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$|scaled_fp8$"
 
 REFINER = "SDXL's refiner, which continues the base model's pictures: give the base model"
 OTHERS = {  # models of other kinds, by their keys
     r"(^|[._])lora[._]|\.hada_w": "a LoRA, which is an addition to a model: give the model that it was made into",
     r"^conditioner\.embedders\.0\.model\.": REFINER,
     r"^control_model\.|^controlnet_": "a ControlNet, which steers a model: give the model itself",
-    r"^(model\.diffusion_model\.)?double_blocks\.": "of another family than Stable Diffusion 1.x, 2.x, XL and 3",
 }
 
 
@@ -245,7 +238,7 @@ def members(name: str) -> list[str]:
 def swapped(name: str, sizes: Mapping[str, Any]) -> bool:
     """Whether the hub's tensor has scale and shift where ours has shift and scale: in an MMDiT's last norms."""
     last = sizes.get("mmdit", {}).get("depth", 0) - 1
-    return name.startswith(("unet.final_modulation.", f"unet.joint_blocks.{last}.context_block.modulation."))
+    return name.startswith(("unet.final_layer.adaLN", f"unet.joint_blocks.{last}.context_block.adaLN"))
 
 
 TOWERS = {  # of SD3, a hub folder's and a single file's
@@ -258,7 +251,9 @@ SD3 = {
     "schedule": {"kind": "flow"}, "image_size": 1024,
 }  # fmt: skip
 FAMILIES = {  # by the keys of its last text tower in a single file, or of its network
-    "cond_stage_model.transformer.": {"unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon"},
+    "cond_stage_model.transformer.": {
+        "unet": SD1, "vae": KL_F8, "text": CLIP_L, "prediction": "epsilon", "image_size": 512,
+    },
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
     "conditioner.embedders.1.": {
         "unet": SDXL, "vae": KL_F8_XL, "text": SDXL_CLIP_L, "text_2": SDXL_BIG_G, "prediction": "epsilon",

@@ -102,9 +102,9 @@ def read_tokenizer(file: Path):
     """The sentencepiece model in a file. Raises InputError where it cannot be read, or the library is missing."""
     try:
         from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(file))
     except ImportError:
         raise InputError('T5 needs the library sentencepiece: pip install -e ".[t5]"') from None
-    try:
-        return SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError):
         raise InputError(f"{file} cannot be read as a sentencepiece model, such as T5's spiece.model") from None

@@ -160,7 +160,7 @@ def test_checkpointing_changes_no_gradient_and_every_weight_has_one(plain):
         unet.requires_grad_(False).gradient_checkpointing = False
     torch.testing.assert_close(*gradients)
     idle = [name for name, gradient in gradients[0].items() if not gradient.any()]
-    assert idle == ["joint_blocks.1.context_block.attn.norm_q.weight"]  # nothing reads the text after the last block
+    assert idle == ["joint_blocks.1.context_block.attn.ln_q.weight"]  # nothing reads the text after the last block
 
 
 # Loading
