@@ -18,7 +18,7 @@ from torch import Tensor
 from errors import InputError
 from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
 from methods.inversion import Inversion
-from models.attention import Hook, attention, attention_map
+from models.attention import CrossAttention, Hook, attention, attention_map
 from samplers import Sampler
 
 # Larger self-attention maps are left alone, as in the code of null-text inversion and of PnP inversion;
@@ -50,6 +50,8 @@ class PromptToPrompt(Method):
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         if not task.source_prompt:
             raise InputError('this method needs source_prompt, a caption of the picture: source_prompt="a red heart"')
+        if not any(isinstance(layer, CrossAttention) for layer in model.unet.modules()):
+            raise InputError("Prompt-to-Prompt edits maps of cross-attention, and this network has none")
         trajectory = self.sampler.trajectory(model.schedule)
         source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
         source_words, words = tokenise(model.text, task.source_prompt), tokenise(model.text, task.prompt)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]  # t is an int, or under a flow schedule a float
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def guided(model, text: str | Conditioning, scale: float = 1.0, null: str | Cond
     learning = any(branch.states.requires_grad for branch in branches)
     context = joined if learning else cache(lambda images: model.project(joined(images)))
 
-    def denoise(x: Tensor, t: int) -> Tensor:
+    def denoise(x: Tensor, t: float) -> Tensor:
         if len(branches) == 1:
             return model.predict(x, t, context(len(x)))
         of_null, of_text = model.predict(torch.cat([x, x]), t, context(len(x))).chunk(2)
