@@ -45,8 +45,9 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
     from evaluation import runner
     from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
+    from models.graphs import StepGraph
 
-    for name in ("compile", "deterministic", "cache.enabled", "mask_pixels", "model.ema"):
+    for name in ("deterministic", "cache.enabled", "mask_pixels", "model.ema"):
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, bool) and (name != "model.ema" or value is not None):
             raise InputError(f"{name}={value} is unknown: true or false")
@@ -54,6 +55,8 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
     if not isinstance(cfg.mask_feather, int) or cfg.mask_feather < 0:
         raise InputError(f"mask_feather={cfg.mask_feather} is out of range: pixels, 0 or more")
+    if cfg.compile not in (True, False, "graph"):
+        raise InputError(f"compile={cfg.compile} is unknown: true, false or graph")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
@@ -64,6 +67,8 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
     if device.index:
         torch.cuda.set_device(device)
     check_backend(cfg.attention, device)
+    if cfg.compile == "graph" and device.type != "cuda":
+        raise InputError("compile=graph takes a CUDA device")
     method = instantiate(cfg.method, _convert_="all")
     source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
     texts = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
@@ -77,7 +82,9 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    if cfg.compile:
+    if cfg.compile == "graph":
+        model.unet.forward = StepGraph(model.unet)
+    elif cfg.compile:
         model.unet.compile()
     multiple = model.autoencoder.downsampling * model.unet.downsampling
     size = model.image_size if cfg.size is None else cfg.size

@@ -28,6 +28,7 @@ import models
 from benchmarks.writing import keep, kept, machine, table
 from methods.base import update
 from methods.lora import adapters, in_attention
+from models.graphs import captured
 from models.unet import UNet
 
 STEPS = ("guided", "embedding", "all", "attention", "lora")
@@ -91,19 +92,6 @@ def trained(kind: str, unet: UNet) -> Iterator[list[nn.Parameter]]:
     yield [unet.get_parameter(name) for name in (in_attention(names) if kind == "attention" else names)]
 
 
-def captured(work: Callable[[], object]) -> Callable[[], object]:
-    """The same as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def measure(work: Callable[[], object], repeats: int, cuda: bool) -> dict:
     """Milliseconds of each step, after three that do not count, and on CUDA the peak memory."""
     times = []
@@ -152,7 +140,7 @@ def main() -> None:
                         continue
                     unet.attention.backend = attention
                     with step_of(step, torch.compile(unet) if mode == "compiled" else unet, x, context) as work:
-                        found = measure(captured(work) if mode == "graph" else work, options.repeats, cuda)
+                        found = measure(captured(work)[0] if mode == "graph" else work, options.repeats, cuda)
                     key = dict(zip(KEY, (model, dtype, step, mode, attention), strict=True))
                     rows = [r for r in rows if {k: r[k] for k in KEY} != key] + [key | found]
                     print(report(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)

@@ -7,7 +7,8 @@ import models
 from methods.base import RECONSTRUCTION, Run, perform
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
-from samplers import Sampler
+from models.graphs import StepGraph
+from samplers import Sampler, ddim, guided
 from tests import test_fused_attention as oracle
 
 pytestmark = pytest.mark.gpu
@@ -100,3 +101,14 @@ def test_layout_and_compilation_change_rounding_only(on_gpu, dtype, compiled):
     for t in (900, 5):
         expected, found = (model.predict(x, t, text) for model in (plain, other))
         assert (found - expected).norm() < (5e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replayed_steps_are_eager_steps(on_gpu, dtype):
+    model, results = on_gpu(dtype), []
+    x = latents(model)[:1].to("cuda").double()
+    for forward in (model.unet.forward, StepGraph(model.unet)):
+        model.unet.forward = forward
+        denoise = guided(model, "a cat", 2.0)
+        results.append(ddim.sample(denoise, x, model.schedule.trajectory(8)))
+    torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)
