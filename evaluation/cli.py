@@ -7,10 +7,13 @@ import errno
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -85,6 +88,17 @@ def job() -> Iterator[None]:
         print(f"job {config.job.num}: {explain(error) or traceback.format_exc()}", file=sys.stderr)
         row = overrides() | {"error": explain(error) or repr(error)}
         failure.write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def provenance() -> dict:
+    """The command, the versions that it runs with, and the commit, with "-dirty" after it where files are changed."""
+    git = ["git", "-C", sys.path[0], "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
+    return {"command": shlex.join(sys.argv), "commit": commit, "versions": {"python": sys.version} | versions}
 
 
 def explain(error: BaseException) -> str | None:

@@ -68,7 +68,7 @@ class WandbLogger:
             picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
             return wandb.Image(picture)
 
-        table = report.results(pd.DataFrame(rows)).astype(object)
+        table = report.complete(pd.DataFrame(rows)).dropna(axis="columns", how="all").astype(object)
         table = table.where(table.notna(), None)
         for column in table.columns.intersection([*report.FILES]):
             table[column] = [small(file) if file else None for file in table[column]]

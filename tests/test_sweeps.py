@@ -76,7 +76,7 @@ def test_the_end_reports_on_all_jobs_and_exits_with_1_after_a_failure(tmp_path, 
     for number in range(2):
         write_job(tmp_path, number, {"method.eta": f"0.{number}"}, [row("edit")])
     Summary().on_multirun_end(config)
-    assert "imagic, eta 0.1" in (tmp_path / "comparison.md").read_text()
+    assert "imagic, eta 0.1" in (tmp_path / "table.md").read_text()
     assert "2 jobs, 0 failed" in capsys.readouterr().out
     write_job(tmp_path, 4, {"method.eta": "0.5"}, [])
     with pytest.raises(SystemExit) as end:

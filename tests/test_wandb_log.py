@@ -60,7 +60,7 @@ def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
     for name in ("a.png", "b.png", "sheet.png"):
         Image.new("RGB", (600, 300)).save(tmp_path / name)
     rows = [
-        {"task": "t", "method": "m", "prompt": "p", "psnr": n, "file": f"{f}.png", "input": "a.png", "left_out": {}}
+        {"task": "t", "method": "m", "prompt": "p", "psnr": n, "file": f"{f}.png", "input": "a.png"}
         for n, f in ((1.0, "a"), (2.0, "b"))
     ]
     logger = WandbLogger()
