@@ -104,8 +104,7 @@ class Tasks:
                     raise InputError(f"the {name} of task {entry.name} has another shape than its image")
         if "mask" in tensors:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
-        texts = ("prompt", "source_prompt", "name", "category", "negative_prompt")
-        return EditTask(**tensors, **{name: getattr(entry, name) for name in texts})
+        return EditTask(**vars(entry) | {"mask": None, "truth": None} | tensors)
 
     def mask(self, entry: Entry) -> Image.Image | None:
         """White where the edit belongs, else black."""

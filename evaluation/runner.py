@@ -79,7 +79,7 @@ class TaskRun(Run):
         self.peak = 0.0  # of cached tunings, in 10^9 bytes
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        self.offset = self.cost = np.zeros(2)
+        self.offset = np.zeros(2)
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def bars(iterable: Iterable) -> Iterator:
@@ -100,27 +100,22 @@ class TaskRun(Run):
         """An entry holds its own cost, so that an edit costs its tuning wherever that was done."""
         if not self.cache.enabled:
             return on_cpu(build())
-        start = self.cost
+        start = self.cost()
 
         def measured() -> tuple[dict[str, Tensor], dict]:
-            before, tensors = self.cost, build()
-            return tensors, {"cost": list(self.cost - before), "peak": peak_memory(self.model.device)}
+            before, tensors = self.cost(), build()
+            return tensors, {"cost": list(self.cost() - before), "peak": peak_memory(self.model.device)}
 
         tensors, notes, _ = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
-        self.cost = start + notes["cost"]  # reading, writing and waiting cost nothing
+        self.offset = self.offset + start + notes["cost"] - self.cost()  # reading, writing and waiting cost nothing
         self.peak = max(self.peak, notes["peak"])
         return tensors
 
-    @property
     def cost(self) -> np.ndarray:
-        """Seconds and evaluations, when all work so far is done. It can be set, as a clock."""
+        """Seconds and evaluations, when all work so far is done."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return self.offset + (perf_counter(), self.model.evaluations)
-
-    @cost.setter
-    def cost(self, value: np.ndarray) -> None:
-        self.offset = self.offset + value - self.cost
 
 
 @dataclass
@@ -156,15 +151,16 @@ class Editor:
         """
         torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
         run, results, reconstruction = TaskRun(self, task.image, seed, alone), [], None
-        before = run.cost
+        before, cost = run.cost(), np.zeros(2)
         for settings, latent, picture in perform(self.method, run.model, task, run):
             if settings == RECONSTRUCTION:
-                reconstruction, run.cost = picture, before
+                reconstruction = picture
             else:
-                (seconds, evaluations), peak = run.cost, max(run.peak, peak_memory(self.model.device))
-                cost = {"seconds": seconds, "evaluations": int(evaluations), "peak_memory_gb": peak}
-                results.append((settings, latent, picture, run.metrics | cost))
-            before = run.cost
+                cost = cost + run.cost() - before
+                spent = {"seconds": cost[0], "evaluations": int(cost[1])}
+                spent["peak_memory_gb"] = max(run.peak, peak_memory(self.model.device))
+                results.append((settings, latent, picture, run.metrics | spent))
+            before = run.cost()
         if not results:
             raise InputError(f"method={self.name} gave no edit")
 
