@@ -37,7 +37,6 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     """Run one job. Returns the means that a sweeper optimises, and the number of failed tasks. The user's settings are
     checked before the model is loaded."""
     import torch
-    from hydra.utils import instantiate
 
     import models
     from data.images import find
@@ -62,8 +61,9 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
     if device.index:
         torch.cuda.set_device(device)
     check_backend(cfg.attention, device)
-    method = instantiate(cfg.method, _convert_="all")
-    source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
+    nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    parts = ("method", "task", "cache", "logger", "metrics")
+    method, source, cache, logger, metrics = (config.build(nodes[name]) for name in parts)
     own = [name for name in ("image", "prompt", "source_prompt", "negative_prompt") if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
@@ -87,7 +87,7 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         task = source.load(entry, size, multiple).to(device)
         return editor.edit_task(task, place, seed, alone=source.single)
 
-    settings = OmegaConf.to_container(cfg, resolve=True) | {"weights": fingerprint}
+    settings = nodes | {"weights": fingerprint}
     if int(os.environ.get("RANK", 0)) > 0:
         logger.mode = "disabled"  # the first process of torchrun logs the whole run
     with logger.run(folder, settings):

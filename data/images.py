@@ -51,6 +51,13 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"image '{path}': not a picture that Pillow can read, or broken ({error})") from error
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """The (width, height) of the upright picture at `path`, of which only the header is read."""
+    with opened(path) as image:
+        exif = Image.Image.getexif(image)  # that of a PNG would decode it first
+        return image.size[:: -1 if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else 1]
+
+
 def open_upright(path: str | Path) -> Image.Image:
     """The picture at `path` in its own mode, turned upright."""
     with opened(path) as image:

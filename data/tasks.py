@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import FITS, find, fit_picture, open_mask, open_rgb, opened, to_tensor
+from data.images import FITS, find, fit_picture, open_mask, open_rgb, size_of, to_tensor
 from errors import InputError
 
 
@@ -54,8 +54,8 @@ class Tasks:
     """The chosen `entries`, and the `share` of them that this process edits.
 
     `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
-    counted from 0; by default the processes of torchrun get one each. Raises InputError for a wrong setting, and where
-    no task is left.
+    counted from 0; by default the processes of torchrun get one each. Raises InputError for a wrong setting, where no
+    task is left, and for a picture that is missing or of another shape than its image.
     """
 
     single = False  # True for one picture: its files go to the run's own folder
@@ -76,7 +76,7 @@ class Tasks:
         for entry in entries:
             kinds.setdefault(entry.category, []).append(entry)
         chosen = set()
-        for kind in [categories] if isinstance(categories, str) else kinds if categories is None else categories:
+        for kind in kinds if categories is None else categories if isinstance(categories, list) else [categories]:
             if kind not in kinds:
                 raise InputError(f"task.categories: there is no {kind}; choose from {', '.join(kinds)}")
             chosen |= {entry.name for entry in kinds[kind][:limit]}
@@ -84,6 +84,9 @@ class Tasks:
             raise InputError("task: there is nothing to edit in this list")
         self.fit = fit
         self.entries = [entry for entry in entries if entry.name in chosen]
+        for entry in self.entries:
+            paths = {name: getattr(entry, name) for name in ("image", "mask", "truth")}
+            check_shapes(entry, {name: size_of(path) for name, path in paths.items() if path})
         index, count = 0, 1
         if shard is not None:
             parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
@@ -95,13 +98,13 @@ class Tasks:
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
-        image, truth, tensors = open_rgb(entry.image), open_rgb(entry.truth) if entry.truth else None, {}
-        for name, other in {"image": image, "mask": self.mask(entry), "truth": truth}.items():
-            if other is not None:
-                tensors[name] = to_tensor(fit_picture(other, size, self.fit, multiple))
-                unlike = abs(image.width * other.height - image.height * other.width) > max(*image.size, *other.size)
-                if unlike or tensors[name].shape != tensors["image"].shape:
-                    raise InputError(f"the {name} of task {entry.name} has another shape than its image")
+        truth = open_rgb(entry.truth) if entry.truth else None
+        pictures = {"image": open_rgb(entry.image), "mask": self.mask(entry), "truth": truth}
+        pictures = {name: picture for name, picture in pictures.items() if picture is not None}
+        check_shapes(entry, {name: picture.size for name, picture in pictures.items()})
+        sides = fit_picture(pictures["image"], size, self.fit, multiple).size
+        fit = "stretch" if self.fit == "keep" else self.fit
+        tensors = {name: to_tensor(FITS[fit](x, sides, Image.Resampling.LANCZOS)) for name, x in pictures.items()}
         if "mask" in tensors:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
         return EditTask(**vars(entry) | {"mask": None, "truth": None} | tensors)
@@ -109,6 +112,13 @@ class Tasks:
     def mask(self, entry: Entry) -> Image.Image | None:
         """White where the edit belongs, else black."""
         return open_mask(entry.mask) if entry.mask else None
+
+
+def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
+    """Raise InputError where the sides of a picture are not those of the image, but for a factor and a pixel."""
+    for name, (wide, high) in sizes.items():
+        if abs(wide * sizes["image"][1] - high * sizes["image"][0]) > max(wide, high, *sizes["image"]):
+            raise InputError(f"the {name} of task {entry.name} has another shape than its image")
 
 
 class OneImage(Tasks):
@@ -137,7 +147,5 @@ class OneImage(Tasks):
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
-        with opened(image):  # only its header, so that a missing file ends the run early
-            pass
         prompt, source, negative = texts
         super().__init__([Entry("edit", prompt, source, negative_prompt=negative, image=find(image))], fit)

@@ -7,10 +7,12 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 import ast
 import json
 import re
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 
 from errors import InputError
@@ -62,6 +64,17 @@ def inherited(known: dict, module: str, name: str) -> tuple[set[str], dict]:
     return roots, settings
 
 
+def build(node: Any) -> Any:
+    """The object of a config's _target_, with those within it. Hydra's own would resolve a text `${...}` once more."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        return node
+    settings = {name: build(value) for name, value in node.items() if name != "_target_"}
+    try:
+        return get_object(node["_target_"])(**settings)
+    except TypeError as error:
+        raise InputError(f"{error}") if "unexpected keyword" in str(error) else error from None
+
+
 def markdown() -> str:
     """The settings of all methods as Markdown: the page docs/methods.md."""
     lines = [HEADING]
@@ -106,6 +119,8 @@ def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> 
         return "\n".join([_parent_.header, *lines, "", _parent_.footer])
 
     OmegaConf.register_new_resolver("help", help_text, replace=True)
+    # Two runs may begin in one second: the end of a default folder's name, the same wherever a job asks for it.
+    OmegaConf.register_new_resolver("unique", lambda: uuid.uuid4().hex[:4], replace=True, use_cache=True)
 
 
 def read(file: Path) -> dict[str, tuple[list[str], dict]]:
