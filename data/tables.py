@@ -26,6 +26,7 @@ def read_rows(file: Path) -> list[tuple[str, dict]]:
         if file.suffix.lower() == ".csv":
             reader = csv.DictReader(io.StringIO(text, newline=""), restkey="a cell without a header", strict=True)
             unique([(name, None) for name in reader.fieldnames or ()])
+            line = reader.line_num + 1
             for row in reader:
                 rows.append((f"{file}, line {reader.line_num}", row))
                 line = reader.line_num + 1  # where the next begins: a quote that is never closed reaches the end

@@ -6,11 +6,13 @@ with one `label` (the method, and the settings in which edits differ) are averag
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -52,7 +54,9 @@ def read(folder: Path) -> pd.DataFrame:
 def run_rows(folder: Path) -> list[dict]:
     """The rows of one run, from the files of all its processes: the last attempt of each edit."""
     rows = {}
-    for line in (line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8").splitlines()):
+    for line in (
+        line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8", "replace").splitlines()
+    ):
         with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
             row = json.loads(line)
             rows[task_of(row), row.get("file")] = row
@@ -174,17 +178,27 @@ def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = No
     if tasks > 1 or (rows["job"] != "").any():
         files["table.md"] = "\n\n".join(filter(None, [*tables, counts])) + "\n"
         files["index.html"] = page(folder.name, rows)
-    if edited.any():
-        files["sheet.png"] = sheet(folder, rows)
-    files |= plots(rows, curves or {})
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        with whole_file(folder / name) as partial:
-            if isinstance(content, str):
-                partial.write_text(content, encoding="utf-8")
-            else:
-                content.savefig(partial, format="png")
+    with matplotlib.rc_context({"font.family": fonts()}):
+        if edited.any():
+            files["sheet.png"] = sheet(folder, rows)
+        files |= plots(rows, curves or {})
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            with whole_file(folder / name) as partial:
+                if isinstance(content, str):
+                    partial.write_text(content, encoding="utf-8")
+                else:
+                    content.savefig(partial, format="png")
     return "\n".join(filter(None, [tables[0], counts, *(str(folder / name) for name in files)]))
+
+
+def fonts() -> list[str]:
+    """Matplotlib's own font, and the system's for Chinese, Japanese and Korean. Without one matplotlib warns of each
+    sign that it cannot draw."""
+    from matplotlib.font_manager import get_font_names
+
+    asian = re.compile("CJK|Source Han Sans|WenQuanYi|PingFang|Hiragino Sans|YaHei|MS Gothic|Droid Sans Fallback")
+    return ["DejaVu Sans", *sorted(filter(asian.search, get_font_names()))]
 
 
 def scores(row: dict, file: str) -> str:

@@ -278,7 +278,7 @@ def claim(folder: Path, settings: dict, anew: bool) -> None:
     `anew` only where it holds those of a list."""
     path = folder / "run.json"
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
-    if path.exists() and any(folder.glob("rows*.jsonl")):
+    if path.exists() and path.stat().st_size and any(folder.glob("rows*.jsonl")):
         theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
         names = [name for name in {**theirs, **ours} if not f"{name}.".startswith(NOT_COMPARED)]
         names = [name for name in names if theirs.get(name) != ours.get(name) and (name == "task._target_" or not anew)]
