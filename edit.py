@@ -37,7 +37,6 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
     """Run one job. Returns the means that a sweeper optimises, and the number of failed tasks. The user's settings are
     checked before the model is loaded."""
     import torch
-    from hydra.utils import instantiate
 
     import models
     from data.images import find
@@ -69,8 +68,9 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
     check_backend(cfg.attention, device)
     if cfg.compile == "graph" and device.type != "cuda":
         raise InputError("compile=graph takes a CUDA device")
-    method = instantiate(cfg.method, _convert_="all")
-    source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
+    nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    parts = ("method", "task", "cache", "logger", "metrics")
+    method, source, cache, logger, metrics = (config.build(nodes[name]) for name in parts)
     texts = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
     own = [name for name in texts if cfg[name] not in (None, "")]
     if own and not source.single:
@@ -99,7 +99,7 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
         task.feather = cfg.mask_feather if cfg.mask_pixels else None
         return editor.edit_task(task, place, seed, alone=source.single)
 
-    settings = OmegaConf.to_container(cfg, resolve=True) | {"weights": fingerprint}
+    settings = nodes | {"weights": fingerprint}
     if int(os.environ.get("RANK", 0)) > 0:
         logger.mode = "disabled"  # the first process of torchrun logs the whole run
     with logger.run(folder, settings):

@@ -17,6 +17,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         permissions = partial.stat().st_mode & 0o777
         yield partial
         partial.chmod(permissions)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave an empty file under the name
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Under `torchrun --nproc-per-node=N train.py ...` N processes share each batch.
 """
 
 import atexit
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,13 @@ from tqdm import tqdm
 from data.images import to_pil
 from errors import InputError
 from evaluation import cli
+from files import whole_file
 from models import build, load
 from models.checkpoints import SECTIONS_OF, part_of, read_config, read_part
 from models.device import choose_device, computes_in
 from models.text import compact_vocabulary
 from training.evaluate import evaluate
-from training.loop import Objective, Settings, train
+from training.loop import Objective, Settings, check_numbers, train
 from training.losses import OBJECTIVES
 
 ConfigStore.instance().store(group="training", name="defaults", node=Settings)
@@ -43,6 +45,11 @@ def run(cfg: DictConfig) -> bool:
     """Train, or judge, the part or the parts in turn; False if a SIGTERM cut it short."""
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise InputError(f"seed={cfg.seed} is out of range: a whole number from 0 to {2**32 - 1}")
+    parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
+    for part in parts:
+        check_numbers(part.objective if "objective" in part else part, f"{part.name}: ")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)
@@ -56,8 +63,12 @@ def run(cfg: DictConfig) -> bool:
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
         logger.mode = "disabled"  # the first process logs the whole run
-    with logger.run(out, OmegaConf.to_container(cfg, resolve=True)):
-        for part in [cfg.part] if "name" in cfg.part else cfg.part.values():
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    if rank == 0:
+        with whole_file(out / "training" / "run.json") as temporary:
+            temporary.write_text(json.dumps(cli.provenance() | {"settings": settings}, indent=1) + "\n")
+    with logger.run(out, settings):
+        for part in parts:
             if part.name != "evaluation":
                 objective, dataset = assemble(cfg, part, out)
                 settings, file = OmegaConf.to_object(part.training), out / "training" / f"{part.name}.pt"

@@ -51,6 +51,13 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"image '{path}': not a picture that Pillow can read, or broken ({error})") from error
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """The (width, height) of the upright picture at `path`, of which only the header is read."""
+    with opened(path) as image:
+        exif = Image.Image.getexif(image)  # that of a PNG would decode it first
+        return image.size[:: -1 if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else 1]
+
+
 def open_upright(path: str | Path) -> Image.Image:
     """The picture at `path` in its own mode, turned upright."""
     with opened(path) as image:
@@ -122,9 +129,7 @@ def bucket(width: int, height: int, size: int, multiple: int) -> tuple[int, int]
     return wide * multiple, high * multiple
 
 
-def fit_picture(
-    image: Image.Image, size: int, fit: str = "crop", multiple: int = 1, filter: int = Image.Resampling.LANCZOS
-) -> Image.Image:
+def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int = 1) -> Image.Image:
     """`image` as a model takes it, whose sides must be multiples of `multiple`.
 
     At size x size: the centre square ("crop"), all of it between white bars ("pad"), or squeezed ("stretch"). With
@@ -132,8 +137,8 @@ def fit_picture(
     already keeps every pixel.
     """
     if fit == "keep":
-        return image.resize(bucket(*image.size, size, multiple), filter)
-    return FITS[fit](image, (size, size), filter)
+        return image.resize(bucket(*image.size, size, multiple), Image.Resampling.LANCZOS)
+    return FITS[fit](image, (size, size), Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -36,7 +36,7 @@ from files import whole_file
 TABLE = Path(__file__).with_name("openmoji.tsv")
 RECIPE = 1  # raise when the rendering below changes, so that old caches are not read
 MARGIN = 1.25  # a stored picture spans this many frames: room for parts that stick out of a face
-SMALL, NORMAL, LARGE, PAIRED = 0.46, 0.78, 1.0, 0.47  # the frame's side as a share of the scene's
+SIZES, PAIRED = {"small": 0.46, "": 0.78, "large": 1.0}, 0.47  # the frame's side as a share of the scene's
 TILT = 25.0  # degrees
 BACKGROUNDS = {
     "white": (255, 255, 255), "gray": (178, 178, 178), "red": (226, 84, 76), "orange": (246, 160, 66),
@@ -50,7 +50,6 @@ POSITIONS = {  # words: the middle's place, from (-1, -1) at the top left to (1,
     "at the top left": (-1, -1), "at the top right": (1, -1), "at the bottom left": (-1, 1),
     "at the bottom right": (1, 1),
 }  # fmt: skip
-SIZES = {"small": SMALL, "": NORMAL, "large": LARGE}
 SPLITS = {"train": 0, "heldout": 1}
 
 
@@ -64,10 +63,7 @@ class Picture:
     kind: str  # a key of KIND_SHARES
     skin: str  # "light" ... "dark", or "" for the yellow of no tone
     gender: str  # "woman" | "man" | "person", or "" where the concept has no gendered variants
-    hair: str  # "red" | "curly" | "white" | "bald" | ""
     facing: str  # "right" where the picture is the right-facing twin of another
-    family: str  # pictures that differ in colour, expression, pose or role alone: "heart", "face", "pose", ...
-    color: str  # of a shape
     phrases: tuple[str, ...]  # the name in a sentence, then other names: "a red apple", "an apple"
     line_phrases: tuple[str, ...]  # the same without colours, for line drawings
     line_code: str  # the picture whose lines are drawn for it: that without a skin tone
@@ -138,7 +134,7 @@ class Library:
     def draw(self, scene: Scene) -> Tensor:
         """(3, size, size) uint8: the scene's pictures laid over its ground."""
         x, y = POSITIONS[scene.position]
-        reach = (1 - SMALL) / 2 - 0.02  # a small frame keeps a fiftieth of the scene to the edge
+        reach = (1 - SIZES["small"]) / 2 - 0.02  # a small frame keeps a fiftieth of the scene to the edge
         places = [(0.5 + x * reach, 0.5 + y * reach, SIZES[scene.size])]
         if len(scene.pictures) == 2:
             places = [(0.5, at, PAIRED) if scene.stacked else (at, 0.5, PAIRED) for at in (0.26, 0.74)]
@@ -207,6 +203,7 @@ def read_pictures() -> list[Picture]:
     line_index = {code: len(rows) + i for i, code in enumerate(sorted({row["line_code"] for row in rows}))}
     pictures = []
     for index, row in enumerate(rows):
+        row = {name: text for name, text in row.items() if name in Picture.__annotations__}
         row |= {name: tuple(row[name].split("|")) for name in ("phrases", "line_phrases")}
         row |= {name: row[name] == "1" for name in ("faces_left", "turns", "bright", "held_out")}
         row["frame"] = tuple(map(int, row["frame"].split()))

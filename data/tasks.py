@@ -7,7 +7,6 @@ pictures of one task, at about `size` x `size` pixels, with sides that are multi
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import FITS, find, fit_picture, open_mask, open_rgb, opened, to_tensor
+from data.images import FITS, find, fit_picture, open_mask, open_rgb, size_of, to_tensor
 from errors import InputError
 
 
@@ -61,7 +60,8 @@ class Tasks:
 
     `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
     counted from 0; by default the processes of torchrun get one each. With `confine` the masks hold the edits, and do
-    not only serve metrics. Raises InputError for a wrong setting, and where no task is left.
+    not only serve metrics. Raises InputError for a wrong setting, where no task is left, and for a picture that is
+    missing or of another shape than its image.
     """
 
     single = False  # True for one picture: its files go to the run's own folder
@@ -83,7 +83,7 @@ class Tasks:
         for entry in entries:
             kinds.setdefault(entry.category, []).append(entry)
         chosen = set()
-        for kind in [categories] if isinstance(categories, str) else kinds if categories is None else categories:
+        for kind in kinds if categories is None else categories if isinstance(categories, list) else [categories]:
             if kind not in kinds:
                 raise InputError(f"task.categories: there is no {kind}; choose from {', '.join(kinds)}")
             chosen |= {entry.name for entry in kinds[kind][:limit]}
@@ -93,6 +93,9 @@ class Tasks:
             raise InputError(f"task.confine={confine} is unknown: true or false")
         self.fit, self.confine = fit, confine
         self.entries = [entry for entry in entries if entry.name in chosen]
+        for entry in self.entries:
+            paths = {name: getattr(entry, name) for name in ("image", "mask", "truth")}
+            check_shapes(entry, {name: size_of(path) for name, path in paths.items() if path})
         index, count = 0, 1
         if shard is not None:
             parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
@@ -104,25 +107,30 @@ class Tasks:
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
-        image, soft, tensors = open_rgb(entry.image), self.mask(entry), {}
-        mask, truth = soft and soft.point(lambda v: 255 * (v > 0)), open_rgb(entry.truth) if entry.truth else None
-        for name, other in {"image": image, "mask": mask, "truth": truth}.items():
-            if other is not None:
-                tensors[name] = to_tensor(fit_picture(other, size, self.fit, multiple))
-                unlike = abs(image.width * other.height - image.height * other.width) > max(*image.size, *other.size)
-                if unlike or tensors[name].shape != tensors["image"].shape:
-                    raise InputError(f"the {name} of task {entry.name} has another shape than its image")
+        truth, soft = open_rgb(entry.truth) if entry.truth else None, self.mask(entry)
+        mask = soft and soft.point(lambda v: 255 * (v > 0))
+        pictures = {"image": open_rgb(entry.image), "mask": mask, "truth": truth}
+        pictures = {name: picture for name, picture in pictures.items() if picture is not None}
+        check_shapes(entry, {name: picture.size for name, picture in pictures.items()})
+        sides = fit_picture(pictures["image"], size, self.fit, multiple).size
+        fit = FITS["stretch" if self.fit == "keep" else self.fit]
+        tensors = {name: to_tensor(fit(x, sides, Image.Resampling.LANCZOS)) for name, x in pictures.items()}
         if "mask" in tensors:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
             if self.confine:  # by a filter without lobes, which would reach beyond the edge
-                soft = fit_picture(soft, size, self.fit, multiple, Image.Resampling.BILINEAR)
-                tensors["region"] = to_tensor(soft)[:, :1] / 2 + 0.5
-        texts = ("prompt", "source_prompt", "name", "category", "negative_prompt", "blend_word")
-        return EditTask(**tensors, **{name: getattr(entry, name) for name in texts})
+                tensors["region"] = to_tensor(fit(soft, sides, Image.Resampling.BILINEAR))[:, :1] / 2 + 0.5
+        return EditTask(**vars(entry) | {"mask": None, "truth": None} | tensors)
 
     def mask(self, entry: Entry) -> Image.Image | None:
         """White where the edit belongs, grey at soft edges, else black."""
         return open_mask(entry.mask) if entry.mask else None
+
+
+def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
+    """Raise InputError where the sides of a picture are not those of the image, but for a factor and a pixel."""
+    for name, (wide, high) in sizes.items():
+        if abs(wide * sizes["image"][1] - high * sizes["image"][0]) > max(wide, high, *sizes["image"]):
+            raise InputError(f"the {name} of task {entry.name} has another shape than its image")
 
 
 class OneImage(Tasks):
@@ -152,9 +160,6 @@ class OneImage(Tasks):
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
-        for path in (image, mask):
-            with opened(path) if path else nullcontext():  # only its header, so that a missing file ends the run early
-                pass
         (prompt, source, negative), mask = texts, mask and find(mask)
         entry = Entry("edit", prompt, source, image=find(image), mask=mask, negative_prompt=negative)
         super().__init__([entry], fit, confine=True)

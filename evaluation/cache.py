@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,11 +39,16 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+@dataclass
 class TuningCache:
-    """At most `max_gb` (10^9 bytes) in the folder `dir`; the least recently used entries are removed first."""
+    """Tuned states, so that a run that differs only in what follows the tuning does not tune again."""
 
-    def __init__(self, enabled: bool = True, dir: str = "~/.cache/palimpsest/tuning", max_gb: float = 10.0):
-        self.enabled, self.dir, self.max_bytes = enabled, Path(dir).expanduser(), max_gb * 1e9
+    enabled: bool = True  # false: tune again
+    dir: str = "~/.cache/palimpsest/tuning"  # or tuning/ in $PALIMPSEST_CACHE, where that is set
+    max_gb: float = 10.0  # at most, of 10^9 bytes; the least recently used entries are removed first
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.dir).expanduser()
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
@@ -50,9 +56,9 @@ class TuningCache:
         `determined_by`, in JSON's types, names all that the tensors depend on. Notes, in JSON's types too, are stored
         beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be made.
         """
-        path = self.dir / f"{digest(json.dumps(determined_by, sort_keys=True))}.safetensors"
+        path = self.folder / f"{digest(json.dumps(determined_by, sort_keys=True))}.tuning.safetensors"
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cache.dir={self.dir}: {error.strerror}; cache.enabled=false does without") from None
         with FileLock(path.with_suffix(".lock")):
@@ -66,12 +72,12 @@ class TuningCache:
             try:
                 with whole_file(path) as partial:
                     save_file(tensors, partial, {"notes": json.dumps(notes)})
-                left = self.max_bytes
-                for entry in sorted(self.dir.glob("*.safetensors"), key=os.path.getmtime, reverse=True):
+                left = self.max_gb * 1e9
+                for entry in sorted(self.folder.glob("*.tuning.safetensors"), key=os.path.getmtime, reverse=True):
                     left -= entry.stat().st_size
                     if left < 0:
                         entry.unlink()
                         entry.with_suffix(".lock").unlink(missing_ok=True)
             except (OSError, SafetensorError) as error:  # a full disk, or another process that removes entries now
-                warnings.warn(f"the tuning cache {self.dir}: {error}", stacklevel=2)
+                warnings.warn(f"the tuning cache {self.folder}: {error}", stacklevel=2)
         return tensors, notes, False

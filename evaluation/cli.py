@@ -3,26 +3,30 @@
 Hydra would print traces and hints of its own; `run` has it let every exception through.
 """
 
-import errno
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # full, or not the user's to write
+# Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
+TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -33,10 +37,16 @@ def run(main: Callable[[], None]) -> None:
     multirun = {"--multirun", "-m"} & set(sys.argv)
     for flag in multirun:  # Hydra's parser refuses it between overrides
         sys.argv.insert(1, sys.argv.pop(sys.argv.index(flag)))
+    for before, word in pairwise(sys.argv):
+        if word != word.encode(errors="replace").decode():
+            end(f"error: {word!r} is not text in UTF-8", 1)
+        if "=" not in word and word[:1] not in "-~" and (before[:1] != "-" or before in ("-m", "--multirun")):
+            end(f"error: {word!r} is not of the form name=value: type image=dog.jpg prompt='a sitting dog'", 1)
     sys.argv[1:] = [quoted(argument, bool(multirun)) for argument in sys.argv[1:]]
     for flag in {"--help", "-h"} & set(sys.argv):  # the same text, without reading every choice of every group
         sys.argv.remove(flag)
         sys.argv += ["--cfg", "all", "--package", "hydra.help.template"]
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         main()
         sys.stdout.flush()
@@ -51,15 +61,21 @@ def run(main: Callable[[], None]) -> None:
 
 def quoted(argument: str, multirun: bool = False) -> str:
     """Quote the value of a setting that Hydra's grammar rejects: prompt=a dog's hat -> prompt='a dog\\'s hat'. Outside
-    sweeps also a comma list with spaces: prompt=a cat, asleep is one text."""
+    sweeps also any free text, and a comma list with spaces. `${` in a prompt stands for itself."""
     setting = re.fullmatch(r"([+~]{0,2}[\w./@][\w./@-]*=)(.+)", argument, re.DOTALL)
     if not setting:
         return argument
+    name, value = setting.groups()
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if name in ("prompt=", "source_prompt=", "negative_prompt="):
+        value = literal
+    text = TEXT.fullmatch(name) and value != "null" and value[0] not in "'\""
     with suppress(HydraException):
-        override = OverridesParser.create().parse_override(argument)
-        if multirun or not (override.is_sweep_override() and " " in setting[2]):
-            return argument
-    return setting[1] + QuotedString(setting[2], Quote.single).with_quotes()
+        override = OverridesParser.create().parse_override(name + value)
+        if multirun or not (text or (override.is_sweep_override() and " " in value)):
+            return name + value
+        return name + QuotedString(value, Quote.single).with_quotes()
+    return name + QuotedString(literal, Quote.single).with_quotes()
 
 
 def overrides() -> dict[str, str]:
@@ -67,7 +83,8 @@ def overrides() -> dict[str, str]:
     given, typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else [], {}
     for override in OverridesParser.create().parse_overrides(list(given)):
         value = override.value()
-        typed[override.key_or_group] = value if isinstance(value, str) else override.input_line.partition("=")[2]
+        text = value if isinstance(value, str) else override.input_line.partition("=")[2]
+        typed[override.key_or_group] = re.sub(r"(\\*)\1\\\$\{", r"\1${", text)  # as it was before `quoted`
     return typed
 
 
@@ -87,6 +104,17 @@ def job() -> Iterator[None]:
         failure.write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
+def provenance() -> dict:
+    """The command, the versions that it runs with, and the commit, with "-dirty" after it where files are changed."""
+    git = ["git", "-C", sys.path[0], "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
+    return {"command": shlex.join(sys.argv), "commit": commit, "versions": {"python": sys.version} | versions}
+
+
 def explain(error: BaseException) -> str | None:
     """The one line that a user needs, or None for a defect of this code."""
     if isinstance(error, MissingConfigException) and error.options:
@@ -97,13 +125,13 @@ def explain(error: BaseException) -> str | None:
         text = " ".join(str(cause).split())
         if isinstance(cause, InputError):
             return text
-        if (isinstance(cause, OSError) and cause.errno in DISK) or "No space left" in text:  # safetensors's own
-            return f"{text}: write elsewhere, with hydra.run.dir=PATH or cache.dir=PATH"
-        if type(cause).__name__ == "OutOfMemoryError" or "not enough memory" in text:  # torch's, CUDA and CPU
+        if isinstance(cause, MemoryError) or re.search("OutOfMemory|not enough memory|allocate memory", repr(cause)):
             return f"the device ran out of memory ({text})"
+        if (isinstance(cause, OSError) and cause.filename) or "No space left" in text:  # safetensors has its own error
+            return f"{text} (hydra.run.dir=PATH and cache.dir=PATH say where files are written)"
+        if "home directory" in text:
+            return f"{text} Set HOME"
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, InstantiationException):
-        return text if "unexpected keyword argument" in text else None
     return " ".join(str(error).split()) if isinstance(error, HydraException | OmegaConfBaseException) else None
 
 

@@ -7,10 +7,12 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 import ast
 import json
 import re
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 
 from errors import InputError
@@ -18,49 +20,72 @@ from errors import InputError
 CLONE = Path(__file__).resolve().parent.parent
 HEADING = """# Methods and their settings
 
-Made from the dataclasses in `methods/` by `python -m evaluation.config > docs/methods.md`. In brackets: the
-symbol in the paper."""
+Made from the dataclasses by `python -m evaluation.config > docs/methods.md`. In brackets: the symbol in the paper."""
 GROUPS = {"sampler": "${sampler}", "inversion": "${inversion}"}  # fields that are choices of their own
-
-
-class Class(NamedTuple):
-    """A class in methods/, as its file says it."""
-
-    module: str
-    name: str
-    bases: list[str]
-    settings: dict[str, tuple[Any, str]]  # its own: each default, as Hydra's configs hold it, and the comment behind it
+OTHERS = {  # registered as settings/NAME
+    "sampler": "samplers.sampler.Sampler", "metrics": "evaluation.metrics.Metrics",
+    "cache": "evaluation.cache.TuningCache",
+}  # fmt: skip
 
 
 class Choice(NamedTuple):
-    """A method or an inversion, with the settings of its class and of those that it derives from."""
+    """A dataclass whose fields are settings, as its file says it."""
 
-    group: str  # method or inversion
+    group: str  # method, inversion, or one of OTHERS
     name: str
     target: str  # to be instantiated
-    settings: dict[str, tuple[Any, str]]
+    settings: dict[str, tuple[Any, str]]  # each default, as Hydra's configs hold it, and the comment behind it
 
 
 def choices(methods: Path = CLONE / "methods") -> list[Choice]:
-    """Every method and inversion in the folder's files."""
-    found, classes = [], [each for file in sorted(methods.glob("*.py")) for each in read(file)]
-    for own in classes:
-        line, group, name = ancestors(own, classes), "method", own.module
-        if line[0].name == "Inversion":  # itself is DDIM's; NullText -> null_text, PnP -> pnp
-            name = re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", own.name).lower() if own.bases else "ddim"
-            group = "inversion"
-        elif not any("Method" in each.bases for each in line):
-            continue
-        settings = {name: item for each in line for name, item in each.settings.items()}
-        found.append(Choice(group, name, f"methods.{own.module}.{own.name}", settings))
+    """Every method and inversion in the folder's files, with the settings that they inherit, and the OTHERS."""
+    known, found = {file.stem: read(file) for file in sorted(methods.glob("*.py"))}, []
+    for module, name in [(module, name) for module, classes in known.items() for name in classes]:
+        roots, settings = inherited(known, module, name)
+        if "Inversion" in roots:  # itself is DDIM's; NullText -> null_text, PnP -> pnp
+            own = "ddim" if roots == {name} else re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", name).lower()
+            found.append(Choice("inversion", own, f"methods.{module}.{name}", settings))
+        elif "Method" in roots - {name}:
+            found.append(Choice("method", module, f"methods.{module}.{name}", settings))
+    for group, target in OTHERS.items():
+        module, _, name = target.rpartition(".")
+        found.append(Choice(group, group, target, read(CLONE / f"{module.replace('.', '/')}.py")[name][1]))
     return found
+
+
+def inherited(known: dict, module: str, name: str) -> tuple[set[str], dict]:
+    """The names of a class's first ancestors, and its settings. Among namesakes, that of the same file is meant."""
+    module = module if name in known[module] else next((other for other in known if name in known[other]), "")
+    bases, settings = known.get(module, {}).get(name, ((), {}))
+    roots = set() if bases else {name}
+    for base in bases:
+        more, others = inherited(known, module, base)
+        roots, settings = roots | more, others | settings
+    return roots, settings
+
+
+def build(node: Any) -> Any:
+    """The object of a config's _target_, with those within it. Hydra's own would resolve a text `${...}` once more."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        return node
+    settings = {name: build(value) for name, value in node.items() if name != "_target_"}
+    try:
+        return get_object(node["_target_"])(**settings)
+    except TypeError as error:
+        raise InputError(f"{error}") if "unexpected keyword" in str(error) else error from None
 
 
 def markdown() -> str:
     """The settings of all methods as Markdown: the page docs/methods.md."""
     lines = [HEADING]
     for choice in choices():
-        lines += ["", f"## {choice.group}={choice.name}", "", "| setting | default | meaning |", "|---|---|---|"]
+        lines += [
+            "",
+            f"## {choice.group if choice.group in OTHERS else f'{choice.group}={choice.name}'}",
+            "",
+            "| setting | default | meaning |",
+            "|---|---|---|",
+        ]
         own = {name: item for name, item in choice.settings.items() if name not in GROUPS}
         for name, (default, about) in own.items():
             lines.append(f"| `{choice.group}.{name}` | {json.dumps(default)} | {about.replace('|', 'or')} |")
@@ -73,7 +98,7 @@ def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> 
     store, settings = ConfigStore.instance(), {}
     for group, name, target, own in choices(methods):
         settings[target] = own
-        preset = (conf / group / f"{name}.yaml").exists()
+        preset = group in OTHERS or (conf / group / f"{name}.yaml").exists()
         defaults = {name: default for name, (default, _) in own.items()}
         store.store(group="settings" if preset else group, name=name, node={"_target_": target, **defaults})
     for family, suited in OmegaConf.load(conf / "suited.yaml").items():
@@ -94,11 +119,13 @@ def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> 
         return "\n".join([_parent_.header, *lines, "", _parent_.footer])
 
     OmegaConf.register_new_resolver("help", help_text, replace=True)
+    # Two runs may begin in one second: the end of a default folder's name, the same wherever a job asks for it.
+    OmegaConf.register_new_resolver("unique", lambda: uuid.uuid4().hex[:4], replace=True, use_cache=True)
 
 
-def read(file: Path) -> list[Class]:
-    """The classes of a file."""
-    text, classes = file.read_text(encoding="utf-8"), []
+def read(file: Path) -> dict[str, tuple[list[str], dict]]:
+    """The classes of a file: the names of their bases, and their own settings."""
+    text, classes = file.read_text(encoding="utf-8"), {}
     for node in (node for node in ast.parse(text, file).body if isinstance(node, ast.ClassDef)):
         settings = {}
         for item in (item for item in node.body if isinstance(item, ast.AnnAssign)):
@@ -110,16 +137,8 @@ def read(file: Path) -> list[Class]:
             except ValueError:
                 raise InputError(f"{file}: the default of {name} must be a number or another plain value") from None
             settings[name] = GROUPS.get(name, value), comment.decode().strip(" #")
-        bases = [ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases]
-        classes.append(Class(file.stem, node.name, bases, settings))
+        classes[node.name] = [ast.unparse(base).rpartition(".")[2] for base in node.bases], settings
     return classes
-
-
-def ancestors(own: Class, classes: list[Class]) -> list[Class]:
-    """The class and those that it derives from, itself last. Among namesakes, that of the same file is meant."""
-    known = {other.name: other for other in sorted(classes, key=lambda other: other.module == own.module)}
-    line = [each for base in reversed(own.bases) if base in known for each in ancestors(known[base], classes)]
-    return [*line, own]
 
 
 if __name__ == "__main__":

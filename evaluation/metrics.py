@@ -10,9 +10,9 @@ Images are (B, 3, H, W) in [-1, 1]. A `region` (1, 1, H, W) of bool restricts a 
 """
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,87 +25,52 @@ from errors import InputError
 
 @dataclass
 class Metrics:
-    """All metrics of an edit. With `fetch`, also those whose weights a library downloads at first use: LPIPS, the
+    """All metrics of an edit, and with `fetch` also those whose weights a library downloads at first use: LPIPS, the
     structure distance, and a public CLIP for a model that has none."""
 
-    fetch: bool = False
+    fetch: bool = False  # also LPIPS, the structure distance (0.3 GB), and a CLIP (1.7 GB) for a model without one
 
     def __post_init__(self) -> None:
         if not isinstance(self.fetch, bool):
             raise InputError(f"metrics.fetch={self.fetch} is unknown: true or false")
-        self._loaded: dict[str, tuple[Callable | None, str]] = {}
+        self._loaded: dict[str, Callable | None] = {}
 
     @torch.no_grad()
-    def measure(self, model, image: Tensor, task: EditTask) -> tuple[dict[str, float], dict[str, str]]:
-        """Return every metric of an edited image (1, 3, H, W), and the reason for each that is left out.
+    def measure(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
+        """Return every finite metric of an edited image (1, 3, H, W) for which the task and the model have the means.
 
-        Raises InputError where the image is not finite.
+        Those `_to_truth` and `change_error` need a true result, those `_kept` a mask; `clip_metrics` says the rest.
         """
-        if not image.isfinite().all():
-            raise InputError("the edited picture has values that are infinite or not numbers: try dtype=float32")
-        image = image.clamp(-1, 1)
-        source, truth = task.image.to(image), None if task.truth is None else task.truth.to(image)
+        others = {name: x.to(image) for name, x in (("input", task.image), ("truth", task.truth)) if x is not None}
         inside = None if task.mask is None else task.mask.to(image.device) > 0.5
-        outside = None if inside is None else ~inside
-        clip, no_clip = self.clip(model)
-        perceptual, no_lpips = self.load("lpips", image.device)
-        structure, no_structure = self.load("structure_distance", image.device)
-        lacking = {  # the reason why something that a metric needs is not there, or ""
-            "clip": no_clip, "clip_similarity": no_clip, "lpips": no_lpips, "structure_distance": no_structure,
-            "truth": "" if truth is not None else "the task has no true result",
-            "source": "" if task.source_prompt else "the task has no source prompt",
-            "inside": "" if inside is not None and inside.any() else "no mask, or an empty one",
-            "outside": "" if inside is not None and outside.any() else "no mask, or one of the whole picture",
-        }  # fmt: skip
-        numbers: dict[str, float] = {}
-        left_out: dict[str, str] = {}
+        regions = {"": None} if inside is None or inside.all() else {"": None, "_kept": ~inside}
+        compare = {"psnr": psnr, "mse": mse, "ssim": ssim, "lpips": self.load("lpips", image.device)}
+        structure, numbers = self.load("structure_distance", image.device), {}
+        for to, other in others.items():
+            for kept, region in regions.items():
+                numbers |= {
+                    f"{n}_to_{to}{kept}": metric(image, other, region) for n, metric in compare.items() if metric
+                }
+            if structure:
+                numbers[f"structure_distance_to_{to}"] = structure(image, other)
+            numbers[f"latent_distance_to_{to}"] = latent_distance(model, image, other)
+        if "truth" in others:
+            numbers["change_error"] = change_error(image, *others.values())
+        if clip := self.load("clip", model.device) if model.clip is None else model.clip:
+            numbers |= clip_metrics(clip, image, others, task.prompt, task.source_prompt, inside)
+        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
-        def number(name: str, needs: Sequence[str], compute: Callable, *arguments) -> None:
-            reason = next((lacking[need] for need in needs if lacking.get(need)), "")
-            value = math.nan if reason else float(compute(*arguments))
-            if math.isnan(value):
-                left_out[name] = reason or "undefined (0/0: nothing changed)"
-            else:
-                numbers[name] = value
-
-        similarity = partial(clip_similarity, clip)
-        comparisons = {"psnr": psnr, "mse": mse, "ssim": ssim, "clip_similarity": similarity, "lpips": perceptual}
-        for to, other in (("input", source), ("truth", truth)):
-            for name, compare in comparisons.items():
-                number(f"{name}_to_{to}", [to, name], compare, image, other)
-                number(f"{name}_to_{to}_kept", [to, "outside", name], compare, image, other, outside)
-            number(f"structure_distance_to_{to}", [to, "structure_distance"], structure, image, other)
-            number(f"latent_distance_to_{to}", [to], latent_distance, model, image, other)
-        prompts = (task.source_prompt, task.prompt)
-        number("clip_score", ["clip"], clip_score, clip, image, prompts[1:])
-        number("clip_score_edited", ["inside", "clip"], clip_score, clip, black_but(image, inside), prompts[1:])
-        number("clip_margin", ["source", "clip"], clip_margin, clip, image, *prompts)
-        number("clip_directional", ["source", "clip"], clip_directional, clip, source, image, *prompts)
-        number("change_error", ["truth"], change_error, image, source, truth)
-        known = ["truth", "source", "clip"]
-        number("success", known, success, clip, image, source, truth, *prompts)
-        number("success_closer", known, success_closer, clip, image, source, truth, *prompts)
-        number("attainable", known, lambda: clip_margin(clip, truth, *prompts) > 0)
-        return numbers, left_out
-
-    def clip(self, model):
-        """The model's CLIP, or a public one; and the reason where there is none."""
-        return (model.clip, "") if model.clip is not None else self.load("clip", model.device)
-
-    def load(self, name: str, device: torch.device) -> tuple[Callable | None, str]:
-        """Load one of LOADERS once. Returns it and "", or None and the reason in one line."""
-        if not self.fetch:
-            return None, "its weights are downloaded only with metrics.fetch=true"
-        if name not in self._loaded:
+    def load(self, name: str, device: torch.device) -> Callable | None:
+        """Load one of LOADERS once; None without `fetch`, and after a warning where it cannot be loaded."""
+        if self.fetch and name not in self._loaded:
             try:
-                self._loaded[name] = LOADERS[name](device), ""
+                self._loaded[name] = LOADERS[name](device)
             except Exception as error:  # each library has its own errors for a missing network; none may end a run
-                line = " ".join(str(error).split())[:200]
-                self._loaded[name] = None, f"it could not be loaded ({type(error).__name__}: {line})"
-        return self._loaded[name]
-
-
-# Success: whether the edit was done.
+                self._loaded[name] = None
+                warnings.warn(
+                    f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2
+                )
+        return self._loaded.get(name)
 
 
 def change_error(image: Tensor, source: Tensor, truth: Tensor) -> float:
@@ -118,46 +83,47 @@ def change_error(image: Tensor, source: Tensor, truth: Tensor) -> float:
     return math.sqrt(mse(image, truth, changed) / mse(source, truth, changed)) if changed.any() else math.nan
 
 
-def success(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: str, prompt: str) -> float:
-    """1 if the edit was done: `change_error` is at most 1/2, and CLIP prefers the target prompt to the source prompt.
-    NaN where the true result equals the input."""
-    error = change_error(image, source, truth)
-    return error if math.isnan(error) else float(error <= 0.5 and clip_margin(clip, image, source_prompt, prompt) > 0)
+# CLIP (Radford et al., 2021).
 
 
-def success_closer(clip, image: Tensor, source: Tensor, truth: Tensor, source_prompt: str, prompt: str) -> bool:
-    """A weaker success: the edit is closer to the true result than the input is, over the whole picture in pixels and
-    in CLIP's features, and CLIP prefers the target prompt. A small step in the right direction is enough."""
-    closer = mse(image, truth) < mse(source, truth)
-    closer = closer and bool(clip_similarity(clip, image, truth) > clip_similarity(clip, source, truth))
-    return closer and bool(clip_margin(clip, image, source_prompt, prompt) > 0)
+def clip_metrics(
+    clip, image: Tensor, others: dict[str, Tensor], prompt: str, source_prompt: str = "", inside: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Cosines of CLIP's features of an edit, of the `others` ("input", and where it is known "truth"), and of texts.
 
+    clip_score        of a picture and the prompt (Hessel et al., 2021, without their factor 2.5): of the edit, of the
+                      edit inside the mask and black outside, and INPUT_clip_score of the others
+    clip_similarity   of the edit and another picture, also both black inside the mask
+    clip_margin       the score under the prompt minus that under the source prompt, in [-2, 2]
+    clip_directional  of the change of the pictures and that of the texts (Gal et al., 2021, arXiv 2108.00946, section
+                      4.1); NaN where either did not change
 
-# CLIP (Radford et al., 2021): cosines, (B,).
-
-
-def clip_score(clip, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Cosine between the features of each image and of its prompt (Hessel et al., 2021, without their factor 2.5)."""
-    return (clip.image_features(images) * clip.text_features(prompts)).sum(-1)
-
-
-def clip_margin(clip, images: Tensor, source_prompt: str, prompt: str) -> Tensor:
-    """Score under the target prompt minus that under the source prompt, in [-2, 2]."""
-    target, source = clip.text_features([prompt, source_prompt])
-    return clip.image_features(images) @ (target - source)
-
-
-def clip_similarity(clip, a: Tensor, b: Tensor, region: Tensor | None = None) -> Tensor:
-    """Cosine between the image features of a and b, black outside the region."""
-    return (clip.image_features(black_but(a, region)) * clip.image_features(black_but(b, region))).sum(-1)
-
-
-def clip_directional(clip, source: Tensor, edit: Tensor, source_prompt: str, prompt: str) -> Tensor:
-    """Cosine between the change of the image features and that of the text features (Gal et al., 2021, arXiv
-    2108.00946, section 4.1); NaN where either did not change."""
-    image = clip.image_features(edit) - clip.image_features(source)
-    text = clip.text_features([prompt]) - clip.text_features([source_prompt])
-    return (image * text).sum(-1) / (image.norm(dim=-1) * text.norm(dim=-1))
+    And three judgements, 1 or 0. `success`, the edit was done: `change_error` is at most 1/2 and `clip_margin` above 0;
+    NaN where the true result equals the input. `success_closer`, a weaker one: the margin is above 0, and the edit is
+    closer to the true result than the input is, in pixels and in features. `attainable`: the true result has a margin
+    above 0.
+    """
+    edit, *seen = (clip.image_features(x)[0] for x in (image, *others.values()))
+    (text,), numbers = clip.text_features([prompt]), {}
+    numbers["clip_score"] = edit @ text
+    for to, other in zip(others, seen, strict=True):
+        numbers |= {f"{to}_clip_score": other @ text, f"clip_similarity_to_{to}": edit @ other}
+        if inside is not None and not inside.all():
+            kept = (clip.image_features(black_but(x, ~inside))[0] for x in (image, others[to]))
+            numbers[f"clip_similarity_to_{to}_kept"] = torch.dot(*kept)
+    if inside is not None and inside.any():
+        numbers["clip_score_edited"] = clip.image_features(black_but(image, inside))[0] @ text
+    if source_prompt:
+        turn, change = text - clip.text_features([source_prompt])[0], edit - seen[0]
+        numbers["clip_margin"] = edit @ turn
+        numbers["clip_directional"] = change @ turn / (change.norm() * turn.norm())
+        if "truth" in others:
+            source, truth = others.values()
+            shown, error = numbers["clip_margin"] > 0, change_error(image, source, truth)
+            closer = mse(image, truth) < mse(source, truth) and edit @ seen[1] > seen[0] @ seen[1]
+            numbers |= {"attainable": seen[1] @ turn > 0, "success_closer": shown and closer}
+            numbers["success"] = error if math.isnan(error) else shown and error <= 0.5
+    return numbers
 
 
 # Pixels and latents.

@@ -6,27 +6,26 @@ with one `label` (the method, and the settings in which edits differ) are averag
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from files import whole_file
 
 FILES = {  # paths of pictures, and the numbers under them
-    "file": ("clip_score", "psnr_to_input"), "input": ("input_clip_score",), "truth": ("truth_clip_score",),
-    "reconstruction": ("reconstruction_psnr",),
+    "input": ("input_clip_score",), "reconstruction": ("reconstruction_psnr",), "truth": ("truth_clip_score",),
+    "file": ("clip_score", "psnr_to_input"),
 }  # fmt: skip
 TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
 MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "pictures")
-ABOUT = (
-    "job", "task", "category", "method", "sample", "seed", "prompt", "source_prompt", "pictures", *FILES, "error",
-    "left_out",
-)  # fmt: skip
+ABOUT = ("job", "category", "method", "sample", "seed", *TASK, "source_prompt", *FILES, "error")
 HEADLINE = {  # the columns of tables, and their formats
     "edits": ".0f", "failed": ".0f", "success": ".0%", "attainable": ".0%", "psnr_to_truth": ".1f",
     "psnr_to_input": ".1f", "psnr_to_input_kept": ".1f", "clip_score": ".3f", "clip_similarity_to_input": ".3f",
@@ -55,7 +54,9 @@ def read(folder: Path) -> pd.DataFrame:
 def run_rows(folder: Path) -> list[dict]:
     """The rows of one run, from the files of all its processes: the last attempt of each edit."""
     rows = {}
-    for line in (line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8").splitlines()):
+    for line in (
+        line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8", "replace").splitlines()
+    ):
         with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
             row = json.loads(line)
             rows[task_of(row), row.get("file")] = row
@@ -159,45 +160,45 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def results(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as a table for users, without the columns that are empty."""
-    return complete(rows).drop(columns="left_out").dropna(axis="columns", how="all")
-
-
 # Files.
 
 
 def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = None) -> str:
     """Write the report on `rows` into `folder`, and return the text to print.
 
-    Any run gets results.csv, sheet.png and plots/; one of several `tasks` also table.md and index.html; the jobs of a
-    sweep comparison.md. `curves` are the losses of tuning, {stage: {name: one value for each step}}.
+    Any run gets results.csv, sheet.png and plots/; several `tasks` or jobs also table.md and index.html. `curves` are
+    the losses of tuning, {stage: {name: one value for each step}}.
     """
-    rows = complete(rows)
-    marked = labelled(rows)
-    edited, sweep = rows["error"].isna(), bool((rows["job"] != "").any())
+    rows = labelled(rows)
+    edited = rows["error"].isna()
     done, failed = rows["task"][edited].nunique(), rows["task"][~edited].nunique()
     counts = f"{done} of {tasks} tasks done, {failed} failed" if tasks > 1 else ""
-    files = {"results.csv": results(rows).to_csv(index=False)}
-    overview, *by_category = map(markdown, summaries(marked))
-    if sweep or tasks > 1:
-        parts = filter(None, [overview, *by_category, counts])
-        files["comparison.md" if sweep else "table.md"] = "\n\n".join(parts) + "\n"
-    if edited.any():
-        files["sheet.png"] = sheet(folder, marked)
-    if tasks > 1:
-        files["index.html"] = page(folder.name, marked)
-    files |= plots(marked, curves or {})
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        with whole_file(folder / name) as partial:
-            if isinstance(content, str):
-                partial.write_text(content, encoding="utf-8")
-            elif isinstance(content, Image.Image):
-                content.save(partial, "png")
-            else:
-                content.savefig(partial, format="png", dpi=120)
-    return "\n".join(filter(None, [overview, counts, *(str(folder / name) for name in files)]))
+    files = {"results.csv": rows.drop(columns="label").dropna(axis="columns", how="all").to_csv(index=False)}
+    tables = [markdown(table) for table in summaries(rows)]
+    if tasks > 1 or (rows["job"] != "").any():
+        files["table.md"] = "\n\n".join(filter(None, [*tables, counts])) + "\n"
+        files["index.html"] = page(folder.name, rows)
+    with matplotlib.rc_context({"font.family": fonts()}):
+        if edited.any():
+            files["sheet.png"] = sheet(folder, rows)
+        files |= plots(rows, curves or {})
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            with whole_file(folder / name) as partial:
+                if isinstance(content, str):
+                    partial.write_text(content, encoding="utf-8")
+                else:
+                    content.savefig(partial, format="png")
+    return "\n".join(filter(None, [tables[0], counts, *(str(folder / name) for name in files)]))
+
+
+def fonts() -> list[str]:
+    """Matplotlib's own font, and the system's for Chinese, Japanese and Korean. Without one matplotlib warns of each
+    sign that it cannot draw."""
+    from matplotlib.font_manager import get_font_names
+
+    asian = re.compile("CJK|Source Han Sans|WenQuanYi|PingFang|Hiragino Sans|YaHei|MS Gothic|Droid Sans Fallback")
+    return ["DejaVu Sans", *sorted(filter(asian.search, get_font_names()))]
 
 
 def scores(row: dict, file: str) -> str:
@@ -231,7 +232,7 @@ def plots(rows: pd.DataFrame, curves: dict) -> dict:
 
     figures = {}
     if curves:
-        figures["plots/loss.png"] = figure = Figure((5 * len(curves), 3.6), layout="constrained")
+        figures["plots/loss.png"] = figure = Figure((5 * len(curves), 3.6), layout="constrained", dpi=120)
         for panel, stage in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
             losses = pd.DataFrame({name: pd.Series(curve) for name, curve in curves[stage].items()})
             smooth = losses.rolling(max(1, len(losses) // 10), min_periods=1).mean()
@@ -241,7 +242,7 @@ def plots(rows: pd.DataFrame, curves: dict) -> dict:
     x = "psnr_to_input_kept" if "psnr_to_input_kept" in points else "clip_similarity_to_input"
     y = "success" if "success" in points else "clip_score"
     if {x, y} <= set(points) and len(points := points.dropna(subset=[x, y]).sort_values(x)) > 1:
-        figures["plots/tradeoff.png"] = figure = Figure((7.5, 5), layout="constrained")
+        figures["plots/tradeoff.png"] = figure = Figure((7.5, 5), layout="constrained", dpi=120)
         panel = figure.subplots()
         for method, group in points.groupby("method", sort=False):
             errors = [group.get(f"{name}_se") for name in (y, x)]
@@ -257,90 +258,72 @@ def plots(rows: pd.DataFrame, curves: dict) -> dict:
 
 # The sheet.
 
-Cell = tuple[Path | None, str]  # a picture, or a grey field for what failed, and the words under it
 
-
-def sheet(folder: Path, rows: pd.DataFrame) -> Image.Image:
-    """Draw lines of pictures: the input, the reconstruction, the true result and the edits. The edits of one picture
-    stand over the settings in which they differ; of several pictures the first of each category, or the first eight,
-    have a line each."""
+def sheet(folder: Path, rows: pd.DataFrame):
+    """Draw the pictures of labelled rows: the input, the reconstruction and the true result of a task, and its edits.
+    Of one task all edits stand there; of several, for the first of each category or the first eight, one of each label.
+    """
     if rows["job"].nunique() > 1:  # each job has its own
         rows = rows.drop(columns="reconstruction")
-    good = rows[rows["error"].isna()]
-    title, about = ", ".join(rows["method"].unique()), records(good)[0]
-    if len(good.drop_duplicates(TASK)) == 1:
+    rows, title = rows.dropna(subset="task"), ", ".join(rows["method"].unique())
+    tasks = rows.drop_duplicates(TASK)
+    if alone := len(tasks) == 1:
+        about = records(tasks)[0]
         title += f': "{about["prompt"]}"' + (f'\nfrom "{about["source_prompt"]}"' if about["source_prompt"] else "")
-        rows = over_settings(rows)
+        axes = [name for name in ("method", *swept(rows), "seed", "sample") if rows[name].nunique() > 1]
+        axes = axes or [name for name in rows if name.startswith("edit.")]
+        rows = rows.assign(label=[describe(row, axes) for row in records(rows)])
     else:
-        tasks = rows.dropna(subset="task").drop_duplicates(TASK)
         shown = tasks.drop_duplicates("category") if tasks["category"].nunique() > 1 else tasks[:8]
-        rows = rows.merge(shown[TASK])
-        words = [f"{row['category']} {row.get('image', '')} {row['task']}: {row['prompt']}" for row in records(rows)]
-        rows = rows.assign(heading=[" ".join(heading.split()) for heading in words], column=rows["label"])
-
-    def cell(row: dict, file: str) -> Cell:
-        words = row["column"] if file == "file" else file
-        if file not in row:
-            return None, f"{words}\nfailed: {textwrap.shorten(row['error'], 160)}"
-        return folder / row[file], f"{words}\n{scores(row, file)}"
-
-    table = []
-    for heading, group in rows.drop_duplicates(["heading", "column"]).groupby("heading", sort=False):
+        rows = rows.merge(shown[TASK]).drop_duplicates([*TASK, "label"])
+    blocks = []
+    for _, group in rows.groupby(TASK, sort=False):
         edits = records(group)
         about = min(edits, key=lambda row: "error" in row)
-        first = [cell(about, file) for file in ("input", "reconstruction", "truth") if file in about]
-        table.append((heading, first + [cell(row, "file") for row in edits]))
-    return draw_sheet(title, table)
+        cells = [(about[file], f"{file}\n{scores(about, file)}") for file in list(FILES)[:3] if file in about]
+        for row in edits:
+            cells.append((row.get("file"), f"{row['label']}\n{row.get('error', '')[:160] or scores(row, 'file')}"))
+        heading = "" if alone else f"{about['category']} {about['task']}: {about['prompt']}".strip()
+        blocks += [(heading if i == 0 else "", cells[i : i + 8]) for i in range(0, len(cells), 8)]
+    return draw_sheet(folder, title, blocks)
 
 
-def over_settings(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add `heading` and `column`: the setting of most values runs along the lines, the others down. Where those lines
-    would be short, as after a random search, all settings stand in the column."""
-    axes = [name for name in ("method", *swept(rows), "seed", "sample") if rows[name].nunique() > 1]
-    along = [max(axes, key=lambda name: rows[name].nunique())] if axes else [n for n in rows if n.startswith("edit.")]
-    across = [name for name in axes if name not in along]
-    if across and 2 * len(rows[across].drop_duplicates()) > len(rows):
-        along, across = axes, []
-    marks = {"heading": across, "column": along}
-    return rows.assign(**{mark: [describe(row, names) for row in records(rows)] for mark, names in marks.items()})
+def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tuple[str | None, str]]]]):
+    """Draw lines of pictures (a grey field for None) with words under them, and a heading above each line. Small
+    pictures are enlarged by a whole factor, large ones reduced to 384 pixels."""
+    from matplotlib.figure import Figure
 
-
-def draw_sheet(title: str, table: Sequence[tuple[str, Sequence[Cell]]]) -> Image.Image:
-    """Draw lines of at most eight pictures with words under them, and a heading above each line. Small pictures are
-    enlarged by a whole factor, large ones reduced to 384 pixels."""
-
-    def fitted(path: Path) -> Image.Image:
-        with Image.open(path) as picture:
+    def fitted(file: str) -> np.ndarray:
+        with Image.open(folder / file) as picture:
             side = max(picture.size)
             scale = 384 / side if side > 384 else math.ceil(192 / side)
             size = [round(n * scale) for n in picture.size]
-            return ImageOps.expand(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), 1, "#cccccc")
+            pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+            return np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=204)  # a frame
 
-    def text(words: str, width: int, size: int) -> Image.Image:
-        lines = [part for line in words.split("\n") for part in textwrap.wrap(line, int(width / size * 1.9))]
-        image = Image.new("RGB", (width, len(lines) * (size + 5)), "white")
-        for i, line in enumerate(lines):
-            ImageDraw.Draw(image).text((0, i * (size + 5)), line, "#141414", ImageFont.load_default(size))
-        return image
+    pictures = {file: fitted(file) for _, cells in lines for file, _ in cells if file}
+    high, wide = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
+    pictures[None] = np.full((high, wide, 3), 221, np.uint8)
+    width = max(480, max(len(cells) for _, cells in lines) * (wide + 12)) + 20
+    size, placed, y = 12 + wide // 64, [], 16  # of the text, in pixels
 
-    pictures = {cell[0]: fitted(cell[0]) for _, cells in table for cell in cells if cell[0]}
-    wide, high = (max(sizes) for sizes in zip(*(picture.size for picture in pictures.values()), strict=True))
-    width = max(480, min(8, max(len(cells) for _, cells in table)) * (wide + 12) - 12)
-    failed = Image.new("RGB", (wide, high), "#dddddd")
-    size = 12 + wide // 64
-    parts = [text(title, width, size + 3)]
-    for heading, cells in table:
-        drawn = [stack([pictures.get(path, failed), text(words, wide, size)], True, 4) for path, words in cells]
-        strips = [stack(drawn[i : i + 8], False, 12) for i in range(0, len(drawn), 8)]
-        parts.append(stack([text(heading, width, size), *strips], True, 4))
-    return ImageOps.expand(stack(parts, True, 16), 16, "white")
+    def write_words(text: str, x: int, y: int, room: int) -> int:
+        """Place a text in a room so wide; the y below it."""
+        parts = [part for line in text.split("\n") for part in textwrap.wrap(line, int(room / size * 1.7))]
+        placed.append((x, y, "\n".join(parts)))
+        return y + round(len(parts) * size * 1.3)
 
-
-def stack(images: Sequence[Image.Image], down: bool, gap: int) -> Image.Image:
-    """Put pictures below each other, or beside each other, on white."""
-    starts = list(accumulate((image.size[down] + gap for image in images), initial=0))
-    across = max(image.size[not down] for image in images)
-    whole = Image.new("RGB", (across, starts[-1] - gap) if down else (starts[-1] - gap, across), "white")
-    for image, start in zip(images, starts, strict=False):
-        whole.paste(image, (0, start) if down else (start, 0))
-    return whole
+    for heading, cells in [(title, []), *lines]:
+        top = below = write_words(heading, 16, y, width - 32) + 4
+        for i, (file, text) in enumerate(cells):
+            placed.append((16 + i * (wide + 12), top, pictures[file]))
+            below = max(below, write_words(text, 16 + i * (wide + 12), top + high + 4, wide))
+        y = below + 8
+    figure = Figure((width / 100, y / 100), dpi=100)
+    for x, top, content in placed:
+        if isinstance(content, str):
+            where = {"va": "top", "linespacing": 1.2, "parse_math": False}
+            figure.text(x / width, 1 - top / y, content, fontsize=size * 0.72, **where)
+        else:
+            figure.figimage(content, x, y - top - content.shape[0])
+    return figure

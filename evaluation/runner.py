@@ -33,16 +33,17 @@ from data.tasks import EditTask, Entry, Tasks
 from errors import InputError
 from evaluation import report
 from evaluation.cache import TuningCache, digest, on_cpu
-from evaluation.cli import explain, overrides
-from evaluation.metrics import Metrics, clip_score, psnr
+from evaluation.cli import explain, overrides, provenance
+from evaluation.config import CLONE, choices
+from evaluation.metrics import Metrics, psnr
 from evaluation.wandb_log import WandbLogger
 from files import whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
-CLONE = Path(__file__).resolve().parent.parent
-# An edit's files, and the rows of a single picture, which would name others.
+# What a run or a task writes into its folder.
 OUTPUTS = (
-    "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "rows.jsonl",
+    "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "results.csv",
+    "sheet.png", "table.md", "index.html", "rows.jsonl",
 )  # fmt: skip
 TEXTS = ("category", "prompt", "source_prompt", "negative_prompt")
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
@@ -78,7 +79,7 @@ class TaskRun(Run):
         self.peak = 0.0  # of cached tunings, in 10^9 bytes
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        self.offset = self.cost = np.zeros(2)
+        self.offset = np.zeros(2)
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def bars(iterable: Iterable) -> Iterator:
@@ -99,27 +100,22 @@ class TaskRun(Run):
         """An entry holds its own cost, so that an edit costs its tuning wherever that was done."""
         if not self.cache.enabled:
             return on_cpu(build())
-        start = self.cost
+        start = self.cost()
 
         def measured() -> tuple[dict[str, Tensor], dict]:
-            before, tensors = self.cost, build()
-            return tensors, {"cost": list(self.cost - before), "peak": peak_memory(self.model.device)}
+            before, tensors = self.cost(), build()
+            return tensors, {"cost": list(self.cost() - before), "peak": peak_memory(self.model.device)}
 
         tensors, notes, _ = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
-        self.cost = start + notes["cost"]  # reading, writing and waiting cost nothing
+        self.offset = self.offset + start + notes["cost"] - self.cost()  # reading, writing and waiting cost nothing
         self.peak = max(self.peak, notes["peak"])
         return tensors
 
-    @property
     def cost(self) -> np.ndarray:
-        """Seconds and evaluations, when all work so far is done. It can be set, as a clock."""
+        """Seconds and evaluations, when all work so far is done."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return self.offset + (perf_counter(), self.model.evaluations)
-
-    @cost.setter
-    def cost(self, value: np.ndarray) -> None:
-        self.offset = self.offset + value - self.cost
 
 
 @dataclass
@@ -143,57 +139,47 @@ class Editor:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "kernels": list(self.kernels),
             "torch": torch.__version__,
-            "code": digest(*(file.read_bytes() for file in sorted(code_of(self.method)))),
+            "code": digest(*(file.read_bytes() for file in code_of(self.method))),
         }
 
     def edit_task(self, task: EditTask, place: Path, seed: int, alone: bool = True) -> tuple[list[dict], dict]:
-        """Edit one task and write its files to `place`, where those of an earlier run are removed. Returns a row for
-        each edit, with a path for each file, and the curves of its stages, {stage: {name: one value for each step}}.
+        """Edit one task and write its files to `place`. Returns a row for each edit, with a path for each file, and the
+        curves of its stages, {stage: {name: one value for each step}}.
 
         An edit's seconds and evaluations are those of the task from its beginning to this edit: tuning included, cached
         or not, and the reconstruction left out. Raises InputError where a result is not finite, or there is none.
         """
         torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
         run, results, reconstruction = TaskRun(self, task.image, seed, alone), [], None
-        before = run.cost
+        before, cost = run.cost(), np.zeros(2)
         for settings, latent, picture in perform(self.method, run.model, task, run):
             if settings == RECONSTRUCTION:
-                reconstruction, run.cost = picture, before
+                reconstruction = picture
             else:
-                (seconds, evaluations), peak = run.cost, max(run.peak, peak_memory(self.model.device))
-                cost = {"seconds": seconds, "evaluations": int(evaluations), "peak_memory_gb": peak}
-                results.append((settings, latent, picture, run.metrics | cost))
-            before = run.cost
+                cost = cost + run.cost() - before
+                spent = {"seconds": cost[0], "evaluations": int(cost[1])}
+                spent["peak_memory_gb"] = max(run.peak, peak_memory(self.model.device))
+                results.append((settings, latent, picture, run.metrics | spent))
+            before = run.cost()
         if not results:
             raise InputError(f"method={self.name} gave no edit")
 
         shown = {"input": task.image, "reconstruction": reconstruction, "truth": task.truth}
         files = {place / f"{name}.png": picture for name, picture in shown.items() if picture is not None}
-        clip, known = self.metrics.clip(self.model)[0], {}
-        with torch.no_grad():
-            for role in ("input", "truth"):
-                if clip is not None and shown[role] is not None:
-                    known[f"{role}_clip_score"] = clip_score(clip, shown[role], [task.prompt]).item()
-        if reconstruction is not None:
-            known["reconstruction_psnr"] = float(psnr(reconstruction[None].to(task.image), task.image))
         of_all = {"method": self.name, "seed": seed} | {path.stem: path for path in files}
+        known = {} if reconstruction is None else {"reconstruction_psnr": psnr(reconstruction[None], task.image.cpu())}
         rows = []
         for settings, latent, picture, numbers in results:
-            measured, left_out = self.metrics.measure(self.model, picture[None].to(task.image), task)
-            numbers = run.metrics | numbers | measured | known
+            numbers = numbers | self.metrics.measure(self.model, picture[None].to(task.image), task) | known
             numbers["edit_source_cosine"] = cosine(latent, run.tensors["source_latent"])
-            left_out |= {name: f"it is {value}" for name, value in numbers.items() if not math.isfinite(value)}
-            name = "_".join([f"{len(rows):02d}", *(f"{name}-{short(value)}" for name, value in settings.items())])
-            file = place / "edits" / f"{name}.png"
-            row = of_all | {"sample": settings.get("sample", 0), "file": file, "left_out": left_out}
+            words = [f"{len(rows):02d}", *(f"{name}-{report.short(value)}" for name, value in settings.items())]
+            file = place / "edits" / (re.sub(r"[^\w.-]", "-", "_".join(words)) + ".png")  # needs no quotes in a shell
+            row = of_all | {"sample": settings.get("sample", 0), "file": file}
             row |= {f"edit.{name}": value for name, value in settings.items() if name != "sample"}
             rows.append(row | {name: value for name, value in numbers.items() if math.isfinite(value)})
             files[file] = picture
 
-        for old in (place / name for name in OUTPUTS):
-            shutil.rmtree(old, ignore_errors=True)
-            old.unlink(missing_ok=True)
-        (place / "edits").mkdir(parents=True)
+        (place / "edits").mkdir(parents=True, exist_ok=True)
         for path, picture in files.items():
             to_pil(picture).save(path)
         latents = torch.cat([latent for _, latent, *_ in results])
@@ -212,17 +198,13 @@ def edit_all(
     """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
 
     A task that fails leaves a row with `error`; the next run tries it again. Raises InputError where the folder holds
-    results of other settings, and after the first edit for a wanted metric that does not exist. For one picture errors
-    are raised, and rows of an earlier run are replaced.
+    results of other settings, and after the first edit for a wanted metric that does not exist. One picture is edited
+    anew, and its errors are raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if source.single:
-        for old in folder.glob("rows*.jsonl"):
-            old.unlink()
-    else:
-        claim(folder, settings)
-    typed, before = overrides(), rows_of(source, folder)
-    done = {row["task"] for row in before if "error" not in row}
+    claim(folder, settings, source.single)
+    typed, about = overrides(), {entry.name: marks(entry) for entry in source.entries}
+    done = set() if source.single else {row["task"] for row in rows_of(about, folder) if "error" not in row}
     waiting = [entry for entry in source.share if entry.name not in done]
     mine = folder / "rows.jsonl"
     if source.share and len(source.share) < len(source.entries):
@@ -232,28 +214,30 @@ def edit_all(
     try:
         for entry in waiting:
             place, own_seed = (folder, seed) if source.single else (folder / entry.name, task_seed(seed, entry.name))
+            place.mkdir(exist_ok=True)
+            for old in (place / name for name in OUTPUTS):  # of an earlier run, or of an attempt that failed
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             try:
                 rows, curves = edit(entry, place, own_seed)
             except Exception as error:
                 if source.single:
                     raise
                 line = explain(error) or repr(error)
-                place.mkdir(exist_ok=True)
                 (place / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 bar.write(f"{entry.name} failed: {line}", file=sys.stderr)
                 rows = [{"error": line}]
-            append(mine, [typed | marks(entry) | row for row in rows])
+            append(mine, [typed | about[entry.name] | row for row in rows])
             bar.update()
-            known = set().union(*(row.keys() | row.get("left_out", {}) for row in rows))
+            known = set().union(*rows)
             if unknown := [name for name in wanted if name not in known and "error" not in known]:
-                raise InputError(f"objective={unknown[0]} is unknown: see the columns of {mine}")
+                raise InputError(f"objective={unknown[0]}: no edit has it; evaluation/metrics.py says what it needs")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the first process of torchrun reports on all
             dist.init_process_group("gloo", timeout=timedelta(days=30))
             dist.barrier()
             dist.destroy_process_group()
     finally:
         bar.close()
-        rows = rows_of(source, folder)
+        rows = rows_of(about, folder)
         if rows and int(os.environ.get("RANK", 0)) == 0:
             print(report.write(folder, pd.DataFrame(rows), len(source.entries), curves if source.single else None))
             if len({row["task"] for row in rows if "error" not in row}) < len(source.entries):
@@ -272,34 +256,37 @@ def append(file: Path, rows: Sequence[dict]) -> None:
         if out.write(data) < len(data):
             out.truncate(size)
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        os.fsync(out.fileno())
 
 
-def rows_of(source: Tasks, folder: Path) -> list[dict]:
+def rows_of(about: dict[str, dict], folder: Path) -> list[dict]:
     """The rows of all processes, in the order of the tasks, without those of tasks that have changed."""
-    order = {report.task_of(marks(entry)): i for i, entry in enumerate(source.entries)}
+    order = {report.task_of(marks): i for i, marks in enumerate(about.values())}
     rows = [row for row in report.run_rows(folder) if report.task_of(row) in order]
     return sorted(rows, key=lambda row: order[report.task_of(row)])
 
 
 def marks(entry: Entry) -> dict[str, str]:
-    """The part of a row that says which task it is."""
-    pictures = ", ".join(str(path) for path in (entry.image, entry.mask, entry.truth) if path)
+    """The part of a row that says which task it is: its name, its texts, and its pictures with a hash of each."""
+    paths = (path for path in (entry.image, entry.mask, entry.truth) if path)
+    pictures = ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
     return {"task": entry.name, "pictures": pictures} | {name: getattr(entry, name) for name in TEXTS}
 
 
-def claim(folder: Path, settings: dict) -> None:
-    """Write down the settings of a folder's results. Raises InputError where it holds results of others."""
-    path = folder / "settings.json"
+def claim(folder: Path, settings: dict, anew: bool) -> None:
+    """Write down how a folder's results are made. Raises InputError where it holds results of other settings; with
+    `anew` only where it holds those of a list."""
+    path = folder / "run.json"
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
-    ours = {name: value for name, value in ours.items() if not f"{name}.".startswith(NOT_COMPARED)}
-    if path.exists() and any(folder.glob("rows*.jsonl")):
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if path.exists() and path.stat().st_size and any(folder.glob("rows*.jsonl")):
+        theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        names = [name for name in {**theirs, **ours} if not f"{name}.".startswith(NOT_COMPARED)]
+        names = [name for name in names if theirs.get(name) != ours.get(name) and (name == "task._target_" or not anew)]
         if names:
             changes = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names[:3])
             raise InputError(f"{folder} holds results of other settings ({changes}): choose another hydra.run.dir")
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(provenance() | {"settings": ours}, indent=1) + "\n", encoding="utf-8")
 
 
 def task_seed(seed: int, name: str) -> int:
@@ -316,7 +303,7 @@ def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> floa
         raise InputError(f"objective: {len(failed)} tasks failed, so the rest does not compare with other settings")
     means = pd.DataFrame(rows).reindex(columns=names).mean().to_dict()
     for name in (name for name in names if math.isnan(means[name])):
-        raise InputError(f"objective={name}: no edit has this metric, see `left_out` in rows.jsonl")
+        raise InputError(f"objective={name}: no edit has this metric")
     return list(means.values()) if len(names) > 1 else next(iter(means.values()), None)
 
 
@@ -334,21 +321,9 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def code_of(method: Method) -> set[Path]:
-    """The files whose code a tuning runs: those of the method and its parts, with those of methods/ that they import,
-    and all samplers and networks."""
-    files = {file for room in ("samplers", "models") for file in (CLONE / room).glob("*.py")}
-    waiting = {type(part).__module__ for part in (method, *vars(method).values())}
-    while waiting:
-        file = CLONE / f"{waiting.pop().replace('.', '/')}.py"
-        if file.parent.name == "methods" and file.exists() and file not in files:
-            files.add(file)
-            text = file.read_text(encoding="utf-8")
-            for line in re.findall(r"(?:from|import) methods\b(?:[^\n(]*\([^)]*\)|.*)", text):
-                waiting |= {f"methods.{word}" for word in re.findall(r"\w+", line)}
-    return files
-
-
-def short(value: float | int | str) -> str:
-    """A setting as a part of a file's name that needs no quotes in a shell."""
-    return re.sub(r"[^\w.-]", "-", f"{value:g}" if isinstance(value, float) else str(value))
+def code_of(method: Method) -> list[Path]:
+    """The files whose code a tuning runs: samplers, networks, and methods/ without the files of other methods."""
+    own = {kind.__module__ for part in (method, *vars(method).values()) for kind in type(part).__mro__}
+    others = {choice.target.rpartition(".")[0] for choice in choices()} - own
+    files = [file for room in ("methods", "samplers", "models") for file in sorted((CLONE / room).glob("*.py"))]
+    return [file for file in files if f"{file.parent.name}.{file.stem}" not in others]

@@ -4,7 +4,6 @@ Everything is read from the jobs' own folders, so that any launcher may have run
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
@@ -15,23 +14,16 @@ LESS_IS_BETTER = (
 )  # fmt: skip
 
 
-def check_directions(names: Sequence[str], directions: Sequence[str]) -> None:
-    """Exit unless a sweeper moves each metric to where it is better. Optuna minimises by default."""
-    best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]
-    if not names:
-        sys.exit("error: this sweeper needs something to optimise, for example objective=success")
-    if list(directions) != best:
-        sys.exit(f"error: objective={','.join(names)} needs hydra.sweeper.direction=[{','.join(best)}]")
-
-
 class Summary(Callback):
     """Hydra's callback for `--multirun`. Exits with 1 if a job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        if directions := OmegaConf.select(config, "hydra.sweeper.direction"):  # else this sweeper optimises nothing
-            given = (config.objective or [], directions)
-            names, directions = (each if isinstance(each, list | ListConfig) else [each] for each in given)
-            check_directions(names, [getattr(each, "name", each) for each in directions])
+        """Exit unless a sweeper that optimises moves each metric to where it is better. Optuna minimises by default."""
+        given = OmegaConf.select(config, "hydra.sweeper.direction"), config.objective or []
+        directions, names = ([*each] if isinstance(each, list | ListConfig) else [each] for each in given)
+        best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]
+        if directions != [None] and ([getattr(each, "name", each) for each in directions] != best or not names):
+            sys.exit(f"error: this sweeper needs objective=METRIC, and hydra.sweeper.direction={best} for it")
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         from evaluation import report

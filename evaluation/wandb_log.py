@@ -1,6 +1,7 @@
 """Weights & Biases: one run for each job, offline unless asked otherwise. `mode=disabled` never imports it."""
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,28 +14,34 @@ TABLE_SIDE = 256  # pixels, at most, of a picture in a table
 
 
 class WandbLogger:
-    """Outside of `run`, and in mode disabled, nothing is logged. `about` goes to wandb.init: project, name, tags."""
+    """Outside of `run`, and in mode disabled, nothing is logged. `about` goes to wandb.init: project, name, tags. W&B's
+    own variables win over these defaults: WANDB_MODE, WANDB_PROJECT (conf/logger), and those that `run` leaves out."""
 
     def __init__(self, mode: str = "offline", **about):
+        mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # as WANDB_MODE may have it
         if mode not in ("online", "offline", "disabled"):
             raise InputError(f"logger.mode={mode} is unknown: choose from online, offline, disabled")
         self.mode, self.about, self.active = mode, about, None
 
     @contextmanager
     def run(self, folder: Path, config: dict) -> Iterator[None]:
-        """Inside, a W&B run with this config is active; its files are in `folder`/wandb. Raises InputError where W&B
-        cannot start."""
+        """Inside, a W&B run with this config is active; its files, also those of tables, are in `folder`/wandb. Raises
+        InputError where W&B cannot start, without a network after ten seconds."""
         if self.mode == "disabled":
             yield
             return
         import wandb
 
-        quiet = wandb.Settings(silent=True, console="off", x_disable_stats=self.mode == "offline")
-        about = dict(mode=self.mode, dir=folder, config=config, settings=quiet, reinit="finish_previous")
+        quiet = {"silent": True, "console": "off", "init_timeout": 10, "x_disable_stats": self.mode == "offline"}
+        quiet = {name: value for name, value in quiet.items() if f"WANDB_{name.upper()}" not in os.environ}
+        about = dict(mode=self.mode, dir=os.environ.get("WANDB_DIR", folder), config=config, reinit="finish_previous")
+        data = os.environ.get("WANDB_DATA_DIR")
+        os.environ["WANDB_DATA_DIR"] = data or str(folder / "wandb")  # where a table waits for its upload
         try:
-            self.active = wandb.init(**about, **self.about)
+            self.active = wandb.init(**about, **self.about, settings=wandb.Settings(**quiet))
         except wandb.errors.Error as error:
-            raise InputError(f"W&B could not start: {error} (logger.mode=offline needs no account)") from error
+            line = " ".join(str(error).split())
+            raise InputError(f"W&B could not start: {line} (logger.mode=offline needs no account)") from error
         self.stages, code = set(), 1
         try:
             yield
@@ -42,6 +49,8 @@ class WandbLogger:
         finally:
             self.active.finish(exit_code=code)
             self.active = None
+            if data is None:
+                del os.environ["WANDB_DATA_DIR"]
 
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Add a point to the curves of a stage, which have a step axis of their own."""
@@ -68,7 +77,7 @@ class WandbLogger:
             picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
             return wandb.Image(picture)
 
-        table = report.results(pd.DataFrame(rows)).astype(object)
+        table = report.complete(pd.DataFrame(rows)).dropna(axis="columns", how="all").astype(object)
         table = table.where(table.notna(), None)
         for column in table.columns.intersection([*report.FILES]):
             table[column] = [small(file) if file else None for file in table[column]]

@@ -1,4 +1,4 @@
-"""The sampler as a setting: which walk, how many steps, how much noise. Built from conf/sampler/*.yaml."""
+"""The sampler as a setting: which walk, how many steps, how much noise. conf/sampler has presets."""
 
 from dataclasses import dataclass
 

@@ -40,7 +40,7 @@ KEY = st.dictionaries(st.sampled_from("abc"), st.integers(0, 2) | st.text(max_si
 @given(KEY, KEY)
 @settings(max_examples=30, deadline=None)
 def test_only_an_equal_key_finds_an_entry(tmp_path_factory, one, other):
-    cache = TuningCache(dir=tmp_path_factory.mktemp("cache"))
+    cache = TuningCache(dir=str(tmp_path_factory.mktemp("cache")))
     cache.get(one, Build())
     assert cache.get(other, Build())[2] == (one == other)
 

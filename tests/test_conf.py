@@ -80,7 +80,7 @@ def test_a_method_has_the_defaults_of_its_dataclass(composed, name):
         assert node["inversion"] == composed(f"inversion={INVERSIONS[name]}")["inversion"]
 
 
-OWN = '''
+OWN = """
 from dataclasses import dataclass
 from typing import ClassVar
 from methods.base import Method
@@ -97,7 +97,7 @@ class Mine(Base):
     factors: tuple = (1, -2.5)
     inversion: Inversion = None
     needed: int
-'''
+"""
 
 
 def test_a_new_method_file_is_a_choice_at_once(tmp_path, monkeypatch):

@@ -13,15 +13,18 @@ from types import SimpleNamespace
 import hydra
 import numpy as np
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 
 import edit as command
 import models
 from errors import InputError
+from evaluation import config
 from evaluation.cli import explain, quoted
 from evaluation.runner import task_seed
 
@@ -38,7 +41,7 @@ def user(tmp_path_factory, tiny_model):
     generator = np.random.default_rng(0)
     for name in ("photo.jpg", "dog.png", "truth.png"):
         Image.fromarray(generator.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(folder / name)
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    (folder / "broken.png").write_bytes((folder / "dog.png").read_bytes()[:1000])
     lines = [
         {"image": "broken.png", "prompt": "a cat", "name": "broken"},
         {"image": "dog.png", "prompt": "a red heart", "source_prompt": "a heart", "truth": "truth.png", "name": "dog"},
@@ -117,7 +120,7 @@ def test_two_processes_share_a_list(user):
     assert code == 0 and out.count("2 of 3 tasks done, 1 failed") == 1, (out, err)
     assert any("broken failed" in line and "broken.png" in line for line in err)
     folder = user / "list"
-    assert files_of(folder) >= {"rows-0.jsonl", "rows-1.jsonl", "results.csv", "index.html", "settings.json"}
+    assert files_of(folder) >= {"rows-0.jsonl", "rows-1.jsonl", "results.csv", "index.html", "run.json"}
     with open(folder / "results.csv", encoding="utf-8") as file:
         table = {row["task"]: row for row in csv.DictReader(file)}
     assert {name for name, row in table.items() if row["error"]} == {"broken"} and len(table) == 3
@@ -154,12 +157,11 @@ def test_more_mistakes_in_one_line(user, tmp_path):
         line, (name, value) = explain(error.value), setting.split("=")
         assert line and "\n" not in line, (setting, error.value)
         assert name.lstrip("+").split(".")[-1] in line or (value and value in line), line
-    with pytest.raises(InstantiationException) as error:
+    with pytest.raises(InputError, match=r"^inversion\.fixed_point_steps"):  # as it was typed
         run_here(user, tmp_path, *PHOTO, "method=null_text", "inversion.fixed_point_steps=-1")
-    assert explain(error.value).startswith("inversion.fixed_point_steps")  # as it was typed
     with pytest.raises(InputError, match="one picture"):
         run_here(user, tmp_path, *PHOTO, "task=openmoji_edits")
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {"run.json"}
 
 
 def test_help_is_quick_and_imports_nothing_heavy(user):
@@ -183,24 +185,99 @@ assert time.process_time() < 2
 TEXT = st.text(st.one_of(st.sampled_from("a ,'\"[](){}\\=:$%#"), st.characters(codec="utf-8")), min_size=1, max_size=12)
 
 
-@given(TEXT)
-@example("a dog, asleep")
-@example("a dog's hat")
+def value_of(argument):
+    """The text that a job gets through `prompt: ${...}` for an argument, or None for another value."""
+    override = OverridesParser.create().parse_override(argument)
+    if override.is_sweep_override() or not isinstance(override.value(), str):
+        return None
+    return OmegaConf.create({"text": override.value(), "task": "${text}"}).task
+
+
+@given(TEXT, st.sampled_from(["prompt", "source_prompt", "negative_prompt"]))
+@example("a dog, asleep", "prompt")
+@example("a dog's hat ${x} \\${y} ${", "prompt")
+@example("true", "prompt")
 @settings(max_examples=60, deadline=None)
-def test_any_text_can_be_given_for_a_setting(text):
+def test_any_prompt_is_taken_as_it_was_typed(text, name):
+    if text[0] not in "'\"" and text != "null":  # the two that Hydra reads itself
+        assert value_of(quoted(f"{name}={text}")) == text
+    assert config.build({"_target_": "builtins.dict", "text": text}) == {"text": text}
+
+
+@given(TEXT, st.sampled_from(["image", "method.style", "hydra.run.dir"]))
+@example("a,b (1).png", "image")
+@settings(max_examples=60, deadline=None)
+def test_any_text_can_be_given_for_a_setting(text, name):
     """Hydra takes what it is handed. It is the text itself, unless Hydra has another reading of that."""
-    parser, argument = OverridesParser.create(), quoted(f"method.style={text}")
-    override = parser.parse_override(argument)
-    if argument != f"method.style={text}":
-        assert not override.is_sweep_override() and override.value() == text
-    else:
-        assert not (override.is_sweep_override() and " " in text)
+    argument = quoted(f"{name}={text}")
+    if argument != f"{name}={text}" and "${" not in text:
+        assert value_of(argument) == text
+    override = OverridesParser.create().parse_override(argument)
+    assert not (override.is_sweep_override() and (" " in text or name == "image"))
     assert quoted("prompt=a, b", multirun=True) == "prompt=a, b"  # a list only in a sweep
 
 
 def test_mistakes_are_told_from_defects():
-    wrapped = InstantiationException("Error in call to target 'x':\nInputError('...')")
+    wrapped = HydraException("Error in call to target 'x'")
     wrapped.__cause__ = InputError("eta=2 is out of range")
     assert explain(wrapped) == "eta=2 is out of range"
     assert explain(ValueError("a bug")) is None and explain(OSError(errno.EIO, "I/O error")) is None
-    assert "x.png" in explain(OSError(errno.ENOSPC, "No space left on device", "x.png"))
+    for number in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
+        assert "x.png" in explain(OSError(number, os.strerror(number), "x.png"))
+    with pytest.raises(Exception) as error:
+        torch.empty(2**60)
+    assert "memory" in explain(error.value) and "memory" in explain(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["dog.png", "a cat"], ["image=", "prompt="]),
+        (["--multirun", "dog.png"], ["image="]),
+        (["image=photo.jpg", "prompt=a\udcff"], ["UTF-8"]),
+        (["image=photo.jpg", "prompt=a cat", "hydra.run.dir=/proc/none"], ["/proc/none"]),
+        (["image=photo.jpg", "prompt=a cat", f"hydra.run.dir={'n' * 300}"], ["nnn"]),
+        (["image=" + "n" * 300, "prompt=a cat"], ["nnn"]),
+        (["image=pipe", "prompt=a cat"], ["pipe"]),
+        (["image=photo.jpg", "prompt=a cat", "cache.dir=photo.jpg/x"], ["photo.jpg"]),
+    ],
+)
+def test_the_systems_errors_are_one_line(user, arguments, words):
+    if not (user / "pipe").exists():
+        os.mkfifo(user / "pipe")
+    code, out, err = edit(user, *arguments, *SHORT, "logger.mode=disabled")
+    assert (code, out, len(err)) == (1, "", 1) and all(word in err[0] for word in words), err
+
+
+def test_without_a_home_the_line_says_so(user, monkeypatch):
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home directory.")))
+    with pytest.raises(RuntimeError) as error:
+        run_here(user, user / "homeless", *PHOTO)
+    assert "HOME" in explain(error.value)
+
+
+def test_a_reader_that_leaves_is_no_error(user):
+    command = f"{sys.executable} {EDIT} --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=user, env=environment(user), capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_two_runs_in_one_second_have_folders_of_their_own(user):
+    command = [sys.executable, str(EDIT), "--cfg", "hydra", "--resolve", "--package", "hydra.run.dir"]
+    runs = [subprocess.Popen(command, cwd=user, env=environment(user), stdout=subprocess.PIPE) for _ in range(2)]
+    assert len({run.communicate()[0] for run in runs}) == 2
+
+
+def test_a_run_can_be_repeated_from_what_it_leaves(user):
+    """Its folder holds the command, versions and commit; and no file of another run before, nor those of a list."""
+    folder = user / "again"
+    for stale in ("table.md", "edits/99_old.png", "plots/old.png"):
+        (folder / stale).parent.mkdir(parents=True, exist_ok=True)
+        (folder / stale).write_text("old")
+    run_here(user, folder, *PHOTO, "method=sdedit", "sampler.steps=2", "seed=5")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["settings"]["seed"] == 5 and run["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert run["command"] and re.fullmatch("[0-9a-f]{40}(-dirty)?|", run["commit"])
+    assert not {"table.md", "edits/99_old.png", "plots/old.png"} & files_of(folder)
+    with pytest.raises(InputError, match="other settings"):
+        run_here(user, folder, "task=openmoji_edits", "method=sdedit")

@@ -63,17 +63,26 @@ def colour(red, green):
     return torch.tensor([red, green, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
 
 
+def clip_metrics(image, source=None, truth=None, **about):
+    others = {"input": source, "truth": truth} if truth is not None else {"input": image if source is None else source}
+    return {name: float(value) for name, value in m.clip_metrics(Compass(), image, others, **about).items()}
+
+
 def test_clip_metrics_in_closed_form():
-    clip, half = Compass(), math.sqrt(0.5)
-    pictures = torch.cat([colour(1, 1), colour(0, 1)])
-    assert m.clip_score(clip, pictures, ["1 0", "0 3"]).tolist() == pytest.approx([half, 1])
-    assert m.clip_similarity(clip, colour(1, 0), colour(1, 1)).item() == pytest.approx(half)
-    assert m.clip_margin(clip, colour(0, 1), "1 0", "0 1").item() == pytest.approx(1)
+    half = math.sqrt(0.5)
+    assert clip_metrics(colour(1, 1), colour(0, 1), prompt="1 0") == pytest.approx(
+        {"clip_score": half, "input_clip_score": 0, "clip_similarity_to_input": half}
+    )
     # the picture turns as the text does, the other way, and not at all
-    for end, expected in ((colour(0, 1), 1), (colour(-1, 0), half), (colour(0, -1), 0)):
-        found = m.clip_directional(clip, colour(1, 0), end, "1 0", "0 1").item()
-        assert found == pytest.approx(expected, abs=1e-6)
-    assert math.isnan(m.clip_directional(clip, colour(1, 0), colour(1, 0), "1 0", "0 1").item())
+    for end, margin, turn in ((colour(0, 1), 1, 1), (colour(-1, 0), 1, half), (colour(0, -1), -1, 0)):
+        found = clip_metrics(end, colour(1, 0), prompt="0 1", source_prompt="1 0")
+        assert (found["clip_margin"], found["clip_directional"]) == pytest.approx((margin, turn), abs=1e-6)
+    assert math.isnan(clip_metrics(colour(1, 0), prompt="0 1", source_prompt="1 0")["clip_directional"])
+    left = (torch.arange(8) < 4).expand(1, 1, 8, 8)
+    edit = torch.where(left, colour(1, 0), colour(-1, 1))  # inside the mask (1, 0), and black outside: (0, -0.5)
+    found = clip_metrics(edit, colour(1, 0), prompt="1 0", inside=left)
+    assert found["clip_score_edited"] == pytest.approx(0, abs=1e-6)
+    assert found["clip_similarity_to_input_kept"] == pytest.approx(0, abs=1e-6)  # (-1, 0) and (0, -0.5)
 
 
 # Success.
@@ -100,12 +109,13 @@ def test_change_error_in_closed_form():
     [(colour(0, 1), True), (colour(0.4, 0.6), True), (colour(0.7, 0.75), False), (colour(1, 0), False)],
 )
 def test_success_is_an_edit_that_went_half_of_the_way(edit, done):
-    clip, source, truth = Compass(), colour(1, 0), colour(0, 1)
-    assert m.success(clip, edit, source, truth, "1 0", "0 1") == done
-    assert not m.success(clip, edit, source, truth, "0 1", "1 0")  # CLIP prefers the source prompt
-    assert math.isnan(m.success(clip, edit, source, source, "1 0", "0 1"))  # nothing was to change
-    assert m.success_closer(clip, edit, source, truth, "1 0", "0 1") >= done  # which is the weaker rule
-    assert not m.success_closer(clip, source, source, truth, "1 0", "0 1")
+    source, truth = colour(1, 0), colour(0, 1)
+    found = clip_metrics(edit, source, truth, source_prompt="1 0", prompt="0 1")
+    assert found["success"] == done and found["success_closer"] >= done  # which is the weaker rule
+    wrong = clip_metrics(edit, source, truth, source_prompt="0 1", prompt="1 0")
+    assert wrong["success"] == wrong["attainable"] == 0 < found["attainable"]  # CLIP prefers the source prompt
+    assert math.isnan(clip_metrics(edit, source, source, source_prompt="1 0", prompt="0 1")["success"])  # no change
+    assert not clip_metrics(source, source, truth, source_prompt="1 0", prompt="0 1")["success_closer"]
 
 
 # All of them together.
@@ -116,42 +126,43 @@ def measured(model, image=None, **about):
     return m.Metrics().measure(model, noise() if image is None else image, EditTask(source, "a red heart", **about))
 
 
-def test_every_metric_is_there_or_left_out_with_a_reason(tiny_model):
+def test_every_metric_is_there_for_which_the_task_has_the_means(tiny_model):
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
     full = dict(source_prompt="a heart", mask=mask, truth=noise(2))
-    numbers, left_out = measured(tiny_model, **full)
-    every = numbers.keys() | left_out.keys()
-    assert len(numbers) == 26 and all(math.isfinite(value) for value in numbers.values())
-    assert len(left_out) == 6 and all("metrics.fetch=true" in reason for reason in left_out.values())
-    for lacking, word in (("mask", "mask"), ("truth", "true result"), ("source_prompt", "source prompt")):
-        numbers, left_out = measured(tiny_model, **full | {lacking: None if lacking != "source_prompt" else ""})
-        assert numbers.keys() | left_out.keys() == every and not numbers.keys() & left_out.keys()
-        assert {name for name, why in left_out.items() if word in why}, lacking
-        assert ("success" in numbers) == (lacking == "mask")
-    numbers, left_out = measured(tiny_model, **full | {"mask": torch.zeros(1, 1, 32, 32)})
-    assert "clip_score_edited" in left_out
-    assert numbers["psnr_to_input_kept"] == pytest.approx(numbers["psnr_to_input"])
+    every = measured(tiny_model, **full)
+    assert len(every) == 28 and all(math.isfinite(value) for value in every.values())
+    kept = {name for name in every if name.endswith("_kept")}
+    truth = {name for name in every if "truth" in name} | {"change_error", "success", "success_closer", "attainable"}
+    source = {"clip_margin", "clip_directional", "success", "success_closer", "attainable"}
+    for lacking, gone in (("mask", kept | {"clip_score_edited"}), ("truth", truth), ("source_prompt", source)):
+        found = measured(tiny_model, **full | {lacking: None if lacking != "source_prompt" else ""})
+        assert found.keys() == every.keys() - gone
+    empty = measured(tiny_model, **full | {"mask": torch.zeros(1, 1, 32, 32)})
+    assert empty.keys() == every.keys() - {"clip_score_edited"}
+    assert empty["psnr_to_input_kept"] == pytest.approx(empty["psnr_to_input"])
+    assert measured(tiny_model, **full | {"mask": mask + 1}).keys() == every.keys() - kept
+    assert "clip_directional" not in m.Metrics().measure(tiny_model, noise(), EditTask(noise(), "a", "b"))  # 0/0
 
 
 def test_a_model_without_clip_has_pixels_and_latents(tiny_model, monkeypatch):
     monkeypatch.setitem(tiny_model._modules, "clip", None)
-    numbers, left_out = measured(tiny_model, source_prompt="a heart", truth=noise(2))
+    numbers = measured(tiny_model, source_prompt="a heart", truth=noise(2))
     assert {name.split("_to_")[0] for name in numbers} == {"psnr", "mse", "ssim", "latent_distance", "change_error"}
-    assert "metrics.fetch" in left_out["success"]
 
 
 # Metrics with weights of their own.
 
 
-def test_a_failed_download_is_left_out_with_the_reason(tiny_model, monkeypatch):
+def test_a_failed_download_is_one_warning(tiny_model, monkeypatch):
     def no_network(device):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(m, "LOADERS", {"structure_distance": no_network, "lpips": no_network})
-    numbers, left_out = m.Metrics(fetch=True).measure(tiny_model, noise(), EditTask(noise(1), "a heart"))
-    assert "psnr_to_input" in numbers and "clip_score" in numbers
-    assert "no route to host" in left_out["structure_distance_to_input"]
+    metrics = m.Metrics(fetch=True)
+    with pytest.warns(UserWarning, match="no route to host") as told:
+        numbers = [metrics.measure(tiny_model, noise(), EditTask(noise(1), "a heart")) for _ in range(2)][1]
+    assert len(told) == 2 and {"psnr_to_input", "clip_score"} < numbers.keys()
     with pytest.raises(InputError, match="true or false"):
         m.Metrics(fetch="yes")
 

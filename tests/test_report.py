@@ -6,6 +6,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
 from PIL import Image, ImageColor
 
 from evaluation import report
@@ -16,7 +19,7 @@ def edit(task="t0", category="", method="imagic", colour="blue", **about):
     row = {"task": task, "category": category, "method": method, "prompt": f"a red {task}", "source_prompt": ""}
     row |= {"seed": 0, "sample": 0, "file": f"{task}/edits/{colour}.png", "input": f"{task}/input.png"}
     row |= {"clip_score": 0.25, "clip_similarity_to_input": 0.9, "seconds": 2.0}
-    return row | {"left_out": {"lpips_to_input": "no weights"}} | about
+    return row | about
 
 
 def failure(task, category="", **about):
@@ -124,6 +127,53 @@ def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits, search):
     palette = [f"#{20 * i + 10:02x}ff64" for i in range(edits)]
     rows = [edit("edit", colour=c, **{"edit.eta": i / 10, "edit.b": i * search}) for i, c in enumerate(palette)]
     write_run(tmp_path, rows)
-    sheet = report.sheet(tmp_path, report.labelled(pd.DataFrame(rows)))
+    report.write(tmp_path, pd.DataFrame(rows), 1)
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
     found = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
     assert found >= {ImageColor.getrgb(colour) for colour in palette}
+
+
+def test_a_prompt_in_any_script_can_be_drawn(tmp_path, recwarn):
+    """é and ü always; Chinese where the system has a font, else matplotlib's warning says so."""
+    write_run(tmp_path, rows := [edit("edit", prompt="café für $x$ & $y"), edit("edit", prompt="中", sample=1)])
+    report.write(tmp_path, pd.DataFrame(rows[:1]), 1)
+    assert not [str(w.message) for w in recwarn]
+    if not any("4E2D" in str(w.message) for w in recwarn) and len(report.fonts()) == 1:
+        with pytest.warns(UserWarning, match="4E2D"):
+            report.write(tmp_path, pd.DataFrame(rows[1:]), 1)
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "middle"])
+    builder.setupCharacterMap({ord("中"): "middle"})
+    pen = TTGlyphPen(None)
+    for point in ((100, 0), (100, 700), (800, 700), (800, 0)):
+        (pen.lineTo if pen.points else pen.moveTo)(point)
+    pen.closePath()
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "middle": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "middle": (1000, 100)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Some CJK SC", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "some.ttf")
+    fontManager.addfont(tmp_path / "some.ttf")
+    recwarn.clear()
+    report.write(tmp_path, pd.DataFrame(rows[1:]), 1)
+    assert "Some CJK SC" in report.fonts() and not [str(w.message) for w in recwarn]
+
+
+def test_a_cut_or_empty_file_of_rows_is_read(tmp_path):
+    write_run(tmp_path, [edit("t0"), edit("t1")])
+    whole = (tmp_path / "rows.jsonl").read_bytes()
+    for length in (0, 1, len(whole) // 2 + 20, len(whole) - 1):
+        (tmp_path / "rows.jsonl").write_bytes(whole[:length])
+        assert len(report.run_rows(tmp_path)) == (length > len(whole) // 2) + (length > len(whole) - 2)
+    (tmp_path / "rows.jsonl").write_bytes(whole[: len(whole) // 2 + 20] + bytes(30) + b"\xff\xfe\n" + whole)
+    assert len(report.run_rows(tmp_path)) == 2
+
+
+def test_a_sweep_may_nest_its_jobs(tmp_path):
+    for number, value in enumerate(("0.4", "0.8")):
+        write_job(tmp_path / "method" / f"eta={value}", number, {"method.eta": value}, [edit("edit")])
+    rows = report.read(tmp_path)
+    assert rows["job"].tolist() == ["method/eta=0.4/0", "method/eta=0.8/1"]
+    assert all((tmp_path / file).exists() for file in rows["file"])

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from evaluation import report
-from evaluation.sweep import Summary, check_directions
+from evaluation.sweep import Summary
 from tests.test_edit_cli import PHOTO, SHORT, user  # noqa: F401
 from tests.test_edit_cli import edit as command
 from tests.test_report import edit as row
@@ -58,14 +58,17 @@ def test_a_search_varies_settings_that_exist_in_the_right_direction(composed, na
 
 @pytest.mark.parametrize("names", itertools.permutations(("success", "psnr_to_input_kept", "seconds"), 2))
 def test_a_search_in_the_wrong_direction_is_refused(names):
-    with pytest.raises(SystemExit, match="objective"):
-        check_directions([], ["maximize"])
+    check = lambda names, directions: Summary().on_multirun_start(
+        OmegaConf.create({"objective": names, "hydra": {"sweeper": {"direction": directions}}})
+    )
     right = ["minimize" if name == "seconds" else "maximize" for name in names]
-    check_directions(names, right)
-    for given in itertools.product(("maximize", "minimize"), repeat=2):
-        if list(given) != right:
-            with pytest.raises(SystemExit, match="direction"):
-                check_directions(names, given)
+    check(list(names), right)
+    check(names[0], right[0])
+    check(None, None)  # a sweeper that optimises nothing
+    wrong = [list(given) for given in itertools.product(("maximize", "minimize"), repeat=2) if list(given) != right]
+    for given in ([], "maximize"), *((list(names), directions) for directions in wrong):
+        with pytest.raises(SystemExit, match="direction"):
+            check(*given)
 
 
 # The end of a sweep.
@@ -76,7 +79,7 @@ def test_the_end_reports_on_all_jobs_and_exits_with_1_after_a_failure(tmp_path, 
     for number in range(2):
         write_job(tmp_path, number, {"method.eta": f"0.{number}"}, [row("edit")])
     Summary().on_multirun_end(config)
-    assert "imagic, eta 0.1" in (tmp_path / "comparison.md").read_text()
+    assert "imagic, eta 0.1" in (tmp_path / "table.md").read_text()
     assert "2 jobs, 0 failed" in capsys.readouterr().out
     write_job(tmp_path, 4, {"method.eta": "0.5"}, [])
     with pytest.raises(SystemExit) as end:

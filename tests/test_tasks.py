@@ -33,7 +33,8 @@ def test_categories_and_limit_choose():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"categories": "d"}, {"limit": 0}, {"fit": "squash"}] + [{"shard": shard} for shard in ("4/4", "-1/4", "1")],
+    [{"categories": "d"}, {"categories": 3}, {"limit": 0}, {"fit": "squash"}]
+    + [{"shard": shard} for shard in ("4/4", "-1/4", "1")],
 )
 def test_wrong_choices_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
@@ -90,6 +91,8 @@ def test_pie_bench(tmp_path):
     assert (entry.name, entry.prompt, entry.source_prompt) == ("611", "a red bird", "a blue bird")
     assert entry.category == "change_color" and len(PIE_TYPES) == 10
     task, small = source.load(entry, 512), source.load(entry, 64, 16)
+    kept = PieBench(str(tmp_path), fit="keep").load(entry, 64, 16)
+    assert torch.equal(kept.mask, small.mask) and kept.image.shape == small.image.shape
     assert task.image.shape == (1, 3, 512, 512) and task.mask.shape == (1, 1, 512, 512) and task.truth is None
     assert task.mask[0, 0, 1:-1, 1:-1].sum(1).nonzero().flatten().tolist() == list(range(99, 199))
     assert small.mask[0, 0, 13:24].all() and not small.mask[0, 0, 26:-1, 1:-1].any()  # rows 12.5 to 25 of 64
@@ -154,6 +157,12 @@ def test_a_list_of_ones_own(pictures, kind):
         ("a.jsonl", b'{"image": "dog.png", "prompt": "x", "name": "a"}\n' * 2, "line 2: .*folder a"),
         ("a.jsonl", (FAULTS / "prompt_list.jsonl").read_bytes(), "line 1: prompt must be one text"),
         ("a.csv", b"image,prompt\ndog.png,x,y\n", "line 2"),
+        ("a.csv", b'image,prompt\ndog.png,x\ndog.png,"a cat\ndog.png,y\n', "line 3"),
+        ("a.csv", b'image,prompt\ndog.png,"a "red" cat"\n', "line 2"),
+        ("a.csv", b"image,prompt,prompt\ndog.png,x,y\n", "line 1.*twice"),
+        ("a.jsonl", b'{"image": "dog.png", "prompt": "x", "prompt": "y"}', "line 1.*twice"),
+        ("a.jsonl", b'\n{"image": "dog.png", "prompt": "a \\ud800 cat"}', "line 2"),
+        ("a.jsonl", b'{"image": "gone.png", "prompt": "x"}', "gone.png"),
     ],
 )
 def test_a_broken_list_is_refused_by_its_line(tmp_path, name, content, wanted):
@@ -164,12 +173,26 @@ def test_a_broken_list_is_refused_by_its_line(tmp_path, name, content, wanted):
 
 @pytest.mark.parametrize(("name", "fit"), [("truth", "keep"), ("mask", "crop")])
 def test_a_picture_of_another_shape_is_refused(pictures, name, fit):
-    source = ListOfEdits(write(pictures / "edits.jsonl", [FULL]), fit=fit)
+    """Before the work, and where it changed meanwhile."""
+    path = write(pictures / "edits.jsonl", [FULL])
+    source = ListOfEdits(path, fit=fit)
     Image.effect_noise((64, 63), 60).save(pictures / FULL[name])  # twice the size, but for a pixel
     assert getattr(source.load(source.entries[0], 32, 8), name).shape[2:] == (32, 32)
     Image.effect_noise((64, 48), 60).save(pictures / FULL[name])
-    with pytest.raises(InputError, match=name):
-        source.load(source.entries[0], 32, 8)
+    for refused in (lambda: source.load(source.entries[0], 32, 8), lambda: ListOfEdits(path, fit=fit)):
+        with pytest.raises(InputError, match=name):
+            refused()
+
+
+def test_a_photograph_on_its_side_has_the_shape_of_its_mask(pictures):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size, options in ((FULL["image"], (48, 32), {"exif": exif}), (FULL["mask"], (64, 96), {})):
+        Image.effect_noise(size, 60).save(pictures / name, **options)
+    rows = [{name: FULL[name] for name in ("image", "mask", "prompt")}]
+    source = ListOfEdits(write(pictures / "edits.jsonl", rows), fit="keep")
+    task = source.load(source.entries[0], 64, 16)
+    assert task.image.shape[2:] == task.mask.shape[2:] == (80, 48)
 
 
 @given(st.text())

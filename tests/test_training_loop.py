@@ -71,9 +71,9 @@ def interrupt(call):
         raise KeyboardInterrupt
 
 
-def terminate(call):
+def terminate(call, number=signal.SIGTERM):
     if call == 6:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
@@ -83,7 +83,11 @@ def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
     assert state(tmp_path / "killed")["step"] == 4
     finished, _ = run(tmp_path / "stopped", objective=Regression(before=terminate))
     assert not finished and state(tmp_path / "stopped")["step"] == 6
-    for folder in ("killed", "stopped"):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "ctrl-c", objective=Regression(before=lambda call: terminate(call, signal.SIGINT)))
+    assert state(tmp_path / "ctrl-c")["step"] == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    for folder in ("killed", "stopped", "ctrl-c"):
         assert run(tmp_path / folder)[0]
         whole, cut = (state(tmp_path / name) | {"seconds": 0} for name in ("whole", folder))
         torch.testing.assert_close(whole, cut, atol=0, rtol=0)
@@ -140,6 +144,49 @@ def test_a_diverged_run_keeps_its_last_good_state(tmp_path, name):
         run(tmp_path, objective=objective)
     good = state(tmp_path)
     assert good["step"] == 4 and all(w.isfinite().all() for w in good["trained"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """Also where neither the loss nor its gradient shows it, as after a last step."""
+
+    def breaks(call):
+        if call == 8:
+            objective.idle.fill_(math.inf)
+
+    objective = Regression(before=breaks)
+    objective.trained.register_parameter("idle", nn.Parameter(torch.zeros(1)))
+    objective.idle = objective.trained.idle.data
+    with pytest.raises(InputError, match="weights"):
+        run(tmp_path, objective=objective)
+    assert state(tmp_path)["step"] == 4
+
+
+def test_a_damaged_state_is_one_line(tmp_path):
+    run(tmp_path)
+    whole = (tmp_path / "state.pt").read_bytes()
+    for content in (b"", whole[:1000], whole[: len(whole) // 2], b"text", whole[:-30]):
+        (tmp_path / "state.pt").write_bytes(content)
+        with pytest.raises(InputError, match=r"state\.pt") as error:
+            run(tmp_path)
+        assert "\n" not in str(error.value)
+    torch.save({"seed": 0, "batch_size": 8}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"state\.pt"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, "x"])
+@pytest.mark.parametrize(
+    "name", ["ema_decay", "min_lr", "lr", "weight_decay", "clip_grad", "minutes", "warmup", "betas"]
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(InputError, match=rf"training\.{name}"):
+        replace(SETTINGS, **{name: (0.9, value) if name == "betas" else value})
+
+
+@pytest.mark.parametrize("setting", [{"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}])
+def test_counts_begin_at_one_and_shares_end_at_one(setting):
+    with pytest.raises(InputError, match=next(iter(setting))):
+        replace(SETTINGS, **setting)
 
 
 def test_a_kill_before_the_publication_is_made_up_for(tmp_path):

@@ -1,13 +1,18 @@
 """The W&B logger, against a stand-in for the library."""
 
+import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
+from data.images import CLONE
 from errors import InputError
+from evaluation.config import build
 from evaluation.wandb_log import WandbLogger
 
 
@@ -60,7 +65,7 @@ def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
     for name in ("a.png", "b.png", "sheet.png"):
         Image.new("RGB", (600, 300)).save(tmp_path / name)
     rows = [
-        {"task": "t", "method": "m", "prompt": "p", "psnr": n, "file": f"{f}.png", "input": "a.png", "left_out": {}}
+        {"task": "t", "method": "m", "prompt": "p", "psnr": n, "file": f"{f}.png", "input": "a.png"}
         for n, f in ((1.0, "a"), (2.0, "b"))
     ]
     logger = WandbLogger()
@@ -72,6 +77,34 @@ def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
     assert results["file"][1][1].size == (256, 128) and results["file"][2] is None
     assert results["input"][0] is results["input"][1]  # a picture is in memory once
     assert "sheet" in logged and wandb.summary["psnr"] == 1.5 and wandb.summary["failed"] == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x", "WANDB_SILENT": "false"}])
+def test_the_variables_of_wandb_win(tmp_path, wandb, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    node = OmegaConf.load(CLONE / "conf" / "logger" / "wandb.yaml")
+    with build(OmegaConf.to_container(node, resolve=True)).run(tmp_path, {}):
+        assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "wandb")  # where tables wait for an upload
+    assert "WANDB_DATA_DIR" not in os.environ
+    assert wandb.about["mode"] == "offline" and wandb.about["project"] == "palimpsest"
+    assert wandb.about["tags"] is wandb.about["entity"] is None  # so W&B reads its own variables
+    assert str(wandb.about["dir"]) == given.get("WANDB_DIR", str(tmp_path))
+    assert hasattr(wandb.about["settings"], "silent") == ("WANDB_SILENT" not in given)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert OmegaConf.to_container(node, resolve=True).items() >= {"project": "mine", "mode": "disabled"}.items()
+
+
+@pytest.mark.slow
+def test_without_a_network_online_says_so_within_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="offline") as error, WandbLogger("online").run(tmp_path, {}):
+        pass
+    assert time.perf_counter() - start < 40 and "\n" not in str(error.value)
 
 
 def test_disabled_never_imports_wandb(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,9 @@ class Settings:
     validate_every: int = 1000
     log_every: int = 20
 
+    def __post_init__(self) -> None:
+        check_numbers(vars(self), "training.")
+
     def progress(self, step: int, seconds: float) -> float:
         """The share of the training that is done, in [0, 1], after `step` steps and `seconds`."""
         return min(1.0, step / self.steps if self.minutes is None else seconds / (60 * self.minutes))
@@ -60,6 +63,20 @@ class Settings:
         """A linear warm-up times half a cosine, which falls from 1 to `min_lr` with the progress."""
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * (self.min_lr + (1 - self.min_lr) * cosine)
+
+
+def check_numbers(settings: Mapping, prefix: str = "") -> None:
+    """Raise InputError for a setting that is no number, negative, or infinite; for a count that is no whole number from
+    1 on; and for a share above 1. Switches, texts and null are left alone."""
+    counts = ("steps", "batch_size", "accumulate", "probes", "pictures", "samples")
+    shares = ("min_lr", "ema_decay", "betas", "prompt_dropout", "unknown_rate")
+    for name, value in settings.items():
+        whole, high = name in counts or name.endswith("_every"), 1 if name in shares else math.inf
+        for number in value if isinstance(value, Sequence) else [value]:
+            right = isinstance(number, int if whole else (int, float)) and int(whole) <= number <= high
+            if name not in ("name", "prompts") and number is not None and not (right and math.isfinite(number)):
+                what = "whole number" if whole else "number"
+                raise InputError(f"{prefix}{name}={value}: it must be a {what} from {int(whole)} to {high}")
 
 
 class Objective(nn.Module):
@@ -97,8 +114,9 @@ def train(
     """Train until `settings.steps` or `settings.minutes` are done; resume from `state_file` if it exists.
 
     Minutes are those of the clock, from the end of this process's first step on, so that compilation does not count.
-    Returns False when a SIGTERM stopped it, after saving. Raises InputError if the batch cannot be split evenly, if the
-    state is of another run, or if the loss or its gradient is no longer finite; the last good state stays.
+    Returns False when a SIGTERM stopped it, and raises KeyboardInterrupt after a Ctrl-C, both after saving. Raises
+    InputError if the batch cannot be split evenly, if the state is damaged or of another run, or if the loss, its
+    gradient or a weight is no longer finite; the last good state stays.
     """
     s, distributed = settings, dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -120,11 +138,17 @@ def train(
     starts = itertools.count(step * s.batch_size + rank * own, own * world)
     indices = (range(start, start + own) for start in starts)
     loading = {"collate_fn": objective.collate, "num_workers": s.workers, "pin_memory": device.type == "cuda"}
-    batches = iter(DataLoader(dataset, batch_sampler=indices, **loading))
+    batches = iter(DataLoader(dataset, batch_sampler=indices, worker_init_fn=leave_ctrl_c, **loading))
     clock = None  # the moment at which the training would have begun, had it never been interrupted
-    stopped = []  # filled by a SIGTERM
+    stopped = []  # filled by a SIGTERM or Ctrl-C, which counts once
+
+    def stop(number: int, _) -> None:
+        stopped.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     with ExitStack() as exits:
-        exits.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stopped.append(1)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            exits.callback(signal.signal, number, signal.signal(number, stop))
         total = None if s.minutes else s.steps * s.batch_size
         bar = tqdm(initial=step * s.batch_size, total=total, unit=" pictures", disable=rank > 0, mininterval=1)
         exits.enter_context(bar)
@@ -166,8 +190,10 @@ def train(
             if saving or step % s.log_every == 0:
                 means = torch.stack([value.float() for value in numbers.values()]) / world
                 values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
-                if not math.isfinite(values["loss"] + values["grad_norm"]):  # the last good state stays
-                    raise InputError(f"loss or gradient is no longer finite by step {step}: lower lr, raise warmup")
+                weights = [*trained.parameters(), *average.parameters()] if saving else []
+                finite = values["loss"] + values["grad_norm"] + sum(weight.sum().item() for weight in weights)
+                if not math.isfinite(finite):  # the last good state stays
+                    raise InputError(f"loss, gradient or weights are not finite by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
             if saving and rank == 0:
@@ -181,8 +207,15 @@ def train(
             if saving and distributed:
                 dist.barrier()
             if stopping and not done:
+                if signal.SIGINT in stopped:
+                    raise KeyboardInterrupt
                 return False
     return True
+
+
+def leave_ctrl_c(worker: int) -> None:
+    """In a process that draws pictures: Ctrl-C is for the training, which needs the pictures up to its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def adamw(trained: nn.Module, s: Settings) -> torch.optim.AdamW:
@@ -203,15 +236,18 @@ def update_average(average: nn.Module, trained: nn.Module, step: int, decay: flo
 def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.device) -> tuple[int, float]:
     """Read a state; return its step and seconds. Raises InputError for networks of other sizes, and for another seed or
     batch size, with which the data would not continue; steps, minutes and rates may differ."""
-    stored = torch.load(file, map_location=device, weights_only=True)
-    for name, value in identity.items():
-        if stored[name] != value:
-            raise InputError(f"{file} was trained with {name}={stored[name]}, not {value}: choose another `out`")
     try:
+        stored = torch.load(file, map_location=device, weights_only=True)
+        for name, value in identity.items():
+            if stored[name] != value:
+                raise InputError(f"{file} was trained with {name}={stored[name]}, not {value}: choose another `out`")
         for name, part in stateful.items():
             part.load_state_dict(stored[name])
-    except RuntimeError:
-        raise InputError(f"{file} holds networks of other sizes: choose another `out`, or delete it") from None
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file has many
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} is damaged or of other sizes: choose another `out`, or delete it ({line})") from None
     return stored["step"], stored["seconds"]
 
 
