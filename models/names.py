@@ -134,14 +134,14 @@ SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
     "text_encoders.t5xxl.transformer.": ("clip.t5.", T5),
 }
 HUB = {  # likewise, by sub-folder
-    "transformer": ("unet.", HUB_MMDIT),
     "unet": ("unet.", HUB_UNET),
+    "transformer": ("unet.", HUB_MMDIT),
     "vae": ("autoencoder.", HUB_AUTOENCODER),
     "text_encoder": FIRST,
     "text_encoder_2": SECOND,
     "text_encoder_3": ("clip.t5.", T5),
 }
-NOT_IN_ALL = ("transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
+NOT_IN_ALL = ("unet", "transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
 CLIP_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
     "max_position_embeddings": "context_length",
