@@ -12,29 +12,6 @@ from errors import InputError
 from .schedule import Schedule, Trajectory
 
 
-@dataclass(frozen=True, eq=False)
-class FlowTrajectory(Trajectory):
-    """A grid whose levels are sigmas, and whose steps are Euler's: the velocity is the path's derivative by sigma."""
-
-    @property
-    def alpha_bars(self) -> Tensor:
-        raise InputError(VARIANCE_PRESERVING)
-
-    def coefficients(self, i: int, j: int) -> tuple[float, float]:
-        """x_j = x_i + (sigma_j - sigma_i) v."""
-        return 1.0, float(self.levels[j] - self.levels[i])
-
-    def towards(self, x: Tensor, z: Tensor, i: int) -> Tensor:
-        """The velocity along which x at level i comes to z."""
-        return (x - z) / self.levels[i]
-
-
-VARIANCE_PRESERVING = (
-    "ancestral sampling (sampler=ddpm, sampler.eta above 0) and DDPM inversion are not defined for a flow model:"
-    " use sampler=ddim and another method"
-)
-
-
 @dataclass
 class FlowSchedule(Schedule):
     """sigma from 1 (noise) to 0 (clean); the network's timestep is `timesteps` sigma, a float.
@@ -50,14 +27,15 @@ class FlowSchedule(Schedule):
     def shifted(self, sigma: Tensor) -> Tensor:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
-    def trajectory(self, steps: int = 50, *_) -> FlowTrajectory:
+    def trajectory(self, steps: int = 50, *_) -> Trajectory:
         """The published grid, which is the only one: evenly spaced from the shifted 1 to the shifted
         1 / timesteps, shifted once more, and 0. Raises InputError for a step count out of range."""
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {self.timesteps}")
         ends = self.shifted(torch.tensor([1, 1 / self.timesteps], dtype=torch.float64, device="cpu")).tolist()
         sigmas = self.shifted(torch.linspace(*ends, steps, dtype=torch.float64, device="cpu"))
-        return FlowTrajectory(self.timesteps * sigmas, torch.cat([sigmas, torch.zeros_like(sigmas[:1])]), self.kept)
+        levels = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
+        return Trajectory(self.timesteps * sigmas, levels, flow=True, kept=self.kept)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
         """(1 - sigma) x0 + sigma noise at sigma = t / timesteps. x0, noise (B, ...); t a number or (B,)."""

@@ -8,9 +8,9 @@ from torch import Tensor
 from errors import InputError
 
 from . import ddim, ddpm
-from .flow import VARIANCE_PRESERVING, FlowSchedule
+from .flow import FlowSchedule
 from .guidance import Denoiser
-from .schedule import SPACINGS, NoiseSchedule, Trajectory
+from .schedule import SPACINGS, VARIANCE_PRESERVING, NoiseSchedule, Trajectory
 
 SAMPLERS = ("ddim", "ddpm")
 
@@ -22,6 +22,7 @@ class Sampler:
     kind: str = "ddim"  # ddim (for a flow model its counterpart, Euler's steps) | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
     spacing: str = "auto"  # auto | leading | trailing | linspace: `NoiseSchedule.trajectory`. A flow has one grid
+    offset: int | None = None  # added to every timestep of a leading grid; null: the schedule's own
     eta: float = 0.0  # of ddim, in [0, 1]: 0 is deterministic, 1 equals ddpm
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 

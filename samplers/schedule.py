@@ -17,22 +17,26 @@ from errors import InputError
 KINDS = ("scaled_linear", "linear", "cosine")
 SPACINGS = ("auto", "leading", "trailing", "linspace")
 ENDS = ("first", "one")
+VARIANCE_PRESERVING = (
+    "ancestral sampling (sampler=ddpm, sampler.eta above 0) and DDPM inversion are not defined for a flow model:"
+    " use sampler=ddim and another method"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One grid, walked down by sampling and up by inversion, so the two can never disagree.
 
-    timesteps: (steps,) descending, for the network; int64.
-    levels:    (steps + 1,) float64, the alpha_bars. levels[i] belongs to timesteps[i]; step i goes from levels[i] down
-               to levels[i + 1], and levels[-1] is the clean end.
+    timesteps: (steps,) descending, for the network; int64, of a flow float64.
+    levels:    (steps + 1,) float64: alpha_bars, of a flow sigmas. levels[i] belongs to timesteps[i]; step i goes from
+               levels[i] down to levels[i + 1], and levels[-1] is the clean end.
+    flow:      whether x = (1 - sigma) x0 + sigma noise and predictions are velocities, noise - x0.
     kept:      None, or (z, inside): see `Schedule.confined`.
-
-    `FlowTrajectory` is the other kind: its timesteps are float64, its levels sigmas, its predictions velocities.
     """
 
     timesteps: Tensor
     levels: Tensor
+    flow: bool = False
     kept: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -40,33 +44,36 @@ class Trajectory:
 
     @property
     def alpha_bars(self) -> Tensor:
+        """The levels, for steps that only variance-preserving schedules have: InputError for a flow."""
+        if self.flow:
+            raise InputError(VARIANCE_PRESERVING)
         return self.levels
 
-    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
-        """Take x (B, ...) from noise level i to level j, either way, along the prediction made at level i or j."""
-        a, b = self.coefficients(i, j)
-        return a * x + b * prediction
+    def mixture(self, i: int) -> tuple[float, float]:
+        """alpha and sigma of x = alpha x0 + sigma noise at level i; what cancels does so in float64."""
+        level = float(self.levels[i])
+        return (1 - level, level) if self.flow else (math.sqrt(level), math.sqrt(1 - level))
 
-    def coefficients(self, i: int, j: int) -> tuple[float, float]:
-        """With x = alpha x0 + sigma eps: x_j = a x_i + b eps, where a = alpha_j / alpha_i, b = sigma_j - a sigma_i."""
-        a = math.sqrt(self.levels[j] / self.levels[i])
-        return a, math.sqrt(1 - self.levels[j]) - a * math.sqrt(1 - self.levels[i])  # what cancels does so in float64
+    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
+        """Take x (B, ...) from noise level i to level j, either way, along the prediction made at level i or j:
+        x_j = a x_i + (sigma_j - a sigma_i) prediction, with a = alpha_j / alpha_i for epsilon, and 1 for velocity."""
+        (alpha, sigma), (alpha_to, sigma_to) = self.mixture(i), self.mixture(j)
+        a = 1.0 if self.flow else alpha_to / alpha
+        return a * x + (sigma_to - a * sigma) * prediction
 
     def tail(self, share: float) -> "Trajectory":
         """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
         start = len(self) - max(1, round(share * len(self)))
         return replace(self, timesteps=self.timesteps[start:], levels=self.levels[start:])
 
-    def towards(self, x: Tensor, z: Tensor, i: int) -> Tensor:
-        """The prediction along which x at level i comes to z at the clean end: the noise n of x = alpha z + sigma n."""
-        return (x - math.sqrt(self.levels[i]) * z) / math.sqrt(1 - self.levels[i])
-
     def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
-        """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z."""
+        """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:
+        alpha z + sigma n at either level, with the noise n that x has."""
         if self.kept is None:
             return lower
-        z, inside = self.kept
-        return torch.lerp(self.step(x, self.towards(x, z, i), i, i + 1), lower, inside)
+        (z, inside), (alpha, sigma) = self.kept, self.mixture(i)
+        n = (x - alpha * z) / sigma
+        return torch.lerp(self.step(x, n - z if self.flow else n, i, i + 1), lower, inside)
 
 
 class Schedule:
@@ -148,7 +155,7 @@ class NoiseSchedule(Schedule):
             ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
         timesteps = torch.tensor(ascending[::-1], device="cpu")
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
-        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), self.kept)
+        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)
 
     def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for an int, tensors that multiply `x` by sample for (B,).
