@@ -90,8 +90,8 @@ T5 = [
     (r"^block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
     (r"^block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
     (r"^block\.(\d+)\.layer\.\d\.", r"blocks.\1."),
-    (r"\.SelfAttention\.(q|k|v)\.", r".attn.to_\1."),
-    (r"\.SelfAttention\.o\.", ".attn.to_out."),
+    (r"\.SelfAttention\.(q|k|v)\.", r".to_\1."),
+    (r"\.SelfAttention\.o\.", ".to_out."),
     (r"\.DenseReluDense\.", "."),
 ]
 
