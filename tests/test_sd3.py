@@ -26,6 +26,7 @@ from methods.base import Run
 from methods.direct_inversion import DirectInversion
 from methods.flowedit import FlowEdit
 from methods.sdedit import SDEdit
+from models.attention import why_not_fused
 from models.checkpoints import weight_files
 from models.names import FAMILIES
 from samplers import Conditioning, Sampler, ddim, guided
@@ -122,10 +123,12 @@ def test_autoencoder(model):
     close(model.decode_latents((EXPECTED["latent_mean"] - 0.0609) * 1.5305), EXPECTED["decoded"])
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference", "fused"])
 def test_network(model, backend, monkeypatch):
+    if backend == "fused" and (reason := why_not_fused(model.device)):
+        pytest.skip(reason)
     monkeypatch.setattr(model.unet.attention, "backend", backend)
-    for t5 in (False, True):
+    for t5 in (True,) if backend == "fused" else (False, True):
         text = text_of(model, t5)
         close(model.predict(EXPECTED["x"], EXPECTED["t"], text), EXPECTED["v_t5" if t5 else "v_no_t5"])
     close(model.predict(EXPECTED["x_wide"], float(EXPECTED["t"][0]), text_of(model)[0]), EXPECTED["v_wide"])
@@ -302,12 +305,12 @@ def test_every_method_for_flows_edits_a_picture(name, spiece, tmp_path):
     assert row["evaluations"] > 3 and row["edit_source_cosine"] < 1
 
 
-@pytest.mark.parametrize("name", ["ddpm_inversion", "prompt_to_prompt", "null_text", "sampler"])
+@pytest.mark.parametrize("name", ["ddpm_inversion", "prompt_to_prompt", "masactrl", "plug_and_play", "sampler"])
 def test_what_has_no_meaning_for_it_is_refused_in_one_line(name, spiece, tmp_path):
     method = ["method=sdedit", "sampler.kind=ddpm"] if name == "sampler" else [f"method={name}"]
     with pytest.raises(InputError) as error:
         run(tmp_path, spiece, *method)
-    assert "\n" not in str(error.value) and ("flow" in str(error.value) or "cross-attention" in str(error.value))
+    assert "\n" not in str(error.value) and ("flow model" in str(error.value) or "UNet" in str(error.value))
 
 
 @pytest.fixture
