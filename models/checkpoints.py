@@ -68,11 +68,11 @@ def load(
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
-    source = located(path)
+    source, texts = located(path), [Path(text)] if isinstance(text, str | os.PathLike) else [*map(Path, text or ())]
     try:
         if source.is_file():
-            config, named = open_single_file(source, arch, ema, text)
-        elif text:
+            config, named = open_single_file(source, arch, ema, texts)
+        elif texts:
             raise InputError("model.text is for a Stable Diffusion 3 in a single file")
         elif (source / "config.json").exists():
             config, named = open_own_folder(source, arch)
@@ -97,9 +97,9 @@ def load(
         raise InputError(f"{source}: its sizes describe no network of a Stable Diffusion ({error!r})") from error
     parts.to(device)  # the buffers that no file brings
     if "t5" in config:
-        folders = [Path(folder) for folder in (source, text) if isinstance(folder, str | os.PathLike)]
-        found = [tokenizer] if tokenizer else [folder / SPIECE for folder in folders if (folder / SPIECE).exists()]
-        model.towers["t5"].tokenizer = read_tokenizer(Path(found[0])) if found else None
+        for file in [Path(tokenizer)] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:
+            if tokenizer or file.exists():
+                model.towers["t5"].tokenizer = read_tokenizer(file)
     elif "mmdit" in config:
         warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):
@@ -126,16 +126,15 @@ def open_own_folder(path: Path, arch: Mapping | None) -> Opened:
     return configured({}, read_config(path), arch), named
 
 
-def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: Any = None) -> Opened:
-    """A Stable Diffusion in one file, of whose text encoders some may be in the files or the hub folder `text`. Keys
+def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, texts: Sequence[Path] = ()) -> Opened:
+    """A Stable Diffusion in one file, of whose text encoders some may be in the files or hub folders `texts`. Keys
     outside its networks are left out, with a warning where they are unknown."""
     tensors, named, foreign = read_tensors(path), {}, set()
-    family = names.family(tensors)
-    for file in [] if text is None else [text] if isinstance(text, str | os.PathLike) else text:
-        tensors |= read_text_encoders(Path(file), (arch or {}).get("text", family["text"]).get("width", 0))
+    metadata = safe_open(path, "pt").metadata() if path.suffix == ".safetensors" else None
+    config = configured(names.family(tensors), names.stated(tensors, metadata or {}), arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
-        name, stored = names.renamed(key, {}), key
+        name, stored = names.renamed(key, config), key
         if name is None:
             foreign |= set() if re.search(names.NO_WEIGHTS, key) else {key.split(".")[0]}
             continue
@@ -146,12 +145,13 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, text: A
         named[name] = tensors[stored]
     if foreign:
         warnings.warn(f"{path}: keys outside its networks are left out: {', '.join(sorted(foreign))}", stacklevel=2)
-    towers = {name.split(".")[1] for name in named if name.startswith("clip.")}
-    if "mmdit" in family and not {"text", "text_2"} <= towers:
-        raise InputError("it has no CLIP text encoders: give model.text=PATH, files or a folder of the hub's layout")
-    metadata = safe_open(path, "pt").metadata() if path.suffix == ".safetensors" else None
-    t5 = {"t5": {}} if "t5" in towers else {}
-    return configured(family, names.stated(tensors, metadata or {}) | t5, arch), named
+    for file in texts:
+        named |= read_text_encoders(file, config["text"]["width"])
+    if "mmdit" in config and not any(name.startswith("clip.text.") for name in named):
+        raise InputError("it has no text encoders: give model.text=PATH, files or a folder of the hub's layout")
+    if any(name.startswith("clip.t5.") for name in named):
+        config.setdefault("t5", {})
+    return config, named
 
 
 def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
@@ -191,18 +191,20 @@ def read_folder(path: Path, folders: Iterable[str] = names.FOLDERS) -> dict[str,
 
 
 def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
-    """The text encoders in a file or in a hub folder, by the keys of SD3's. Of two CLIPs that do not name themselves,
-    the one of `width` is the first. Raises InputError where there is none."""
+    """The text encoders of an SD3 in a file or a hub folder, by our names. A CLIP without a prefix is the first if it
+    has the `width`. Raises InputError where there is none."""
     if path.is_dir():
-        return read_folder(path, names.FOLDERS[3:])
-    tensors = read_tensors(path) if path.exists() else {}
-    if any(key.startswith(names.TOWERS) for key in tensors):
-        return {key: tensor for key, tensor in tensors.items() if key.startswith(names.TOWERS)}
-    norm = tensors.get("text_model.final_layer_norm.weight")
-    if norm is None and "shared.weight" not in tensors:
+        tensors = read_folder(path, names.FOLDERS[3:])
+    else:
+        tensors = read_tensors(path) if path.exists() else {}
+        norm = tensors.get("text_model.final_layer_norm.weight")
+        clip = "" if norm is None else "text_encoder/" if len(norm) == width else "text_encoder_2/"
+        prefix = "text_encoder_3/" if "shared.weight" in tensors else clip
+        tensors = {prefix + key: tensor for key, tensor in tensors.items()}
+    named = {names.renamed(key, {}): tensor for key, tensor in tensors.items()}
+    if not (found := {name: tensor for name, tensor in named.items() if name and name.startswith("clip.")}):
         raise InputError(f"model.text: there is no text encoder of a Stable Diffusion 3 at {path}")
-    prefix = names.TOWERS[2 if norm is None else 0 if len(norm) == width else 1]
-    return {prefix + key: tensor for key, tensor in tensors.items()}
+    return found
 
 
 def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

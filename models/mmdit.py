@@ -46,14 +46,14 @@ class HalfAttention(nn.Module):
     def __init__(self, dim: int, qk_norm: bool, project_out: bool = True):
         super().__init__()
         self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.norm_q = nn.RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = nn.RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = nn.RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(dim, dim) if project_out else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, dim) -> q, k, v, each (B, heads, N, 64)."""
         q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, d=HEAD)
-        return self.norm_q(q), self.norm_k(k), v
+        return self.ln_q(q), self.ln_k(k), v
 
 
 class Branch(nn.Module):
@@ -67,14 +67,10 @@ class Branch(nn.Module):
 
     def __init__(self, dim: int, qk_norm: bool, dual: bool = False, last: bool = False):
         super().__init__()
-        self.modulation = nn.Linear(dim, (2 if last else 9 if dual else 6) * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (2 if last else 9 if dual else 6) * dim))
         self.attn = HalfAttention(dim, qk_norm, project_out=not last)
         self.attn2 = HalfAttention(dim, qk_norm) if dual else None
         self.mlp = None if last else mlp(dim, 4 * dim, dim, nn.GELU(approximate="tanh"))
-
-    def chunks(self, c: Tensor) -> list[Tensor]:
-        """c (B, dim) -> shift, scale, gate of the attention, of the MLP and of the second attention, (B, 1, dim)."""
-        return list(self.modulation(c)[:, None].chunk(self.modulation.out_features // c.shape[-1], dim=-1))
 
 
 class JointBlock(nn.Module):
@@ -88,7 +84,8 @@ class JointBlock(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         sides = (text, self.context_block), (image, self.x_block)
-        chunks = [branch.chunks(c) for _, branch in sides]
+        # (shift, scale, gate) of the attention, of the MLP and of the second attention
+        chunks = [branch.adaLN_modulation(c)[:, None].split(c.shape[-1], dim=-1) for _, branch in sides]
         parts = [branch.attn(modulate(x, *own[:2])) for (x, branch), own in zip(sides, chunks, strict=True)]
         joint = self.attention(*(torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)))
         outs = rearrange(joint, "b h n d -> b n (h d)").split([text.shape[1], image.shape[1]], dim=1)
@@ -103,16 +100,6 @@ class JointBlock(nn.Module):
                 y = y + own[8] * branch.attn2.to_out(rearrange(out, "b h n d -> b n (h d)"))
             results.append(y + own[5] * branch.mlp(modulate(y, *own[3:5])))
         return results[0], results[1]
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, dim: int, out: int):
-        super().__init__()
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, out)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.linear(modulate(x, *self.modulation(c)[:, None].chunk(2, dim=-1)))
 
 
 class MMDiT(nn.Module):
@@ -146,7 +133,8 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(
             JointBlock(dim, qk_norm, i in dual_attention_layers, i == depth - 1, self.attention) for i in range(depth)
         )
-        self.final_layer = FinalLayer(dim, patch**2 * in_channels)
+        modulation, linear = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim)), nn.Linear(dim, patch**2 * in_channels)
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": modulation, "linear": linear})
 
     def project_context(self, states: Tensor, vector: Tensor) -> EmbeddedText:
         """Text states (B, L, context_dim) and pooled text (B, vector_dim) -> what each step needs of them."""
@@ -164,7 +152,7 @@ class MMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float, text: EmbeddedText, pixels: object = None) -> Tensor:
         h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        c = F.silu(self.time_embed(timestep_embedding(t, 256).to(x.dtype)) + text.vector)
+        c = self.time_embed(timestep_embedding(t, 256).to(x.dtype)) + text.vector
         image = rearrange(self.x_embedder(x), "b c h w -> b (h w) c") + self.positions(h, w)
         context = text.tokens
         for block in self.joint_blocks:
@@ -172,7 +160,8 @@ class MMDiT(nn.Module):
                 context, image = checkpoint(block, context, image, c, use_reentrant=False, preserve_rng_state=False)
             else:
                 context, image = block(context, image, c)
-        patches = self.final_layer(image, c)
+        shift, scale = self.final_layer["adaLN_modulation"](c)[:, None].chunk(2, dim=-1)
+        patches = self.final_layer["linear"](modulate(image, shift, scale))
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=self.patch, q=self.patch)
 
 

@@ -29,17 +29,17 @@ NETWORK = [  # MMDiT and UNet
     (r"^time_embedding\.", "time_embed."),
     (r"_embed\.linear_1\.", "_embed.0."),
     (r"_embed\.linear_2\.", "_embed.2."),
-    (r"^norm_out\.linear\.", "final_layer.modulation."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
     (r"^proj_out\.", "final_layer.linear."),
     (r"^transformer_blocks\.(\d+)\.(norm1|ff)_context\.", r"joint_blocks.\1.context_block.\2."),
     (r"^transformer_blocks\.(\d+)\.attn\.add_(q|k|v)_proj\.", r"joint_blocks.\1.context_block.attn.to_\2."),
-    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.", r"joint_blocks.\1.context_block.attn.norm_\2."),
+    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_(q|k)\.", r"joint_blocks.\1.context_block.attn.ln_\2."),
     (r"^transformer_blocks\.(\d+)\.attn\.to_add_out\.", r"joint_blocks.\1.context_block.attn.to_out."),
     (r"^transformer_blocks\.(\d+)\.", r"joint_blocks.\1.x_block."),
-    (r"\.adaLN_modulation\.1\.|\.norm1\.linear\.", ".modulation."),
+    (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
     (r"\.(attn2?)\.qkv\.", r".\1.to_qkv."),
     (r"\.(attn2?)\.proj\.", r".\1.to_out."),
-    (r"\.ln_(q|k)\.", r".norm_\1."),
+    (r"\.norm_(q|k)\.", r".ln_\1."),
     (r"_block\.(mlp\.fc1|ff\.net\.0\.proj)\.", "_block.mlp.0."),
     (r"_block\.(mlp\.fc2|ff\.net\.2)\.", "_block.mlp.2."),
     (r"^conv_in\.", "input_blocks.0.0."),
@@ -90,8 +90,8 @@ T5 = [
     (r"^block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
     (r"^block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
     (r"^block\.(\d+)\.layer\.\d\.", r"blocks.\1."),
-    (r"\.SelfAttention\.(q|k|v)\.", r".attn.to_\1."),
-    (r"\.SelfAttention\.o\.", ".attn.to_out."),
+    (r"\.SelfAttention\.(q|k|v)\.", r".to_\1."),
+    (r"\.SelfAttention\.o\.", ".to_out."),
     (r"\.DenseReluDense\.", "."),
 ]
 
@@ -209,12 +209,11 @@ def members(name: str) -> list[str]:
 
 
 def swapped(name: str, sizes: Mapping[str, Any]) -> bool:
-    """Whether the hub's tensor has scale and shift where ours has shift and scale: in its last norms."""
-    last = f"unet.joint_blocks.{sizes['mmdit']['depth'] - 1}.context_block." if "mmdit" in sizes else None
-    return last is not None and name.startswith(("unet.final_layer.modulation.", f"{last}modulation."))
+    """Whether the hub's tensor has scale and shift where ours has shift and scale: in an MMDiT's last norms."""
+    last = sizes.get("mmdit", {}).get("depth", 0) - 1
+    return name.startswith(("unet.final_layer.adaLN", f"unet.joint_blocks.{last}.context_block.adaLN"))
 
 
-TOWERS = tuple(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))  # of SD3
 SD3 = {
     "vae": KL_F8_16, "text": SDXL_CLIP_L | {"vector": "end"}, "text_2": SDXL_BIG_G, "prediction": "flow",
     "schedule": {"kind": "flow"}, "image_size": 1024,
@@ -248,10 +247,10 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it; of a
-    Stable Diffusion 3, whether T5 is in it."""
+    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it. A
+    Stable Diffusion 3 needs none."""
     if any(key.startswith("model.diffusion_model.joint_blocks.") for key in tensors):
-        return {"t5": {}} if any(key.startswith(TOWERS[2]) for key in tensors) else {}
+        return {}
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
     alpha_bars = tensors.get("alphas_cumprod")

@@ -17,33 +17,24 @@ from errors import InputError
 END, PADDING = 1, 0
 
 
-class SelfAttention(nn.Module):
-    """softmax(q kᵀ + bias) v, without 1/√d: (B, L, width) and a bias (1, heads, L, L) -> (B, L, width)."""
-
-    def __init__(self, width: int, heads: int, head_width: int):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
-        self.to_out = nn.Linear(heads * head_width, width, bias=False)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, bias, scale=1.0), "b h n d -> b n (h d)"))
-
-
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + wo(gelu_tanh(wi_0 y) wi_1 y) with y = norm(x); no biases."""
+    """x + softmax(q kᵀ + bias) v, without 1/√d, then x + wo(gelu_tanh(wi_0 y) wi_1 y); each on the normalised input, no
+    biases: (B, L, width) and (1, heads, L, L) -> (B, L, width)."""
 
     def __init__(self, width: int, heads: int, head_width: int, hidden: int):
         super().__init__()
+        self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
-        self.attn = SelfAttention(width, heads, head_width)
+        self.to_qkv = nn.Linear(width, 3 * heads * head_width, bias=False)
+        self.to_out = nn.Linear(heads * head_width, width, bias=False)
         self.wi_0 = nn.Linear(width, hidden, bias=False)
         self.wi_1 = nn.Linear(width, hidden, bias=False)
         self.wo = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), bias)
+        q, k, v = rearrange(self.to_qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
+        x = x + self.to_out(rearrange(out, "b h n d -> b n (h d)"))
         y = self.norm2(x)
         return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
 
@@ -111,9 +102,9 @@ def read_tokenizer(file: Path):
     """The sentencepiece model in a file. Raises InputError where it cannot be read, or the library is missing."""
     try:
         from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(file))
     except ImportError:
         raise InputError('T5 needs the library sentencepiece: pip install -e ".[t5]"') from None
-    try:
-        return SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError):
         raise InputError(f"{file} cannot be read as a sentencepiece model, such as T5's spiece.model") from None
