@@ -130,12 +130,11 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, texts: 
     """A Stable Diffusion in one file, of whose text encoders some may be in the files or hub folders `texts`. Keys
     outside its networks are left out, with a warning where they are unknown."""
     tensors, named, foreign = read_tensors(path), {}, set()
-    family = names.family(tensors)
-    for file in texts:
-        tensors |= read_text_encoders(file, (arch or {}).get("text", family["text"]).get("width", 0))
+    metadata = safe_open(path, "pt").metadata() if path.suffix == ".safetensors" else None
+    config = configured(names.family(tensors), names.stated(tensors, metadata or {}), arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
-        name, stored = names.renamed(key, {}), key
+        name, stored = names.renamed(key, config), key
         if name is None:
             foreign |= set() if re.search(names.NO_WEIGHTS, key) else {key.split(".")[0]}
             continue
@@ -146,12 +145,13 @@ def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, texts: 
         named[name] = tensors[stored]
     if foreign:
         warnings.warn(f"{path}: keys outside its networks are left out: {', '.join(sorted(foreign))}", stacklevel=2)
-    towers = {name.split(".")[1] for name in named if name.startswith("clip.")}
-    if "mmdit" in family and not {"text", "text_2"} <= towers:
-        raise InputError("it has no CLIP text encoders: give model.text=PATH, files or a folder of the hub's layout")
-    metadata = safe_open(path, "pt").metadata() if path.suffix == ".safetensors" else None
-    t5 = {"t5": {}} if "t5" in towers else {}
-    return configured(family, names.stated(tensors, metadata or {}) | t5, arch), named
+    for file in texts:
+        named |= read_text_encoders(file, config["text"]["width"])
+    if "mmdit" in config and not any(name.startswith("clip.text.") for name in named):
+        raise InputError("it has no text encoders: give model.text=PATH, files or a folder of the hub's layout")
+    if any(name.startswith("clip.t5.") for name in named):
+        config.setdefault("t5", {})
+    return config, named
 
 
 def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
@@ -191,16 +191,18 @@ def read_folder(path: Path, folders: Iterable[str] = names.FOLDERS) -> dict[str,
 
 
 def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
-    """The text encoders in a file or in a hub folder, by the keys of SD3's. A CLIP without a prefix is the first if it
+    """The text encoders of an SD3 in a file or a hub folder, by our names. A CLIP without a prefix is the first if it
     has the `width`. Raises InputError where there is none."""
     if path.is_dir():
-        return read_folder(path, names.FOLDERS[3:])
-    tensors = read_tensors(path) if path.exists() else {}
-    norm = tensors.get("text_model.final_layer_norm.weight")
-    clip = "" if norm is None else names.TOWERS[0 if len(norm) == width else 1]
-    prefix = names.TOWERS[2] if "shared.weight" in tensors else clip
-    found = {prefix + key: t for key, t in tensors.items() if (prefix + key).startswith(names.TOWERS)}
-    if not found:
+        tensors = read_folder(path, names.FOLDERS[3:])
+    else:
+        tensors = read_tensors(path) if path.exists() else {}
+        norm = tensors.get("text_model.final_layer_norm.weight")
+        clip = "" if norm is None else "text_encoder/" if len(norm) == width else "text_encoder_2/"
+        prefix = "text_encoder_3/" if "shared.weight" in tensors else clip
+        tensors = {prefix + key: tensor for key, tensor in tensors.items()}
+    named = {names.renamed(key, {}): tensor for key, tensor in tensors.items()}
+    if not (found := {name: tensor for name, tensor in named.items() if name and name.startswith("clip.")}):
         raise InputError(f"model.text: there is no text encoder of a Stable Diffusion 3 at {path}")
     return found
 

@@ -214,7 +214,6 @@ def swapped(name: str, sizes: Mapping[str, Any]) -> bool:
     return name.startswith(("unet.final_layer.adaLN", f"unet.joint_blocks.{last}.context_block.adaLN"))
 
 
-TOWERS = tuple(f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))  # of SD3
 SD3 = {
     "vae": KL_F8_16, "text": SDXL_CLIP_L | {"vector": "end"}, "text_2": SDXL_BIG_G, "prediction": "flow",
     "schedule": {"kind": "flow"}, "image_size": 1024,
@@ -248,10 +247,10 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it; of a
-    Stable Diffusion 3, whether T5 is in it."""
+    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it. A
+    Stable Diffusion 3 needs none."""
     if any(key.startswith("model.diffusion_model.joint_blocks.") for key in tensors):
-        return {"t5": {}} if any(key.startswith(TOWERS[2]) for key in tensors) else {}
+        return {}
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
     alpha_bars = tensors.get("alphas_cumprod")
