@@ -90,7 +90,7 @@ def load(
         if model.clip is not None:
             model.clip.to(torch.promote_types(dtype, torch.float32))
         own = parts.state_dict()
-        parts.load_state_dict(cast(fitted(own, unscaled(named, dtype)), own, device), assign=True)
+        parts.load_state_dict(fitted(own, unscaled(named, dtype), device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
@@ -116,7 +116,7 @@ def located(path: str | os.PathLike) -> Path:
             raise InputError(f"there is no checkpoint at {path}")
         return fetch(str(path))
     folder = (source if source.is_dir() else source.parent).resolve()
-    within = folder.name in names.HUB and (folder / "config.json").exists() and (folder.parent / "vae").is_dir()
+    within = folder.name in names.FOLDERS and (folder / "config.json").exists() and (folder.parent / "vae").is_dir()
     return folder.parent if within else source
 
 
@@ -129,38 +129,38 @@ def open_own_folder(path: Path, arch: Mapping | None) -> Opened:
 def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, texts: Sequence[Path] = ()) -> Opened:
     """A Stable Diffusion in one file, of whose text encoders some may be in the files or hub folders `texts`. Keys
     outside its networks are left out, with a warning where they are unknown."""
-    tensors, named = read_tensors(path), {}
-    config = configured(names.family(tensors), names.stated(tensors, read_metadata(path)), arch)
+    tensors, named, foreign = read_tensors(path), {}, set()
+    metadata = safe_open(path, "pt").metadata() if path.suffix == ".safetensors" else None
+    config = configured(names.family(tensors), names.stated(tensors, metadata or {}), arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
-        name, stored = names.from_single_file(key), key
-        layer = re.match(r"clip\.(text\w*)\.tower\.transformer\.resblocks\.(\d+)\.", name or "")
-        if name is None or (layer and int(layer[2]) >= config[layer[1]]["layers"]):
+        name, stored = names.renamed(key, config), key
+        if name is None:
+            foreign |= set() if re.search(names.NO_WEIGHTS, key) else {key.split(".")[0]}
             continue
         if averaged and name.startswith("unet."):
             stored = "model_ema." + key.removeprefix("model.").replace(".", "")  # as the averages were registered
             if stored not in tensors:
                 raise InputError(f"{stored} is missing: ema=false takes the plain weights")
         named[name] = tensors[stored]
+    if foreign:
+        warnings.warn(f"{path}: keys outside its networks are left out: {', '.join(sorted(foreign))}", stacklevel=2)
     for file in texts:
         named |= read_text_encoders(file, config["text"]["width"])
     if "mmdit" in config and not any(name.startswith("clip.text.") for name in named):
         raise InputError("it has no text encoders: give model.text=PATH, files or a folder of the hub's layout")
     if any(name.startswith("clip.t5.") for name in named):
         config.setdefault("t5", {})
-    if foreign := {key.split(".")[0] for key in tensors if names.is_foreign(key)}:
-        warnings.warn(f"{path}: keys outside its networks are left out: {', '.join(sorted(foreign))}", stacklevel=2)
     return config, named
 
 
 def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
     """A Stable Diffusion in a folder of the hub's layout."""
-    files, named = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")]), {}
-    family = names.FAMILIES["conditioner.embedders.1."] if "text_encoder_2" in files else {}
-    family = names.SD3 if "transformer" in files else family
-    config = configured(family, hub_sizes(path, files), arch)
-    for part, file in ((part, file) for part, several in files.items() for file in several):
-        named |= {names.from_hub(part, key, config): tensor for key, tensor in read_tensors(path / file).items()}
+    tensors = read_folder(path)
+    folders = {key.split("/")[0] for key in tensors}
+    family = names.FAMILIES["conditioner.embedders.1."] if "text_encoder_2" in folders else {}
+    config = configured(names.SD3 if "transformer" in folders else family, hub_sizes(path, folders), arch)
+    named = {names.renamed(key, config): tensor for key, tensor in tensors.items()}
     named.pop(None, None)  # of keys that are no weights
     for name in [name for name in named if names.swapped(name, config)]:
         named[name] = torch.cat(named[name].chunk(2)[::-1])
@@ -168,48 +168,52 @@ def open_hub_folder(path: Path, arch: Mapping | None) -> Opened:
 
 
 def open_autoencoder(path: Path, config: Mapping) -> Opened:
-    """The config with the autoencoder at `path`, and its weights: a file in either layout, a folder with a config.json,
-    or a whole model that has one. A file states no sizes: they, and the latents' scale, stay the model's."""
+    """The config with the autoencoder at `path`, and its weights: a file in either layout, or a hub folder. A file
+    states no sizes: they, and the latents' scale, stay the model's."""
     folder = path / "vae" if (path / "vae").is_dir() else path
     if folder.is_dir():
-        files = [file for end in ENDINGS for file in sorted(folder.glob(f"*{end}"))]
         config = {**config, "vae": {**config["vae"], **vae_sizes(read_config(folder))}}
-        path = files[0] if files else folder / ENDINGS[0]
-    if not path.exists():
-        raise InputError(f"vae: there is no autoencoder at {path}")
-    tensors = {key.removeprefix("first_stage_model."): tensor for key, tensor in read_tensors(path).items()}
-    tensors = {key: t for key, t in tensors.items() if re.match(r"(encoder|decoder|(post_)?quant_conv)\.", key)}
-    if any("_block" in key for key in tensors):
-        return config, {names.from_hub("vae", key, config): tensor for key, tensor in tensors.items()}
-    return config, {names.from_single_file(f"first_stage_model.{key}"): tensor for key, tensor in tensors.items()}
+        tensors = read_folder(folder.parent, [folder.name])
+    elif path.exists():
+        tensors = read_tensors(path)
+    else:
+        raise InputError(f"there is no autoencoder at {path}")
+    keys = {re.sub(r"^first_stage_model\.|^.*/", "", key): key for key in tensors}
+    keys = {short: key for short, key in keys.items() if re.match(r"(en|de)coder\.|(post_)?quant_conv\.", short)}
+    return config, {names.renamed(f"vae/{short}", config): tensors[key] for short, key in keys.items()}
+
+
+def read_folder(path: Path, folders: Iterable[str] = names.FOLDERS) -> dict[str, Tensor]:
+    """The weights in the sub-folders of a hub folder, as "FOLDER/KEY"."""
+    files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], folders)
+    several = [(folder, read_tensors(path / file)) for folder, parts in files.items() for file in parts]
+    return {f"{folder}/{key}": tensor for folder, tensors in several for key, tensor in tensors.items()}
 
 
 def read_text_encoders(path: Path, width: int) -> dict[str, Tensor]:
     """The text encoders of an SD3 in a file or a hub folder, by our names. A CLIP without a prefix is the first if it
     has the `width`. Raises InputError where there is none."""
     if path.is_dir():
-        files = weight_files([f"{file.parent.name}/{file.name}" for file in path.glob("*/*")], names.TOWERS)
-        read = [(folder, read_tensors(path / file)) for folder, several in files.items() for file in several]
-        return {names.from_hub(folder, key, {}): tensor for folder, of in read for key, tensor in of.items()}
-    tensors = read_tensors(path) if path.exists() else {}
-    norm = tensors.get("text_model.final_layer_norm.weight")
-    clip = "" if norm is None else names.TOWERS["text_encoder" if len(norm) == width else "text_encoder_2"]
-    prefix = names.TOWERS["text_encoder_3"] if "shared.weight" in tensors else clip
-    named = {names.from_single_file(prefix + key): tensor for key, tensor in tensors.items()}
+        tensors = read_folder(path, names.FOLDERS[3:])
+    else:
+        tensors = read_tensors(path) if path.exists() else {}
+        norm = tensors.get("text_model.final_layer_norm.weight")
+        clip = "" if norm is None else "text_encoder/" if len(norm) == width else "text_encoder_2/"
+        prefix = "text_encoder_3/" if "shared.weight" in tensors else clip
+        tensors = {prefix + key: tensor for key, tensor in tensors.items()}
+    named = {names.renamed(key, {}): tensor for key, tensor in tensors.items()}
     if not (found := {name: tensor for name, tensor in named.items() if name and name.startswith("clip.")}):
         raise InputError(f"model.text: there is no text encoder of a Stable Diffusion 3 at {path}")
     return found
 
 
 def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors as they are, but float8 ones in `dtype`, times the scale that is stored beside some of them."""
+    """The tensors as they are, but those of float8 that have a scale beside them, times the scale in `dtype`."""
     out = {}
     for name, tensor in named.items():
         stem, _, kind = name.rpartition(".")
         if kind in ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8"):
             continue
-        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            tensor = tensor.to(dtype)
         scale = named.get(f"{stem}.scale_weight", named.get(f"{stem}.weight_scale")) if kind == "weight" else None
         if scale is not None and scale.numel():
             scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))  # one number, or one for each row
@@ -218,9 +222,10 @@ def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return out
 
 
-def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """For each of `own`'s names the one of the `named` tensors, or those that are stacked for it. Raises InputError
-    with the first three that are missing, unexpected or of another shape."""
+def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
+    """A state dict of `own`'s names, shapes and precisions from the `named` tensors, those that belong together
+    stacked. Each is cast alone, so that no second copy of a file lies in memory. Raises InputError with the first three
+    that are missing, unexpected or of another shape, or not finite."""
     state, problems, left = {}, [], dict(named)
     for name, wanted in own.items():
         members = [name] if name in left else names.members(name)
@@ -237,28 +242,17 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, 
         if shape != [*wanted.shape]:
             problems.append(f"{name} is {shape} where {[*wanted.shape]} fits")
         state[name] = pieces
-    # CLIP's projection, which only a tower with a vector uses, may be there.
-    problems += [f"{name} is unexpected" for name in left if ".text_projection" not in name]
+    # CLIP's projection and its last layer, which some families do not use, may be there.
+    problems += [f"{name} is unexpected" for name in left if not re.search(r"\.text_projection|\.resblocks\.", name)]
+    for name, pieces in {} if problems else dict(state).items():
+        pieces = [piece.to(device, own[name].dtype) for piece in pieces]
+        state[name] = whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if whole.is_floating_point() and not torch.stack(whole.aminmax()).isfinite().all():
+            problems.append(f"{name} is NaN or infinite")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"it does not fit the networks: {'; '.join(problems[:3])}{more}")
     return state
-
-
-def cast(
-    state: Mapping[str, list[Tensor]], own: Mapping[str, Tensor], device: str | torch.device | None
-) -> dict[str, Tensor]:
-    """A state dict of the stacked pieces in the precision of `own`, each cast alone, so that no second copy of the file
-    lies in memory. Raises InputError with the first three that are not finite."""
-    whole, broken = {}, []
-    for name, pieces in state.items():
-        pieces = [piece.to(device, own[name].dtype) for piece in pieces]
-        whole[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if whole[name].is_floating_point() and not torch.stack(whole[name].aminmax()).isfinite().all():
-            broken.append(name)
-    if broken:
-        raise InputError(f"{len(broken)} of its weights are NaN or infinite: {', '.join(broken[:3])}")
-    return whole
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -285,30 +279,26 @@ def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[s
 def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     """The sizes that the config files of a hub folder with these sub-folders state, and its learned tokens."""
     files = {folder: read_config(path / folder) for folder in folders}
-    files["scheduler"] = read_config(path / "scheduler", "scheduler_config.json")
-    stated: dict[str, Any] = {"vae": vae_sizes(files["vae"]), "schedule": taken("scheduler", files["scheduler"])}
+    scheduler = files["scheduler"] = read_config(path / "scheduler", "scheduler_config.json")
+    stated: dict[str, Any] = {names.SECTION[folder]: taken(folder, content) for folder, content in files.items()}
+    stated["vae"] |= vae_sizes(files["vae"])
     for section, folder in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
         if folder in files:
             quick = files[folder].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
-            stated[section] = taken(folder, files[folder]) | {"quick_gelu": quick, "pad_token": "end" if quick else 0}
+            stated[section] |= {"quick_gelu": quick, "pad_token": "end" if quick else 0}
             tokens = path / folder.replace("text_encoder", "tokenizer")
-            if (tokens / "added_tokens.json").exists():
-                added = read_config(tokens, "added_tokens.json")
-                learned = {token: n for token, n in added.items() if not token.startswith("<|")}  # begin and end
-                stated[section]["added_tokens"] = learned
-    if "text_encoder_3" in files:
-        stated["t5"] = taken("text_encoder_3", files["text_encoder_3"])
+            added = read_config(tokens, "added_tokens.json") if (tokens / "added_tokens.json").exists() else {}
+            stated[section]["added_tokens"] = {token: n for token, n in added.items() if not token.startswith("<|")}
     network = files.get("transformer") or files["unet"]
     stated["image_size"] = network["sample_size"] * 2 ** (len(stated["vae"]["ch_mult"]) - 1)
-    if "transformer" in files:
-        stated["mmdit"] = taken("transformer", network)
+    if "mmdit" in stated:
         stated["mmdit"]["qk_norm"], stated["schedule"]["kind"] = "qk_norm" in stated["mmdit"], "flow"
         return stated | {"prediction": "flow"}
-    prediction = files["scheduler"].get("prediction_type", "epsilon")  # 1.4's has none
+    prediction = scheduler.get("prediction_type", "epsilon")  # 1.4's has none
     if prediction not in PREDICTIONS:
         raise InputError("its scheduler is not supported: epsilon or v_prediction")
     widths = network["block_out_channels"]
-    stated["unet"] = taken("unet", network) | {
+    stated["unet"] |= {
         "model_channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
         "attention_levels": [i for i, kind in enumerate(network["down_block_types"]) if "CrossAttn" in kind],
@@ -350,18 +340,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name: t for name, t in content.items() if isinstance(t, Tensor)}
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """The texts in a .safetensors file's header; none of another file."""
-    if file.suffix != ".safetensors":
-        return {}
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
-
-
 # --- the model hub -------------------------------------------------------------------------------------------------
 
 
-def weight_files(files: Sequence[str], folders: Iterable[str] = names.HUB) -> dict[str, list[str]]:
+def weight_files(files: Sequence[str], folders: Iterable[str] = names.FOLDERS) -> dict[str, list[str]]:
     """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`;
     those of a large network are in several files. Raises InputError where a sub-folder has none."""
     chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
@@ -371,9 +353,8 @@ def weight_files(files: Sequence[str], folders: Iterable[str] = names.HUB) -> di
             chosen[part] = sorted(file for file in found if whole[file] == whole[found[0]])
         elif part == "text_encoder" and any(file.startswith("text_encoder_2/") for file in files):
             raise InputError(f"it is {names.REFINER}")
-        elif part not in names.NOT_IN_ALL or (part == "transformer" and "unet" not in chosen):
-            what = "unet" if part == "transformer" else part
-            raise InputError(f"there are no weights in {what}/, and no config.json of this project")
+        elif part not in names.NOT_IN_ALL and not (part == "unet" and "transformer" in chosen):
+            raise InputError(f"there are no weights in {part}/, and no config.json of this project")
     return chosen
 
 
@@ -384,7 +365,7 @@ def fetch(repo_id: str) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
 
     name, _, revision = repo_id.partition("@")
-    at = {"revision": revision} if revision else {}
+    at = {"revision": revision or None}
     with suppress(OSError, InputError):  # it is not cached, or not whole
         folder = Path(snapshot_download(name, local_files_only=True, **at))
         weight_files([f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")])

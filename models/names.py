@@ -1,9 +1,10 @@
 """Published checkpoints in this project's names: one table of rules for each network and layout.
 
 Two layouts are in use: the original release's single file, and the model hub's folder, with a sub-folder for each
-network. A rule is a regular expression and its replacement; a key, less its prefix, passes through all rules of its
-table, in order. A name of ours begins with the part that stores it. A new family has named sizes at the end of its
-networks' files, tables of rules here, and an entry in `FAMILIES`.
+network. No key means one thing in one and another in the other, so a table has the rules of both. A rule is a regular
+expression and its replacement; a key, less its prefix, passes through all rules of its table, in order. A name of ours
+begins with the part that stores it. A new family has named sizes at the end of its networks' files, prefixes and rules
+here, and an entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -20,47 +21,12 @@ from models.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from models.text import CLIP_L, OPEN_CLIP_H, SDXL_BIG_G, SDXL_CLIP_L
 from models.unet import SD1, SD2, SDXL
 
-TRANSFORMER = [
-    (r"\.to_out\.0\.", ".to_out."),
-    (r"\.ff\.net\.0\.proj\.", ".ff.proj_in."),
-    (r"\.ff\.net\.2\.", ".ff.proj_out."),
-]
-UNET = [
-    (r"^label_emb\.0\.", "vector_embed."),
-    (r"\.in_layers\.0\.", ".norm1."),
-    (r"\.in_layers\.2\.", ".conv1."),
-    (r"\.emb_layers\.1\.", ".time."),
-    (r"\.out_layers\.0\.", ".norm2."),
-    (r"\.out_layers\.3\.", ".conv2."),
-    (r"\.skip_connection\.", ".skip."),
-    (r"\.0\.op\.", ".0.conv."),
-    *TRANSFORMER,
-]
-HUB_UNET = [
-    (r"^conv_in\.", "input_blocks.0.0."),
-    (r"^conv_norm_out\.", "out.0."),
-    (r"^conv_out\.", "out.2."),
-    (r"^add_embedding\.", "vector_embedding."),
-    (r"^(time|vector)_embedding\.linear_1\.", r"\1_embed.0."),
-    (r"^(time|vector)_embedding\.linear_2\.", r"\1_embed.2."),
-    (r"\.time_emb_proj\.", ".time."),
-    (r"\.conv_shortcut\.", ".skip."),
-    *TRANSFORMER,
-]
-MMDIT = [
-    (r"^x_embedder\.proj\.", "x_embedder."),
-    (r"^t_embedder\.mlp\.", "time_embed."),
-    (r"^y_embedder\.mlp\.", "vector_embed."),
-    (r"\.(attn2?)\.qkv\.", r".\1.to_qkv."),
-    (r"\.(attn2?)\.proj\.", r".\1.to_out."),
-    (r"_block\.mlp\.fc1\.", "_block.mlp.0."),
-    (r"_block\.mlp\.fc2\.", "_block.mlp.2."),
-]
-HUB_MMDIT = [
-    (r"^pos_embed\.proj\.", "x_embedder."),
+NETWORK = [  # MMDiT and UNet
+    (r"^x_embedder\.proj\.|^pos_embed\.proj\.", "x_embedder."),
     (r"^pos_embed\.pos_embed", "pos_embed"),
-    (r"^time_text_embed\.timestep_embedder\.", "time_embed."),
-    (r"^time_text_embed\.text_embedder\.", "vector_embed."),
+    (r"^t_embedder\.mlp\.|^time_text_embed\.timestep_embedder\.", "time_embed."),
+    (r"^y_embedder\.mlp\.|^time_text_embed\.text_embedder\.|^label_emb\.0\.|^add_embedding\.", "vector_embed."),
+    (r"^time_embedding\.", "time_embed."),
     (r"_embed\.linear_1\.", "_embed.0."),
     (r"_embed\.linear_2\.", "_embed.2."),
     (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
@@ -71,31 +37,40 @@ HUB_MMDIT = [
     (r"^transformer_blocks\.(\d+)\.attn\.to_add_out\.", r"joint_blocks.\1.context_block.attn.to_out."),
     (r"^transformer_blocks\.(\d+)\.", r"joint_blocks.\1.x_block."),
     (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
+    (r"\.(attn2?)\.qkv\.", r".\1.to_qkv."),
+    (r"\.(attn2?)\.proj\.", r".\1.to_out."),
     (r"\.norm_(q|k)\.", r".ln_\1."),
-    (r"\.ff\.net\.0\.proj\.", ".mlp.0."),
-    (r"\.ff\.net\.2\.", ".mlp.2."),
+    (r"_block\.(mlp\.fc1|ff\.net\.0\.proj)\.", "_block.mlp.0."),
+    (r"_block\.(mlp\.fc2|ff\.net\.2)\.", "_block.mlp.2."),
+    (r"^conv_in\.", "input_blocks.0.0."),
+    (r"^conv_norm_out\.", "out.0."),
+    (r"^conv_out\.", "out.2."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.|\.time_emb_proj\.", ".time."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.|\.conv_shortcut\.", ".skip."),
+    (r"\.0\.op\.", ".0.conv."),
     (r"\.to_out\.0\.", ".to_out."),
+    (r"\.ff\.net\.0\.proj\.", ".ff.proj_in."),
+    (r"\.ff\.net\.2\.", ".ff.proj_out."),
 ]
 AUTOENCODER = [
-    (r"\.nin_shortcut\.", ".skip."),
-    (r"\.(down|up)sample\.conv\.", ".resample.conv."),
-    (r"\.attn_1\.(q|k|v)\.", r".attn_1.to_\1."),
-    (r"\.attn_1\.proj_out\.", ".attn_1.to_out."),
-]
-HUB_AUTOENCODER = [
     (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
     (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
-    (r"\.attn_1\.(to_out\.0|proj_attn)\.", ".attn_1.to_out."),
+    (r"\.attn_1\.(to_out\.0|proj_attn|proj_out)\.", ".attn_1.to_out."),
     (r"\.attn_1\.(q)uery\.|\.attn_1\.(k)ey\.|\.attn_1\.(v)alue\.", r".attn_1.to_\1\2\3."),  # until 2023
+    (r"\.attn_1\.(q|k|v)\.", r".attn_1.to_\1."),
     (r"\.down_blocks\.(\d+)\.", r".down.\1."),
     (r"\.resnets\.", ".block."),
-    (r"\.(down|up)samplers\.0\.", ".resample."),
+    (r"\.(down|up)sample(\.|rs\.0\.)conv\.", ".resample.conv."),
     (r"\.conv_norm_out\.", ".norm_out."),
-    (r"\.conv_shortcut\.", ".skip."),
+    (r"\.(nin|conv)_shortcut\.", ".skip."),
 ]
-TEXT = [  # the hub's names, which 1.x's single file has too; open_clip's are ours
+TEXT = [  # open_clip's names are ours
     (r"^text_model\.", ""),
     (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
     (r"^embeddings\.token_embedding\.", "token_embedding."),
@@ -120,9 +95,9 @@ T5 = [
     (r"\.DenseReluDense\.", "."),
 ]
 
-FIRST, SECOND = ("clip.text.tower.", TEXT), ("clip.text_2.tower.", TEXT)
-SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
-    "model.diffusion_model.": ("unet.", [*UNET, *MMDIT]),
+FIRST, SECOND, THIRD = ("clip.text.tower.", TEXT), ("clip.text_2.tower.", TEXT), ("clip.t5.", T5)
+PREFIXES = {  # of a key in a single file, or the hub's sub-folder -> ours, and the rules for the rest
+    "model.diffusion_model.": ("unet.", NETWORK),
     "first_stage_model.": ("autoencoder.", AUTOENCODER),
     "cond_stage_model.transformer.": FIRST,  # 1.x
     "cond_stage_model.model.": FIRST,  # 2.x
@@ -131,17 +106,16 @@ SINGLE_FILE = {  # a key's prefix -> ours, and the rules for the rest
     "conditioner.embedders.1.transformer.": SECOND,  # by some trainers
     "text_encoders.clip_l.transformer.": FIRST,  # SD3
     "text_encoders.clip_g.transformer.": SECOND,
-    "text_encoders.t5xxl.transformer.": ("clip.t5.", T5),
+    "text_encoders.t5xxl.transformer.": THIRD,
+    "unet/": ("unet.", NETWORK),
+    "transformer/": ("unet.", NETWORK),
+    "vae/": ("autoencoder.", AUTOENCODER),
+    "text_encoder/": FIRST,
+    "text_encoder_2/": SECOND,
+    "text_encoder_3/": THIRD,
 }
-HUB = {  # likewise, by sub-folder
-    "transformer": ("unet.", HUB_MMDIT),
-    "unet": ("unet.", HUB_UNET),
-    "vae": ("autoencoder.", HUB_AUTOENCODER),
-    "text_encoder": FIRST,
-    "text_encoder_2": SECOND,
-    "text_encoder_3": ("clip.t5.", T5),
-}
-NOT_IN_ALL = ("transformer", "text_encoder_2", "text_encoder_3")  # of these sub-folders
+FOLDERS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+NOT_IN_ALL = ("transformer", "text_encoder_2", "text_encoder_3")
 CLIP_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
     "max_position_embeddings": "context_length",
@@ -172,12 +146,17 @@ HUB_SIZES = {  # in the sub-folders' configs, the hub's names and ours
         "rescale_betas_zero_snr": "zero_snr", "shift": "shift",
     },
 }  # fmt: skip
+SECTION = {  # of a config, for each sub-folder
+    "unet": "unet", "transformer": "mmdit", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2",
+    "text_encoder_3": "t5", "scheduler": "schedule",
+}  # fmt: skip
 # The files keep q, k and v apart, and the networks multiply them in one product.
 STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
-# The losses of training, constants, CLIP's temperature, and a second copy of T5's embedding.
-NO_WEIGHTS = r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|embed_tokens\.weight)$"
-# Averages, which `ema` chooses; the schedule; and marks, such as those that `stated` reads.
-OUTSIDE = r"model_ema\.|\w*alphas_cumprod|betas$|posterior_|lvlb_|logvar$|denoiser\.|v_pred$|ztsnr$|scaled_fp8$"
+# Keys of no network: the losses of training, constants, averages (which `ema` chooses), the schedule, and marks.
+NO_WEIGHTS = (
+    r"^first_stage_model\.loss\.|(^|\.)(position_ids|attn_mask|logit_scale|embed_tokens\.weight)$|^model_ema\."
+    r"|^\w*alphas_cumprod|^(betas|logvar|v_pred|ztsnr|scaled_fp8)$|^(posterior_|lvlb_|denoiser\.)"
+)
 
 REFINER = "SDXL's refiner, which continues the base model's pictures: give the base model"
 OTHERS = {  # models of other kinds, by their keys
@@ -187,25 +166,25 @@ OTHERS = {  # models of other kinds, by their keys
 }
 
 
-def from_single_file(key: str) -> str | None:
-    """Our name for a key of a single file; None for one outside the networks."""
-    prefix = next((prefix for prefix in SINGLE_FILE if key.startswith(prefix)), None)
+def renamed(key: str, sizes: Mapping[str, Any]) -> str | None:
+    """Our name for a key of a single file, or "FOLDER/KEY" of a hub folder; None for one outside the networks.
+
+    `sizes` of the whole model: a hub folder numbers blocks within levels, and its decoder's levels from the coarsest;
+    ours are numbered one after the other, and from the finest.
+    """
+    prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
     if prefix is None or re.search(NO_WEIGHTS, key):
         return None
-    return renamed(key.removeprefix(prefix), *SINGLE_FILE[prefix])
-
-
-def from_hub(folder: str, key: str, sizes: Mapping[str, Any]) -> str | None:
-    """Our name for a key of one of the hub's sub-folders. `sizes` of the whole model: the folder numbers blocks within
-    levels, and its decoder's levels from the coarsest; ours are numbered one after the other, and from the finest."""
-    if re.search(NO_WEIGHTS, key):
-        return None
-    if folder == "unet" and (match := re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?([a-z]+)\.(\d+)\.", key)):
+    part, rules = PREFIXES[prefix]
+    key = key.removeprefix(prefix)
+    if match := re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?([a-z]+)\.(\d+)\.", key):
         way, level, kind, number = match.groups()
         key = unet_block(way, int(level or 0), kind, int(number), **sizes["unet"]) + key[match.end() :]
     if match := re.match(r"decoder\.up_blocks\.(\d+)\.", key):
         key = f"decoder.up.{len(sizes['vae']['ch_mult']) - 1 - int(match[1])}.{key[match.end() :]}"
-    return renamed(key, *HUB[folder])
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return part + key
 
 
 def unet_block(way: str, level: int, kind: str, n: int, num_res_blocks, channel_mult, attention_levels, **_) -> str:
@@ -219,12 +198,6 @@ def unet_block(way: str, level: int, kind: str, n: int, num_res_blocks, channel_
     if kind == "upsamplers":
         place, layer = place + num_res_blocks, 1 + (len(channel_mult) - 1 - level in attention_levels)
     return f"output_blocks.{place}.{layer}."
-
-
-def renamed(key: str, prefix: str, rules: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return prefix + key
 
 
 def members(name: str) -> list[str]:
@@ -241,11 +214,6 @@ def swapped(name: str, sizes: Mapping[str, Any]) -> bool:
     return name.startswith(("unet.final_layer.adaLN", f"unet.joint_blocks.{last}.context_block.adaLN"))
 
 
-TOWERS = {  # of SD3, a hub folder's and a single file's
-    "text_encoder": "text_encoders.clip_l.transformer.",
-    "text_encoder_2": "text_encoders.clip_g.transformer.",
-    "text_encoder_3": "text_encoders.t5xxl.transformer.",
-}
 SD3 = {
     "vae": KL_F8_16, "text": SDXL_CLIP_L | {"vector": "end"}, "text_2": SDXL_BIG_G, "prediction": "flow",
     "schedule": {"kind": "flow"}, "image_size": 1024,
@@ -291,16 +259,10 @@ def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     return marks | ({"schedule": {"zero_snr": True}} if zero_snr else {})
 
 
-def is_foreign(key: str) -> bool:
-    """Whether a single file's key belongs neither to the networks nor to what is known beside them."""
-    return not key.startswith(tuple(SINGLE_FILE)) and re.match(OUTSIDE, key) is None
-
-
 def check(named: Mapping[str, Tensor]) -> None:
-    """Raise InputError for a UNet of another use, and for a model without an autoencoder."""
+    """Raise InputError for a UNet that takes more than the latent, and for a model without an autoencoder."""
     stem = named.get("unet.input_blocks.0.0.weight")
-    if stem is not None and stem.ndim == 4 and stem.shape[1] in (8, 9):
-        use = "inpainting, which takes a mask" if stem.shape[1] == 9 else "instructions, as InstructPix2Pix"
-        raise InputError(f"its UNet takes {stem.shape[1]} channels and is for {use}: give a model for text to image")
+    if stem is not None and stem.shape[1:2] in ((8,), (9,)):
+        raise InputError("it is made for inpainting (a mask beside the picture) or instructions: give a plain model")
     if not any(name.startswith("autoencoder.") for name in named):
         raise InputError("it has no autoencoder: name one with model.vae=PATH")

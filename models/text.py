@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,18 +203,17 @@ class Clip(nn.Module):
 
 
 def build_text(
+    width: int,
+    heads: int,
+    layers: int,
+    context_length: int = 77,
     vocab_size: int = VOCABULARY,
     quick_gelu: bool = False,
-    hidden_layer: str = "last",
-    pad_token: int | str = 0,
     embed_dim: int | None = None,  # width of the CLIP projection, None for none
     vocabulary: Tensor | None = None,
-    final_norm: bool = True,
-    vector: str | None = None,
-    added_tokens: Mapping[str, int] | None = None,
-    **sizes: int,
+    **how: Any,
 ) -> TextEncoder:
-    """A text encoder of the given sizes: `width`, `heads`, `layers`, `context_length` (77)."""
+    """A text encoder of the given sizes; `how` it encodes is explained there."""
     from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 
     tower = TextTransformer(
@@ -221,11 +221,11 @@ def build_text(
         output_dim=embed_dim,
         act_layer=QuickGELU if quick_gelu else nn.GELU,
         norm_layer=LayerNorm,
-        **sizes,
+        **dict(width=width, heads=heads, layers=layers, context_length=context_length),
     )
     with torch.device("cpu"):  # even while the weights are on the meta device: no file will bring the mask
         tower.attn_mask = tower.build_causal_mask()
-    return TextEncoder(tower, hidden_layer, pad_token, vocabulary, final_norm, vector, added_tokens)
+    return TextEncoder(tower, vocabulary=vocabulary, **how)
 
 
 def build_clip(text: TextEncoder, embed_dim: int, image_size: int, patch: int, **sizes: int) -> Clip:
