@@ -72,8 +72,10 @@ def edit(cfg: DictConfig, folder: Path, method_name: str) -> tuple[float | list[
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    own = {"ema": cfg.model.ema, "vae": cfg.model.vae and find(cfg.model.vae)}
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, **own)
+    own = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
+    texts = cfg.model.get("text") or []
+    own["text"] = [find(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema, **own)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)

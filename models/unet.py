@@ -7,7 +7,8 @@ sizes stand at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -191,6 +192,7 @@ class UNet(nn.Module):
         self.downsampling = 2 ** (levels - 1)
         self.gradient_checkpointing = False
         self.attention = Attention()
+        self.blocks_up = num_res_blocks + 1  # of each level
         time_dim = 4 * model_channels
 
         def transformer(c: int, level: int) -> SpatialTransformer:
@@ -248,6 +250,18 @@ class UNet(nn.Module):
         text's vector (B, D) goes with them."""
         layers = [m for m in self.modules() if isinstance(m, CrossAttention)]
         return ProjectedContext([layer.project(context) for layer in layers], vector)
+
+    @contextmanager
+    def features_hooked(self, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside, `hook` sees the features that Plug-and-Play injects, (B, C, h, w), and may replace them: what the
+        second residual block of the level above the lowest, on the way up, adds to its skip. A compiled network must
+        be inside `attention.hooked` too."""
+        layer = self.output_blocks[self.blocks_up + 1][0].conv2
+        handle = layer.register_forward_hook(lambda _, __, features: hook(features))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def forward(
         self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext, pixels: tuple[int, int] | None = None

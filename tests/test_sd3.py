@@ -5,22 +5,32 @@ The weights were rounded to half precision before the outputs were computed in f
 
 import json
 import types
+from dataclasses import replace
+from pathlib import Path
 
+import hydra
 import numpy as np
 import pytest
 import torch
+from omegaconf import open_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 
+import edit as command
 import models
+from data.tasks import EditTask
 from errors import InputError
 from methods import flowedit
 from methods.base import Run
+from methods.direct_inversion import DirectInversion
 from methods.flowedit import FlowEdit
+from methods.sdedit import SDEdit
+from models.attention import why_not_fused
 from models.checkpoints import weight_files
 from models.names import FAMILIES
 from samplers import Conditioning, Sampler, ddim, guided
-from tests.conftest import FIXTURES, close
+from tests.conftest import FIXTURES, close, latents
 
 FOLDER = FIXTURES / "sd3_tiny"
 SINGLE, T5 = FOLDER / "model.safetensors", FOLDER / "t5.safetensors"
@@ -113,10 +123,12 @@ def test_autoencoder(model):
     close(model.decode_latents((EXPECTED["latent_mean"] - 0.0609) * 1.5305), EXPECTED["decoded"])
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference", "fused"])
 def test_network(model, backend, monkeypatch):
+    if backend == "fused" and (reason := why_not_fused(model.device)):
+        pytest.skip(reason)
     monkeypatch.setattr(model.unet.attention, "backend", backend)
-    for t5 in (False, True):
+    for t5 in (True,) if backend == "fused" else (False, True):
         text = text_of(model, t5)
         close(model.predict(EXPECTED["x"], EXPECTED["t"], text), EXPECTED["v_t5" if t5 else "v_no_t5"])
     close(model.predict(EXPECTED["x_wide"], float(EXPECTED["t"][0]), text_of(model)[0]), EXPECTED["v_wide"])
@@ -259,3 +271,90 @@ def test_a_large_network_s_files_belong_together():
     files += ["transformer/diffusion_pytorch_model.fp16.safetensors", "vae/model.safetensors"]
     chosen = weight_files([*files, "text_encoder/model.safetensors", "text_encoder_2/model.safetensors"])
     assert chosen["transformer"] == files[1::-1] and "text_encoder_3" not in chosen and "unet" not in chosen
+
+
+# Methods
+
+
+METHODS = {
+    "flowedit": ["method.n_max=3", "method.n_min=1", "method.n_avg=2"],
+    "sdedit": [],
+    "ddim_inversion": ["method.fixed_point_steps=1"],
+    "direct_inversion": ["method.inversion_steps=6"],
+    "imagic": ["method.embedding_steps=2", "method.tuning_steps=2", "method.lora_rank=2", "method.start=inversion"],
+    "imagic_all": ["method=imagic", "method.tune=all", "method.embedding_steps=1", "method.tuning_steps=1"],
+}
+
+
+def run(folder, spiece, *arguments):
+    """`edit.py model=sd35_medium` on the miniature, in this process; its rows."""
+    files = f"model.weights={SINGLE}", f"model.text={T5}", f"model.tokenizer={spiece}"
+    given = ["image=null", "prompt=a red heart", "source_prompt=a cat", "sampler.steps=4", "logger.mode=disabled"]
+    with hydra.initialize_config_dir(str(Path(command.__file__).parent / "conf"), version_base="1.3"):
+        cfg = hydra.compose("edit", ["model=sd35_medium", *files, "cache.enabled=false", *given, *arguments])
+    with open_dict(cfg):
+        cfg.model.arch = WITH_T5
+    assert command.edit(cfg, folder, "a method")[1] == 0
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_for_flows_edits_a_picture(name, spiece, tmp_path):
+    (row,) = run(tmp_path, spiece, f"method={name.removesuffix('_all')}", *METHODS[name])
+    assert Image.open(tmp_path / row["file"]).size == (16, 16)
+    assert row["evaluations"] > 3 and row["edit_source_cosine"] < 1
+
+
+@pytest.mark.parametrize("name", ["ddpm_inversion", "prompt_to_prompt", "masactrl", "plug_and_play", "sampler"])
+def test_what_has_no_meaning_for_it_is_refused_in_one_line(name, spiece, tmp_path):
+    method = ["method=sdedit", "sampler.kind=ddpm"] if name == "sampler" else [f"method={name}"]
+    with pytest.raises(InputError) as error:
+        run(tmp_path, spiece, *method)
+    assert "\n" not in str(error.value) and ("flow model" in str(error.value) or "UNet" in str(error.value))
+
+
+@pytest.fixture
+def cat():
+    """An edit of a random picture."""
+    return EditTask(EXPECTED["image"].clamp(-1, 1), "a red heart", "a cat")
+
+
+def test_flowedit_returns_the_picture_under_equal_prompts_and_averages_over_noises(plain, tiny_model, cat, edit):
+    equal = FlowEdit(Sampler(steps=4), n_max=4, guidance_scale=2.0, source_guidance_scale=2.0)
+    ((_, latent, _),), (again, _), _ = edit(equal, plain, replace(cat, prompt="a cat"))
+    close(latent, again, atol=1e-6)
+    spread = []
+    for n_avg in (1, 16):
+        method = FlowEdit(Sampler(steps=4), n_max=2, n_avg=n_avg, guidance_scale=2.0, num_samples=6)
+        edits, _, _ = edit(method, plain, cat)
+        spread.append(latents((edits,)).std(dim=0).mean())
+    assert 0 < spread[1] < 0.5 * spread[0]
+    with pytest.raises(InputError, match="flow model"):
+        edit(equal, tiny_model, cat)
+    with pytest.raises(InputError, match="n_max"):
+        FlowEdit(Sampler(steps=4))
+
+
+METHODS_IN_PYTHON = [
+    FlowEdit(Sampler(steps=4), n_max=3, n_min=1),
+    SDEdit(Sampler(steps=4), strength=0.7),
+    DirectInversion(Sampler(steps=4)),
+]
+
+
+@pytest.mark.parametrize("method", METHODS_IN_PYTHON, ids=lambda method: type(method).__name__)
+def test_a_mask_confines_the_edit(plain, cat, edit, method):
+    region = torch.ones(1, 1, 16, 16)
+    region[..., 8:] = 0
+    ((_, latent, picture),), _, run = edit(method, plain, replace(cat, region=region))
+    z = run.tensors["source_latent"]
+    assert torch.equal(latent[..., 4:], z[..., 4:]) and torch.equal(picture[..., 8:], cat.image[0, ..., 8:])
+    assert not torch.equal(latent[..., :4], z[..., :4]) and plain.schedule.kept is None
+
+
+def test_direct_inversion_replays_recorded_velocities(plain, cat, edit):
+    ((_, latent, _),), (again, _), run = edit(DirectInversion(Sampler(steps=4), edit_strength=0.0), plain, cat)
+    close(latent, run.tensors["source_latent"], atol=1e-9)
+    assert run.metrics["replay_error"] < 1e-9 and torch.equal(latent, again)
+    with pytest.raises(InputError, match="blend=latent"):
+        edit(DirectInversion(Sampler(steps=4), blend="latent"), plain, cat)
