@@ -79,13 +79,8 @@ def markdown() -> str:
     """The settings of all methods as Markdown: the page docs/methods.md."""
     lines = [HEADING]
     for choice in choices():
-        lines += [
-            "",
-            f"## {choice.group if choice.group in OTHERS else f'{choice.group}={choice.name}'}",
-            "",
-            "| setting | default | meaning |",
-            "|---|---|---|",
-        ]
+        title = choice.group if choice.group in OTHERS else f"{choice.group}={choice.name}"
+        lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
         own = {name: item for name, item in choice.settings.items() if name not in GROUPS}
         for name, (default, about) in own.items():
             lines.append(f"| `{choice.group}.{name}` | {json.dumps(default)} | {about.replace('|', 'or')} |")

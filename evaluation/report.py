@@ -176,7 +176,7 @@ def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = No
     if tasks > 1 or (rows["job"] != "").any():
         files["table.md"] = "\n\n".join(filter(None, [*tables, counts])) + "\n"
         files["index.html"] = page(folder.name, rows)
-    with matplotlib.rc_context({"font.family": fonts()}):
+    with matplotlib.rc_context({"font.family": fonts(), "text.parse_math": False}):
         if edited.any():
             files["sheet.png"] = sheet(folder, rows)
         files |= plots(rows, curves or {})
@@ -283,7 +283,7 @@ def sheet(folder: Path, rows: pd.DataFrame):
             cells.append((row.get("file"), f"{row['label']}\n{row.get('error', '')[:160] or scores(row, 'file')}"))
         heading = "" if alone else f"{about['category']} {about['task']}: {about['prompt']}".strip()
         lines += [(heading if i == 0 else "", cells[i : i + 8]) for i in range(0, len(cells), 8)]
-    return draw_sheet(folder, title, lines)
+    return draw_sheet(folder, title, lines[:100])
 
 
 def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tuple[str | None, str]]]]):
@@ -295,22 +295,24 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
         with Image.open(folder / file) as picture:
             pictures[file] = picture.convert("RGB")
     side = min(384, max(192, *(max(picture.size) for picture in pictures.values()))) / 100  # inches, of 100 pixels
-    columns, top = max(len(cells) for _, cells in lines), 0.9
-    wrapped = lambda words, room: "\n".join(
-        part for line in words.split("\n") for part in textwrap.wrap(line, int(room * 13))
-    )
-    lines = [(heading, [(file, wrapped(words, side)) for file, words in cells]) for heading, cells in lines]
-    high = side + 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
-    wide, tall = max(5, columns * (side + 0.1) + 0.1), len(lines) * high + top
-    figure = Figure((wide, tall), dpi=100)
+    wide = max(5, max(len(cells) for _, cells in lines) * (side + 0.1) + 0.1)
+
+    def wrapped(words: str, room: float) -> str:
+        return "\n".join(part for line in words.split("\n") for part in textwrap.wrap(line, int(room * 13)))
 
     def place(words: str, x: float, y: float) -> None:  # in inches, from the left and from the top
-        figure.text(x / wide, 1 - y / tall, words, va="top", fontsize=9, parse_math=False)
+        figure.text(x / wide, 1 - y / tall, words, va="top", fontsize=9)
 
-    place(wrapped(title, wide), 0.1, 0.1)
+    title = wrapped(title, wide)
+    lines = [(heading, [(file, wrapped(words, side)) for file, words in cells]) for heading, cells in lines]
+    high = side + 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
+    top = 0.6 + 0.17 * title.count("\n")
+    tall = len(lines) * high + top
+    figure = Figure((wide, tall), dpi=100)
+    place(title, 0.1, 0.1)
     for i, (heading, cells) in enumerate(lines):
         y = top + i * high
-        place(heading, 0.1, y - 0.22)
+        place(textwrap.shorten(heading, int(wide * 13)), 0.1, y - 0.22)
         for j, (file, words) in enumerate(cells):
             x = 0.1 + j * (side + 0.1)
             panel = figure.add_axes((x / wide, 1 - (y + side) / tall, side / wide, side / tall), xticks=[], yticks=[])
