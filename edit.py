@@ -111,5 +111,6 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries, for their own users
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # for users: no line of code
     cli.run(main)

@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
+from evaluation.config import CLONE
 
 # Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
 TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")
@@ -106,7 +107,7 @@ def job() -> Iterator[None]:
 
 def provenance() -> dict:
     """The command, the versions that it runs with, and the commit, with "-dirty" after it where files are changed."""
-    git = ["git", "-C", sys.path[0], "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", CLONE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git

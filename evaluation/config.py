@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
-from hydra.utils import get_object
+from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
 from errors import InputError
@@ -70,7 +70,7 @@ def build(node: Any) -> Any:
         return node
     settings = {name: build(value) for name, value in node.items() if name != "_target_"}
     try:
-        return get_object(node["_target_"])(**settings)
+        return get_class(node["_target_"])(**settings)
     except TypeError as error:
         raise InputError(f"{error}") if "unexpected keyword" in str(error) else error from None
 
@@ -79,13 +79,8 @@ def markdown() -> str:
     """The settings of all methods as Markdown: the page docs/methods.md."""
     lines = [HEADING]
     for choice in choices():
-        lines += [
-            "",
-            f"## {choice.group if choice.group in OTHERS else f'{choice.group}={choice.name}'}",
-            "",
-            "| setting | default | meaning |",
-            "|---|---|---|",
-        ]
+        title = choice.group if choice.group in OTHERS else f"{choice.group}={choice.name}"
+        lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
         own = {name: item for name, item in choice.settings.items() if name not in GROUPS}
         for name, (default, about) in own.items():
             lines.append(f"| `{choice.group}.{name}` | {json.dumps(default)} | {about.replace('|', 'or')} |")

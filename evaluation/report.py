@@ -5,7 +5,6 @@ with one `label` (the method, and the settings in which edits differ) are averag
 """
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -178,7 +176,7 @@ def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = No
     if tasks > 1 or (rows["job"] != "").any():
         files["table.md"] = "\n\n".join(filter(None, [*tables, counts])) + "\n"
         files["index.html"] = page(folder.name, rows)
-    with matplotlib.rc_context({"font.family": fonts()}):
+    with matplotlib.rc_context({"font.family": fonts(), "text.parse_math": False}):
         if edited.any():
             files["sheet.png"] = sheet(folder, rows)
         files |= plots(rows, curves or {})
@@ -276,7 +274,7 @@ def sheet(folder: Path, rows: pd.DataFrame):
     else:
         shown = tasks.drop_duplicates("category") if tasks["category"].nunique() > 1 else tasks[:8]
         rows = rows.merge(shown[TASK]).drop_duplicates([*TASK, "label"])
-    blocks = []
+    lines = []  # of at most eight pictures: (heading, [(file, the words under it)])
     for _, group in rows.groupby(TASK, sort=False):
         edits = records(group)
         about = min(edits, key=lambda row: "error" in row)
@@ -284,46 +282,42 @@ def sheet(folder: Path, rows: pd.DataFrame):
         for row in edits:
             cells.append((row.get("file"), f"{row['label']}\n{row.get('error', '')[:160] or scores(row, 'file')}"))
         heading = "" if alone else f"{about['category']} {about['task']}: {about['prompt']}".strip()
-        blocks += [(heading if i == 0 else "", cells[i : i + 8]) for i in range(0, len(cells), 8)]
-    return draw_sheet(folder, title, blocks)
+        lines += [(heading if i == 0 else "", cells[i : i + 8]) for i in range(0, len(cells), 8)]
+    return draw_sheet(folder, title, lines[:100])
 
 
 def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tuple[str | None, str]]]]):
-    """Draw lines of pictures (a grey field for None) with words under them, and a heading above each line. Small
-    pictures are enlarged by a whole factor, large ones reduced to 384 pixels."""
+    """Draw lines of pictures (a grey field for None) with words under them, and a heading above each line."""
     from matplotlib.figure import Figure
 
-    def fitted(file: str) -> np.ndarray:
+    pictures = {None: Image.new("RGB", (64, 64), "#dddddd")}
+    for file in {file for _, cells in lines for file, _ in cells if file}:
         with Image.open(folder / file) as picture:
-            side = max(picture.size)
-            scale = 384 / side if side > 384 else math.ceil(192 / side)
-            size = [round(n * scale) for n in picture.size]
-            pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS))
-            return np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=204)  # a frame
+            pictures[file] = picture.convert("RGB")
+    side = min(384, max(192, *(max(picture.size) for picture in pictures.values()))) / 100  # inches, of 100 pixels
+    wide = max(5, max(len(cells) for _, cells in lines) * (side + 0.1) + 0.1)
 
-    pictures = {file: fitted(file) for _, cells in lines for file, _ in cells if file}
-    high, wide = np.max([picture.shape[:2] for picture in pictures.values()], axis=0)
-    pictures[None] = np.full((high, wide, 3), 221, np.uint8)
-    width = max(480, max(len(cells) for _, cells in lines) * (wide + 12)) + 20
-    size, placed, y = 12 + wide // 64, [], 16  # of the text, in pixels
+    def wrapped(words: str, room: float) -> str:
+        return "\n".join(part for line in words.split("\n") for part in textwrap.wrap(line, int(room * 13)))
 
-    def write_words(text: str, x: int, y: int, room: int) -> int:
-        """Place a text in a room so wide; the y below it."""
-        parts = [part for line in text.split("\n") for part in textwrap.wrap(line, int(room / size * 1.7))]
-        placed.append((x, y, "\n".join(parts)))
-        return y + round(len(parts) * size * 1.3)
+    def place(words: str, x: float, y: float) -> None:  # in inches, from the left and from the top
+        figure.text(x / wide, 1 - y / tall, words, va="top", fontsize=9)
 
-    for heading, cells in [(title, []), *lines]:
-        top = below = write_words(heading, 16, y, width - 32) + 4
-        for i, (file, text) in enumerate(cells):
-            placed.append((16 + i * (wide + 12), top, pictures[file]))
-            below = max(below, write_words(text, 16 + i * (wide + 12), top + high + 4, wide))
-        y = below + 8
-    figure = Figure((width / 100, y / 100), dpi=100)
-    for x, top, content in placed:
-        if isinstance(content, str):
-            where = {"va": "top", "linespacing": 1.2, "parse_math": False}
-            figure.text(x / width, 1 - top / y, content, fontsize=size * 0.72, **where)
-        else:
-            figure.figimage(content, x, y - top - content.shape[0])
+    title = wrapped(title, wide)
+    lines = [(heading, [(file, wrapped(words, side)) for file, words in cells]) for heading, cells in lines]
+    high = side + 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
+    top = 0.6 + 0.17 * title.count("\n")
+    tall = len(lines) * high + top
+    figure = Figure((wide, tall), dpi=100)
+    place(title, 0.1, 0.1)
+    for i, (heading, cells) in enumerate(lines):
+        y = top + i * high
+        place(textwrap.shorten(heading, int(wide * 13)), 0.1, y - 0.22)
+        for j, (file, words) in enumerate(cells):
+            x = 0.1 + j * (side + 0.1)
+            panel = figure.add_axes((x / wide, 1 - (y + side) / tall, side / wide, side / tall), xticks=[], yticks=[])
+            panel.imshow(pictures[file], interpolation="lanczos")
+            panel.set_anchor("NW")
+            panel.spines[:].set_color("#cccccc")
+            place(words, x, y + side + 0.05)
     return figure
