@@ -5,6 +5,7 @@ python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -33,9 +34,11 @@ def main(cfg: DictConfig) -> float | list[float] | None:
         return value
 
 
-def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | list[float] | None, int]:
+def edit(
+    cfg: DictConfig, folder: Path, choices: DictConfig, load: Callable | None = None
+) -> tuple[float | list[float] | None, int]:
     """Run one job. Returns the means that a sweeper optimises, and the number of failed tasks. The user's settings are
-    checked before the model is loaded."""
+    checked before the model is loaded, by models.load or in its place by `load`."""
     import torch
     from hydra.utils import instantiate
 
@@ -69,7 +72,7 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
+    model = (load or models.load)(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)
