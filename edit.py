@@ -49,12 +49,14 @@ def edit(
     from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
 
-    for name in ("compile", "deterministic", "cache.enabled", "model.ema"):
+    for name in ("compile", "deterministic", "cache.enabled", "mask_pixels", "model.ema"):
         value = OmegaConf.select(cfg, name)
         if not isinstance(value, bool) and (name != "model.ema" or value is not None):
             raise InputError(f"{name}={value} is unknown: true or false")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
         raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
+    if not isinstance(cfg.mask_feather, int) or cfg.mask_feather < 0:
+        raise InputError(f"mask_feather={cfg.mask_feather} is out of range: pixels, 0 or more")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
@@ -67,7 +69,8 @@ def edit(
     check_backend(cfg.attention, device)
     method = instantiate(cfg.method, _convert_="all")
     source, cache, logger, metrics = (instantiate(cfg[name]) for name in ("task", "cache", "logger", "metrics"))
-    own = [name for name in ("image", "prompt", "source_prompt", "negative_prompt") if cfg[name] not in (None, "")]
+    texts = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
+    own = [name for name in texts if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
@@ -88,6 +91,7 @@ def edit(
 
     def edit_one(entry: Entry, place: Path, seed: int) -> tuple[list[dict], dict]:
         task = source.load(entry, size, multiple).to(device)
+        task.feather = cfg.mask_feather if cfg.mask_pixels else None
         return editor.edit_task(task, place, seed, alone=source.single)
 
     settings = OmegaConf.to_container(cfg, resolve=True) | {"weights": fingerprint}

@@ -18,7 +18,9 @@ PIE_TYPES = (
     "random", "change_object", "add_object", "delete_object", "change_content", "change_pose", "change_color",
     "change_material", "change_background", "change_style",
 )  # fmt: skip
-FIELDS = ("image", "prompt", "source_prompt", "negative_prompt", "mask", "truth", "category", "name")
+FIELDS = (
+    "image", "prompt", "source_prompt", "negative_prompt", "blend_word", "mask", "truth", "category", "name",
+)  # fmt: skip
 
 
 class ListOfEdits(Tasks):
@@ -56,7 +58,8 @@ class PieBench(Tasks):
         for name, item in mapping.items():
             kind = PIE_TYPES[int(item["editing_type_id"])]
             prompts = (re.sub(r"[\[\]]", "", item[key]) for key in ("editing_prompt", "original_prompt"))
-            entries.append(Entry(folder_name(name), *prompts, kind, folder / "annotation_images" / item["image_path"]))
+            image, blend_word = folder / "annotation_images" / item["image_path"], item.get("blended_word", "")
+            entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=blend_word))
             self.runs[entries[-1].name] = item["mask"]
         super().__init__(entries, fit, **choice)
 

@@ -90,20 +90,25 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def open_mask(path: str | Path) -> Image.Image:
-    """The mask at `path` as an upright image of mode "L": 255 under any paint that is neither black nor transparent.
+    """The mask at `path` as an upright image of mode "L": 255 under its brightest paint, less under darker or half
+    transparent paint, and 0 only where it is black or transparent.
 
-    A JPEG's black is noisy, so its paint must be brighter than 127. Warns where nothing or everything is inside.
+    A JPEG's black is noisy, so there any paint brighter than 127 counts as full, and no other. Warns where nothing or
+    everything is inside.
     """
     image = open_upright(path)
     if image.mode[0] in "IF":
-        inside = np.asarray(image) > 0
+        paint = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
     else:
-        pixels = np.asarray(image.convert("RGBA"))
-        inside = (pixels[..., :3].max(-1) > (127 if image.format == "JPEG" else 0)) & (pixels[..., 3] > 0)
+        pixels = np.asarray(image.convert("RGBA"), np.float64) / 255
+        paint = pixels[..., :3].max(-1) * pixels[..., 3]
+    if image.format == "JPEG":
+        paint = paint > 0.5
+    inside = paint > 0
     if inside.all() or not inside.any():
         extent = "full: every" if inside.any() else "empty: no"
         warnings.warn(f"the mask {path} is {extent} pixel is painted", stacklevel=2)
-    return Image.fromarray(inside.astype(np.uint8) * 255)
+    return Image.fromarray(np.ceil(paint * (255 / (paint.max() or 1))).clip(0, 255).astype(np.uint8))
 
 
 def bucket(width: int, height: int, size: int, multiple: int) -> tuple[int, int]:
@@ -117,7 +122,9 @@ def bucket(width: int, height: int, size: int, multiple: int) -> tuple[int, int]
     return wide * multiple, high * multiple
 
 
-def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int = 1) -> Image.Image:
+def fit_picture(
+    image: Image.Image, size: int, fit: str = "crop", multiple: int = 1, filter: int = Image.Resampling.LANCZOS
+) -> Image.Image:
     """`image` as a model takes it, whose sides must be multiples of `multiple`.
 
     At size x size: the centre square ("crop"), all of it between white bars ("pad"), or squeezed ("stretch"). With
@@ -125,8 +132,8 @@ def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int 
     already keeps every pixel.
     """
     if fit == "keep":
-        return image.resize(bucket(*image.size, size, multiple), Image.Resampling.LANCZOS)
-    return FITS[fit](image, (size, size), Image.Resampling.LANCZOS)
+        return image.resize(bucket(*image.size, size, multiple), filter)
+    return FITS[fit](image, (size, size), filter)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -7,6 +7,7 @@ pictures of one task, at about `size` x `size` pixels, with sides that are multi
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from errors import InputError
 
 @dataclass
 class EditTask:
-    """One edit. `image`, `truth` (1, 3, H, W) in [-1, 1]; `mask` (1, 1, H, W), 1 where the edit belongs."""
+    """One edit. `image`, `truth` (1, 3, H, W) in [-1, 1]; `mask` (1, 1, H, W), 1 where the edit belongs, for metrics;
+    `region` (1, 1, H, W) in [0, 1], outside which the picture is to stay as it is, for any method."""
 
     image: Tensor
     prompt: str  # describes the edited picture
@@ -30,9 +32,12 @@ class EditTask:
     truth: Tensor | None = None  # the correct result, where it is known
     category: str = ""  # the kind of edit, in a benchmark that has kinds
     negative_prompt: str = ""  # guidance leads away from it
+    blend_word: str = ""  # "cat dog": the source prompt's word and the prompt's, for Prompt-to-Prompt's local blending
+    region: Tensor | None = None
+    feather: int | None = 0  # pixels inside the region over which the input's own fade out; None: they are not laid in
 
     def to(self, device: torch.device) -> "EditTask":
-        moved = {name: getattr(self, name) for name in ("image", "mask", "truth")}
+        moved = {name: getattr(self, name) for name in ("image", "mask", "truth", "region")}
         return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
 
 
@@ -48,14 +53,15 @@ class Entry:
     mask: Path | None = None
     truth: Path | None = None
     negative_prompt: str = ""
+    blend_word: str = ""
 
 
 class Tasks:
     """The chosen `entries`, and the `share` of them that this process edits.
 
     `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
-    counted from 0; by default the processes of torchrun get one each. Raises InputError for a wrong setting, and where
-    no task is left.
+    counted from 0; by default the processes of torchrun get one each. With `confine` the masks hold the edits, and do
+    not only serve metrics. Raises InputError for a wrong setting, and where no task is left.
     """
 
     single = False  # True for one picture: its files go to the run's own folder
@@ -67,6 +73,7 @@ class Tasks:
         categories: str | Sequence[str] | None = None,
         limit: int | None = None,
         shard: str | None = None,
+        confine: bool = False,
     ):
         if fit not in (*FITS, "keep"):
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
@@ -82,7 +89,9 @@ class Tasks:
             chosen |= {entry.name for entry in kinds[kind][:limit]}
         if not chosen:
             raise InputError("task: there is nothing to edit in this list")
-        self.fit = fit
+        if not isinstance(confine, bool):
+            raise InputError(f"task.confine={confine} is unknown: true or false")
+        self.fit, self.confine = fit, confine
         self.entries = [entry for entry in entries if entry.name in chosen]
         index, count = 0, 1
         if shard is not None:
@@ -95,8 +104,9 @@ class Tasks:
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
-        image, truth, tensors = open_rgb(entry.image), open_rgb(entry.truth) if entry.truth else None, {}
-        for name, other in {"image": image, "mask": self.mask(entry), "truth": truth}.items():
+        image, soft, tensors = open_rgb(entry.image), self.mask(entry), {}
+        mask, truth = soft and soft.point(lambda v: 255 * (v > 0)), open_rgb(entry.truth) if entry.truth else None
+        for name, other in {"image": image, "mask": mask, "truth": truth}.items():
             if other is not None:
                 tensors[name] = to_tensor(fit_picture(other, size, self.fit, multiple))
                 unlike = abs(image.width * other.height - image.height * other.width) > max(*image.size, *other.size)
@@ -104,11 +114,14 @@ class Tasks:
                     raise InputError(f"the {name} of task {entry.name} has another shape than its image")
         if "mask" in tensors:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
-        texts = ("prompt", "source_prompt", "name", "category", "negative_prompt")
+            if self.confine:  # by a filter without lobes, which would reach beyond the edge
+                soft = fit_picture(soft, size, self.fit, multiple, Image.Resampling.BILINEAR)
+                tensors["region"] = to_tensor(soft)[:, :1] / 2 + 0.5
+        texts = ("prompt", "source_prompt", "name", "category", "negative_prompt", "blend_word")
         return EditTask(**tensors, **{name: getattr(entry, name) for name in texts})
 
     def mask(self, entry: Entry) -> Image.Image | None:
-        """White where the edit belongs, else black."""
+        """White where the edit belongs, grey at soft edges, else black."""
         return open_mask(entry.mask) if entry.mask else None
 
 
@@ -128,6 +141,7 @@ class OneImage(Tasks):
         negative_prompt: str = "",
         fit: str = "crop",
         example: dict[str, str] | None = None,
+        mask: str | None = None,
     ):
         if image is None and example:
             image = example["image"]
@@ -138,7 +152,9 @@ class OneImage(Tasks):
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
-        with opened(image):  # only its header, so that a missing file ends the run early
-            pass
-        prompt, source, negative = texts
-        super().__init__([Entry("edit", prompt, source, negative_prompt=negative, image=find(image))], fit)
+        for path in (image, mask):
+            with opened(path) if path else nullcontext():  # only its header, so that a missing file ends the run early
+                pass
+        (prompt, source, negative), mask = texts, mask and find(mask)
+        entry = Entry("edit", prompt, source, image=find(image), mask=mask, negative_prompt=negative)
+        super().__init__([entry], fit, confine=True)

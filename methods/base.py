@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError
@@ -68,22 +69,42 @@ def perform(method: Method, model, task, run: Run) -> Iterator[tuple[dict[str, A
 
     Latents are float64: only the network works in the model's precision, so that rounding does not add up along a path.
     No parameter asks for a gradient meanwhile, so that a backward pass to the text embedding skips them all.
+
+    Outside `task.region` an edit is the input, whatever the method: its walks stay on the input's path, and its latent
+    and at last its pixels are the input's own. A latent cell is free where any of its pixels is.
     """
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    checkpointing = model.unet.gradient_checkpointing
+    checkpointing, schedule, region = model.unet.gradient_checkpointing, model.schedule, task.region
     try:
         model.requires_grad_(False)
         z = run.tensors["source_latent"] = model.encode_image(task.image).double()
+        if region is not None:
+            inside = F.adaptive_max_pool2d(region, z.shape[-2:]).to(z)
+            model.schedule = schedule.confined(z, inside)
         with closing(method.edit(model, task, z, run)) as results:
             for settings, latent in results:
+                confined = region is not None and settings != RECONSTRUCTION
+                latent = torch.lerp(z, latent, inside) if confined else latent
                 image = model.decode_latents(latent)[0].float().cpu()
                 if not image.isfinite().all():
                     raise InputError("the edit is NaN or infinite: lower method.guidance_scale or use dtype=float32")
+                if confined and task.feather is not None:
+                    image = torch.lerp(task.image[0].cpu(), image, feathered(region, task.feather)[0].cpu())
                 yield settings, latent, image.clamp(-1, 1)
     finally:
         for parameter, flag in asked.items():
             parameter.requires_grad_(flag)
-        model.unet.gradient_checkpointing = checkpointing
+        model.unet.gradient_checkpointing, model.schedule = checkpointing, schedule
+
+
+def feathered(region: Tensor, width: int) -> Tensor:
+    """`region` (1, 1, H, W), falling to 0 over the last `width` pixels inside its edge, and still 0 where it was: the
+    mean of its erosions by 0 to `width` pixels. The picture's border is no edge."""
+    total = region
+    for _ in range(width):
+        region = -F.max_pool2d(-region, 3, stride=1, padding=1)
+        total = total + region
+    return total / (width + 1)
 
 
 def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.base import RECONSTRUCTION, Method, Result, Run, check
-from samplers import Denoiser, Sampler, Trajectory, ddim, ddpm, guided, noise_like
+from samplers import Sampler, Trajectory, ddim, ddpm, guided, noise_like
 
 
 @dataclass
@@ -39,23 +39,26 @@ class DDPMInversion(Method):
         trajectory = self.sampler.trajectory(model.schedule).tail(1 - self.skip)
         as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
-        steps = range(len(trajectory))
+        timesteps = trajectory.timesteps.tolist()
         for i in range(self.num_samples):
             eps = run.noise("path", i)
-            path = [model.schedule.add_noise(z, noise_like(z, eps), int(t)) for t in trajectory.timesteps] + [z]
+            path = [model.schedule.add_noise(z, noise_like(z, eps), t) for t in timesteps] + [z]
             # sigma_t z_t, undivided: it is defined at the last step too, where sigma_t is 0 if the walk ends at
             # alpha_bar 1. The paper's code drops that one, and so is not exact.
-            inversion = run.progress("inversion")(steps)
-            maps = [path[n + 1] - self.mean(as_source, path[n], trajectory, n) for n in inversion]
-            x = path[0]
-            for n in run.progress("editing")(steps):
-                x = self.mean(as_target, x, trajectory, n) + maps[n]
+            maps = []
+            for n in run.progress("inversion")(range(len(timesteps))):
+                maps.append(path[n + 1] - self.mean(path[n], as_source(path[n], timesteps[n]), trajectory, n))
+
+            def move(x: Tensor, eps: Tensor, n: int, maps=maps) -> Tensor:
+                return self.mean(x, eps, trajectory, n) + maps[n]
+
+            x = ddim.walk(as_target, path[0], trajectory, move, run.progress("editing"))
             yield {"skip": float(self.skip), "sample": i}, x
         yield RECONSTRUCTION, z
 
-    def mean(self, denoise: Denoiser, x: Tensor, trajectory: Trajectory, n: int) -> Tensor:
+    def mean(self, x: Tensor, eps: Tensor, trajectory: Trajectory, n: int) -> Tensor:
         """mu_t(x_t) of the n-th step: the sampler's step without its noise."""
-        eps, levels = denoise(x, int(trajectory.timesteps[n])), trajectory.alpha_bars[n : n + 2]
+        levels = trajectory.alpha_bars[n : n + 2]
         if self.sampler.kind == "ddpm":
             return ddpm.step(x, eps, *levels)
         return ddim.step(x, eps, *levels, self.sampler.eta)

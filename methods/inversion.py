@@ -36,23 +36,40 @@ class Source:
     rectified: bool = False
 
     def sample(
-        self, model, target: Conditioning, scale: float, control: Callable[[int], AbstractContextManager], run: Run
+        self,
+        model,
+        target: Conditioning,
+        scale: float,
+        control: Callable[[int], AbstractContextManager],
+        run: Run,
+        away: Conditioning | None = None,
+        blend: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample the source branch and, beside it, a branch under `target`, one row, from the same latent.
 
         `control(i)` surrounds the network's call at step i, whose batch is (source, target), or under guidance (null,
-        null, source, target). Returns the reconstruction and the edit, latents (1, c, h, w).
+        null, source, target). The target's null is the source branch's, or `away`. `blend(i, x)` may replace both
+        latents (2, c, h, w) after step i. Returns the reconstruction and the edit, latents (1, c, h, w).
         """
-        trajectory, prompts = self.trajectory, Conditioning.cat([self.text, target])
-        x = torch.cat([self.path.latent, self.path.latent])
-        for i in run.progress("editing")(range(len(trajectory))):
-            if i < len(self.nulls):  # else that of the step before, whose texts are projected already
-                denoise = guided(model, prompts, scale, self.nulls[i])
+        trajectory, prompts, denoisers = self.trajectory, Conditioning.cat([self.text, target]), {}
+        steps = {t: i for i, t in enumerate(trajectory.timesteps.tolist())}
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            i = steps[t]
+            null = min(i, len(self.nulls) - 1)
+            if null not in denoisers:  # one at a time, for its projected texts take memory
+                denoisers.clear()
+                nulls = [self.nulls[null], self.nulls[null] if away is None else away]
+                denoisers[null] = guided(model, prompts, scale, Conditioning.cat(nulls))
             with control(i):
-                eps = denoise(x, int(trajectory.timesteps[i]))
-            x = trajectory.step(x, eps, i, i + 1)
-            if self.rectified:
-                x = torch.cat([self.path.latents[i + 1], x[1:]])
+                return denoisers[null](x, t)
+
+        def after(i: int, x: Tensor) -> Tensor:
+            x = torch.cat([self.path.latents[i + 1], x[1:]]) if self.rectified else x
+            return x if blend is None else blend(i, x)
+
+        x = torch.cat([self.path.latent, self.path.latent])
+        x = ddim.sample(denoise, x, trajectory, progress=run.progress("editing"), callback=after)
         again, edit = x.split(1)
         run.metrics["reconstruction_error"] = float((again - self.path.latents[-1]).square().mean().sqrt())
         return again, edit

@@ -45,9 +45,10 @@ def walk(
     callback: Callback | None = None,
 ) -> Tensor:
     """Noise -> clean: x (B, ...) at the first noise level is brought to the last, one network call a step.
-    `move(x, prediction, i)` takes step i. `callback(i, x)` sees x after step i and may return a replacement."""
+    `move(x, prediction, i)` takes step i; a confined trajectory puts its outside back. `callback(i, x)` sees x after
+    that and may return a replacement."""
     for i in (progress or iter)(range(len(trajectory))):
-        x = move(x, denoise(x, int(trajectory.timesteps[i])), i)
+        x = trajectory.confine(x, move(x, denoise(x, int(trajectory.timesteps[i])), i), i)
         replacement = None if callback is None else callback(i, x)
         x = x if replacement is None else replacement
     return x

@@ -21,6 +21,7 @@ class Sampler:
     kind: str = "ddim"  # ddim | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
     spacing: str = "leading"  # leading | trailing | linspace; see `NoiseSchedule.trajectory`
+    offset: int | None = None  # added to every timestep of a leading grid; null: the schedule's own
     eta: float = 0.0  # of ddim, in [0, 1]: 0 is deterministic, 1 equals ddpm
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 
@@ -30,10 +31,12 @@ class Sampler:
                 raise InputError(f"sampler.{name} is {getattr(self, name)}: choose one of {', '.join(choices)}")
         if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
             raise InputError(f"sampler.eta is {self.eta}: it must be a number from 0 to 1")
+        if self.offset is not None and (not isinstance(self.offset, int) or self.offset < 0):
+            raise InputError(f"sampler.offset is {self.offset}: it must be a whole number, 0 or more, or null")
 
     def trajectory(self, schedule: NoiseSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule."""
-        return schedule.trajectory(self.steps, self.spacing)
+        return schedule.trajectory(self.steps, self.spacing, self.offset)
 
     def sample(
         self,

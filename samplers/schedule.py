@@ -4,8 +4,9 @@ Notation of Ho et al. (2020, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x0 + sqr
 arithmetic of alpha_bars is done in float64 on the CPU; a tensor meets only the finished coefficient, in its own dtype.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ class Trajectory:
     timesteps:  (steps,) int64, descending, for the network.
     alpha_bars: (steps + 1,) float64. alpha_bars[i] belongs to timesteps[i]; step i goes from alpha_bars[i] down to
                 alpha_bars[i + 1], and alpha_bars[-1] is the clean end.
+    kept:       None, or (z, inside): see `NoiseSchedule.confined`.
     """
 
     timesteps: Tensor
     alpha_bars: Tensor
+    kept: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -44,7 +47,16 @@ class Trajectory:
     def tail(self, share: float) -> "Trajectory":
         """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
         start = len(self) - max(1, round(share * len(self)))
-        return Trajectory(self.timesteps[start:], self.alpha_bars[start:])
+        return replace(self, timesteps=self.timesteps[start:], alpha_bars=self.alpha_bars[start:])
+
+    def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
+        """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:
+        alpha z + sigma n at either level, with the noise n that x has."""
+        if self.kept is None:
+            return lower
+        (z, inside), a = self.kept, self.alpha_bars[i]
+        n = (x - math.sqrt(a) * z) / math.sqrt(1 - a)
+        return torch.lerp(self.step(x, n, i, i + 1), lower, inside)
 
 
 @dataclass
@@ -70,6 +82,14 @@ class NoiseSchedule:
         if self.final_alpha_bar not in ENDS:
             raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}: choose one of {', '.join(ENDS)}")
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
+        self.kept = None
+
+    def confined(self, z: Tensor, inside: Tensor) -> "NoiseSchedule":
+        """This schedule with trajectories on which `ddim.walk` comes to the latent z (1, c, h, w) wherever `inside`
+        (1, 1, h, w) is 0, from any start and whatever the steps; where it is 1, it is free. Inversion is not bound."""
+        schedule = copy.copy(self)
+        schedule.kept = z, inside
+        return schedule
 
     def _betas(self) -> Tensor:
         exact = {"dtype": torch.float64, "device": "cpu"}  # a model may be built on the meta device
@@ -81,12 +101,12 @@ class NoiseSchedule:
             return torch.linspace(self.beta_start, self.beta_end, self.timesteps, **exact)
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, **exact) ** 2
 
-    def trajectory(self, steps: int = 50, spacing: str = "leading") -> Trajectory:
+    def trajectory(self, steps: int = 50, spacing: str = "leading", offset: int | None = None) -> Trajectory:
         """A descending grid of `steps` timesteps, 1 <= steps <= T, with the alpha_bar of each and of the end.
 
         With T timesteps (Lin et al. 2023, arXiv 2305.08891, table 2):
-          leading   0, T//steps, 2 (T//steps), ..., each plus steps_offset: starts a stride below full noise. Where the
-                    offset would leave the schedule (steps = T), the whole grid is lowered to fit.
+          leading   0, T//steps, 2 (T//steps), ..., each plus `offset` or steps_offset: starts a stride below full
+                    noise. Where the offset would leave the schedule (steps = T), the whole grid is lowered to fit.
           trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
           linspace  T - 1 down to 0, evenly. With final_alpha_bar="first" its last step changes nothing.
         Raises InputError for a step count out of range, or an unknown spacing.
@@ -98,7 +118,7 @@ class NoiseSchedule:
             raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
         if spacing == "leading":
             stride = T // steps
-            offset = min(self.steps_offset, T - 1 - stride * (steps - 1))
+            offset = min(self.steps_offset if offset is None else offset, T - 1 - stride * (steps - 1))
             ascending = [i * stride + offset for i in range(steps)]
         elif spacing == "trailing":
             ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
@@ -106,7 +126,7 @@ class NoiseSchedule:
             ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
         timesteps = torch.tensor(ascending[::-1], device="cpu")
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
-        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]))
+        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), self.kept)
 
     def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for an int, tensors that multiply `x` by sample for (B,).
