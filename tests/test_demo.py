@@ -77,7 +77,7 @@ def test_from_click_to_picture(until, tmp_path):
 def test_every_method_has_fields_for_its_main_settings():
     for method in demo.composed([])[2]("method"):
         found = demo.settings(method, "openmoji64")
-        assert found and all(demo.field(name, *of).value for name, of in found.items()), method
+        assert found and all(demo.field(name, *of).value is not None for name, of in found.items()), method
     tune = demo.field("method.tune", *demo.settings("imagic", "openmoji64")["method.tune"])
     assert [value for _, value in tune.choices] == ["all", "attention", "lora"]
     for given in ("prompt=${oc.env:HOME}", "cache._target_=os.system"):  # of a page that others reach
