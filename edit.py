@@ -5,6 +5,7 @@ python edit.py method=imagic image=dog.jpg prompt="a sitting dog"
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -33,9 +34,11 @@ def main(cfg: DictConfig) -> float | list[float] | None:
         return value
 
 
-def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | list[float] | None, int]:
+def edit(
+    cfg: DictConfig, folder: Path, choices: DictConfig, load: Callable | None = None
+) -> tuple[float | list[float] | None, int]:
     """Run one job. Returns the means that a sweeper optimises, and the number of failed tasks. The user's settings are
-    checked before the model is loaded."""
+    checked before the model is loaded, by models.load or in its place by `load`."""
     import torch
 
     import models
@@ -80,7 +83,8 @@ def edit(cfg: DictConfig, folder: Path, choices: DictConfig) -> tuple[float | li
     own = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
     texts = cfg.model.get("text") or []
     own["text"] = [find(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    model = models.load(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema, **own)
+    own |= {"arch": arch, "device": device, "dtype": dtype, "ema": cfg.model.ema}
+    model = (load or models.load)(find(cfg.model.weights), **own)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)
