@@ -48,7 +48,7 @@ class TuningCache:
     max_gb: float = 10.0  # at most, of 10^9 bytes; the least recently used entries are removed first
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.dir).expanduser()
+        self.folder, self.max_bytes = Path(self.dir).expanduser(), float(self.max_gb) * 1e9
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
@@ -72,7 +72,7 @@ class TuningCache:
             try:
                 with whole_file(path) as partial:
                     save_file(tensors, partial, {"notes": json.dumps(notes)})
-                left = self.max_gb * 1e9
+                left = self.max_bytes
                 for entry in sorted(self.folder.glob("*.tuning.safetensors"), key=os.path.getmtime, reverse=True):
                     left -= entry.stat().st_size
                     if left < 0:

@@ -133,7 +133,9 @@ def explain(error: BaseException) -> str | None:
         if "home directory" in text:
             return f"{text} Set HOME"
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split()) if isinstance(error, HydraException | OmegaConfBaseException) else None
+    raised_in = "".join(frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])
+    theirs = isinstance(error, HydraException | OmegaConfBaseException) or re.search("/(hydra|omegaconf)/", raised_in)
+    return " ".join(str(error).split()) if theirs else None
 
 
 def end_with(error: BaseException) -> None:

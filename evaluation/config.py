@@ -65,14 +65,17 @@ def inherited(known: dict, module: str, name: str) -> tuple[set[str], dict]:
 
 
 def build(node: Any) -> Any:
-    """The object of a config's _target_, with those within it. Hydra's own would resolve a text `${...}` once more."""
+    """The object of a config's _target_, with those within it. Hydra's own would resolve a text `${...}` once more.
+    Raises InputError where it refuses its settings, or a file that they name."""
     if not isinstance(node, dict) or "_target_" not in node:
         return node
     settings = {name: build(value) for name, value in node.items() if name != "_target_"}
     try:
         return get_class(node["_target_"])(**settings)
-    except TypeError as error:
-        raise InputError(f"{error}") if "unexpected keyword" in str(error) else error from None
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError) as error:
+        raise InputError(f"{node['_target_']}: {error}") from error
 
 
 def markdown() -> str:

@@ -202,6 +202,7 @@ def edit_all(
     anew, and its errors are raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    used = (folder / "run.json").exists()
     claim(folder, settings, source.single)
     typed, about = overrides(), {entry.name: marks(entry) for entry in source.entries}
     done = set() if source.single else {row["task"] for row in rows_of(about, folder) if "error" not in row}
@@ -215,7 +216,7 @@ def edit_all(
         for entry in waiting:
             place, own_seed = (folder, seed) if source.single else (folder / entry.name, task_seed(seed, entry.name))
             place.mkdir(exist_ok=True)
-            for old in (place / name for name in OUTPUTS):  # of an earlier run, or of an attempt that failed
+            for old in (place / name for name in OUTPUTS if used):  # of an earlier run, or of an attempt that failed
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             try:
                 rows, curves = edit(entry, place, own_seed)
