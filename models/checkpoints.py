@@ -7,13 +7,17 @@ is renamed once (models/names.py), and each tensor is cast once, into a network 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -37,6 +41,7 @@ SECTIONS = (
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
+MADV_DONTNEED = 4  # Linux's
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")  # org/name, org/name@revision
 
@@ -68,7 +73,8 @@ def load(
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
     """
-    source, texts = located(path), [Path(text)] if isinstance(text, str | os.PathLike) else [*map(Path, text or ())]
+    source = located(path, half=dtype.itemsize == 2)
+    texts = [Path(text)] if isinstance(text, str | os.PathLike) else [*map(Path, text or ())]
     try:
         if source.is_file():
             config, named = open_single_file(source, arch, ema, texts)
@@ -108,13 +114,13 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def located(path: str | os.PathLike) -> Path:
+def located(path: str | os.PathLike, half: bool) -> Path:
     """Where the model is: a hub id is fetched, and a sub-folder of a hub folder, or a file in it, names the whole."""
     source = Path(path)
     if not source.exists():
         if not HUB_ID.fullmatch(str(path)) or source.suffix in (".safetensors", ".ckpt"):
             raise InputError(f"there is no checkpoint at {path}")
-        return fetch(str(path))
+        return fetch(str(path), half)
     folder = (source if source.is_dir() else source.parent).resolve()
     within = folder.name in names.FOLDERS and (folder / "config.json").exists() and (folder.parent / "vae").is_dir()
     return folder.parent if within else source
@@ -244,15 +250,29 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) 
         state[name] = pieces
     # CLIP's projection and its last layer, which some families do not use, may be there.
     problems += [f"{name} is unexpected" for name in left if not re.search(r"\.text_projection|\.resblocks\.", name)]
-    for name, pieces in {} if problems else dict(state).items():
-        pieces = [piece.to(device, own[name].dtype) for piece in pieces]
-        state[name] = whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    shared = Counter(tensor.data_ptr() for tensor in named.values())
+    for name, pieces in {} if problems else state.items():
+        moved = [piece.to(device, own[name].dtype) for piece in pieces]
+        state[name] = whole = torch.cat(moved) if len(moved) > 1 else moved[0]
+        for piece in pieces if whole is not pieces[0] else ():
+            if piece.is_contiguous() and shared[piece.data_ptr()] == 1:
+                release(piece)
         if whole.is_floating_point() and not torch.stack(whole.aminmax()).isfinite().all():
             problems.append(f"{name} is NaN or infinite")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"it does not fit the networks: {'; '.join(problems[:3])}{more}")
     return state
+
+
+def release(copied: Tensor) -> None:
+    """Let go of the memory of a tensor that is not read again; of a mapped file, these are pages that would count."""
+    start, end = (
+        -(-copied.data_ptr() // PAGESIZE) * PAGESIZE,
+        (copied.data_ptr() + copied.nbytes) // PAGESIZE * PAGESIZE,
+    )
+    if sys.platform == "linux" and start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -343,12 +363,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 # --- the model hub -------------------------------------------------------------------------------------------------
 
 
-def weight_files(files: Sequence[str], folders: Iterable[str] = names.FOLDERS) -> dict[str, list[str]]:
-    """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`;
-    those of a large network are in several files. Raises InputError where a sub-folder has none."""
+def weight_files(
+    files: Sequence[str], folders: Iterable[str] = names.FOLDERS, half: bool = False
+) -> dict[str, list[str]]:
+    """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`,
+    but half precision first where it is enough; those of a large network are in several files. Raises InputError where
+    a sub-folder has none."""
     chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
+    endings = sorted(ENDINGS, key=lambda end: (".fp16" in end) != half)
     for part in folders:
-        found = [file for end in ENDINGS for file in files if file.startswith(f"{part}/") and whole[file].endswith(end)]
+        found = [file for end in endings for file in files if file.startswith(f"{part}/") and whole[file].endswith(end)]
         if found:
             chosen[part] = sorted(file for file in found if whole[file] == whole[found[0]])
         elif part == "text_encoder" and any(file.startswith("text_encoder_2/") for file in files):
@@ -358,10 +382,10 @@ def weight_files(files: Sequence[str], folders: Iterable[str] = names.FOLDERS) -
     return chosen
 
 
-def fetch(repo_id: str) -> Path:
-    """The folder of "org/name" in huggingface_hub's cache, with the files that a model needs; "org/name@revision" is a
-    branch, a tag or a commit of it. A whole copy serves as it is; else they are downloaded. Raises InputError where
-    that fails."""
+def fetch(repo_id: str, half: bool = False) -> Path:
+    """The folder of "org/name" in huggingface_hub's cache, with the files that a model needs, in half precision if that
+    is there and enough; "org/name@revision" is a branch, a tag or a commit. A whole copy serves as it is; else they are
+    downloaded. Raises InputError where that fails."""
     from huggingface_hub import list_repo_files, snapshot_download
 
     name, _, revision = repo_id.partition("@")
@@ -371,7 +395,7 @@ def fetch(repo_id: str) -> Path:
         weight_files([f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")])
         return folder
     try:
-        files = weight_files(list_repo_files(name, **at)).values()
+        files = weight_files(list_repo_files(name, **at), half=half).values()
         return Path(snapshot_download(name, allow_patterns=["*.json", SPIECE, *chain(*files)], **at))
     except InputError as error:
         raise InputError(f"{repo_id}: {error}") from None

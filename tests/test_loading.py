@@ -328,10 +328,13 @@ def test_one_set_of_weights_is_chosen():
     """The averaged ones; full precision before half, safetensors before pickles."""
     others = ["vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "text_encoder/model.safetensors"]
     files = [f"{MODEL}{ending}" for ending in (".non_ema.safetensors", ".fp16.safetensors", ".bin", ".safetensors")]
+    both = files[1:3]
     for best in (".safetensors", ".bin", ".fp16.safetensors"):
         found = weight_files([*files, *others])
         assert found == {"unet": [MODEL + best], "vae": [others[0]], "text_encoder": [others[2]]}
         files.remove(MODEL + best)
+    for half, ending in ((True, ".fp16.safetensors"), (False, ".bin")):
+        assert weight_files([*both, *others], half=half)["unet"] == [MODEL + ending]
     with pytest.raises(InputError, match="unet"):
         weight_files([*files, *others])
 
