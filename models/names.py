@@ -158,7 +158,6 @@ REFINER = "SDXL's refiner, which continues the base model's pictures: give the b
 OTHERS = {  # models of other kinds, by their keys
     r"(^|[._])lora[._]|\.hada_w": "a LoRA, which is an addition to a model: give the model that it was made into",
     r"^conditioner\.embedders\.0\.model\.": REFINER,
-    r"^control_model\.|^controlnet_": "a ControlNet, which steers a model: give the model itself",
 }
 
 
