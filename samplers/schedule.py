@@ -188,7 +188,7 @@ class NoiseSchedule(Schedule):
 @dataclass
 class FlowSchedule(Schedule):
     """Flow matching (Lipman et al. 2023, arXiv 2210.02747) along the straight paths of rectified flow (Liu et al. 2023,
-    arXiv 2209.03003): x = (1 - sigma) x0 + sigma noise, with sigma from 1 (noise) to 0 (clean), and the network predicts
+    arXiv 2209.03003): x = (1 - sigma) x0 + sigma noise, sigma from 1 (noise) to 0 (clean), and the network predicts
     the velocity noise - x0. Its timestep is `timesteps` sigma, a float.
 
     shift: s of sigma <- s sigma / (1 + (s - 1) sigma), which spends more of the path at high noise (Esser et al. 2024,
