@@ -5,10 +5,9 @@ the velocity noise - x0 under a flow schedule.
 """
 
 from . import ddim, ddpm
-from .flow import FlowSchedule
 from .guidance import Conditioning, Denoiser, guided
 from .sampler import Sampler
-from .schedule import NoiseSchedule, Trajectory, noise_like
+from .schedule import FlowSchedule, NoiseSchedule, Trajectory, noise_like
 
 __all__ = [
     "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "ddpm", "guided",

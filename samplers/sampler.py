@@ -8,9 +8,8 @@ from torch import Tensor
 from errors import InputError
 
 from . import ddim, ddpm
-from .flow import FlowSchedule
 from .guidance import Denoiser
-from .schedule import SPACINGS, VARIANCE_PRESERVING, NoiseSchedule, Trajectory
+from .schedule import SPACINGS, VARIANCE_PRESERVING, FlowSchedule, NoiseSchedule, Trajectory
 
 SAMPLERS = ("ddim", "ddpm")
 
