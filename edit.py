@@ -75,7 +75,11 @@ def edit(
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    model = (load or models.load)(find(cfg.model.weights), arch=arch, device=device, dtype=dtype, ema=cfg.model.ema)
+    own = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
+    texts = cfg.model.get("text") or []
+    own["text"] = [find(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    own |= {"arch": arch, "device": device, "dtype": dtype, "ema": cfg.model.ema}
+    model = (load or models.load)(find(cfg.model.weights), **own)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """Direct Inversion: optimization-free editing of real images by text (Elarabawy et al., 2022, arXiv 2211.07825).
 
 DDIM inverts the image under the empty prompt and records the noise predicted at each step. Sampling starts from the
-inverted latent under the target prompt, and blends the recorded noise into its own:
+inverted latent under the target prompt, and blends the recorded noise (of a flow model, the velocity) into its own:
 
     eps = eps_target + lambda (eps_recorded - eps_target),    lambda = 1 - edit_strength
 """
@@ -65,6 +65,8 @@ class DirectInversion(Method):
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         if self.semantic_coherence and model.clip is None:
             raise InputError("method.semantic_coherence needs a model with a CLIP image tower, and this one has none")
+        if self.blend == "latent" and model.prediction == "flow":
+            raise InputError("method.blend=latent takes the inverted latent for noise: a flow model's velocity is none")
         upward = trajectory = self.sampler.trajectory(model.schedule)
         if self.inversion_steps not in (None, len(trajectory)):
             upward = other_grid(model.schedule, trajectory, self.inversion_steps)

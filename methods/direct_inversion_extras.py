@@ -8,12 +8,14 @@ from torch import Tensor
 
 from errors import InputError
 from methods.base import Run, minimise
-from samplers import NoiseSchedule, Trajectory
+from samplers import FlowSchedule, NoiseSchedule, Trajectory
 
 
-def other_grid(schedule: NoiseSchedule, trajectory: Trajectory, steps: int) -> Trajectory:
+def other_grid(schedule: NoiseSchedule | FlowSchedule, trajectory: Trajectory, steps: int) -> Trajectory:
     """`steps` timesteps, evenly spaced, from the first of `trajectory` down, that end where it ends: another walk
     between the same two noise levels. Raises InputError for more than there are timesteps."""
+    if isinstance(schedule, FlowSchedule):
+        return schedule.trajectory(steps)
     levels = int(trajectory.timesteps[0]) + 1
     if steps > levels:
         raise InputError(f"method.inversion_steps is {steps}: below the sampler's first timestep there are {levels}")

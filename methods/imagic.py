@@ -143,8 +143,8 @@ class Imagic(Method):
 
 def denoising_losses(model, z: Tensor, e: Conditioning, noise: torch.Generator) -> Tensor:
     """||eps - eps_theta(x_t, t, e)||^2, the mean over elements, at one draw of t and eps for each row of e (B, L, C):
-    z (1, c, h, w) -> (B,) float32."""
-    t = torch.randint(model.schedule.timesteps, (len(e),), generator=noise).to(z.device)
+    z (1, c, h, w) -> (B,) float32. Of a flow model it is the loss of its velocity eps - z."""
+    t = model.schedule.draw(len(e), noise).to(z.device)
     eps = noise_like(z.expand(len(e), -1, -1, -1), noise)
-    error = model.predict(model.schedule.add_noise(z, eps, t), t, e) - eps
+    error = model.predict(model.schedule.add_noise(z, eps, t), t, e) - model.schedule.target(z, eps)
     return error.square().flatten(1).mean(dim=1).float()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.base import Run, cached_stage, check
+from models.attention import CrossAttention
 from samplers import Conditioning, Trajectory, ddim, guided
 
 
@@ -48,19 +49,23 @@ class Source:
         """Sample the source branch and, beside it, a branch under `target`, one row, from the same latent.
 
         `control(i)` surrounds the network's call at step i, whose batch is (source, target), or under guidance (null,
-        null, source, target). The target's null is the source branch's, or `away`. `blend(i, x)` may replace both
-        latents (2, c, h, w) after step i. Returns the reconstruction and the edit, latents (1, c, h, w).
+        null, source, target). Both are led away from the same nulls; or the target from `away`, and then the source
+        branch is guided only where it has a null for each step, which was made for that, and the batch has all four.
+        `blend(i, x)` may replace both latents (2, c, h, w) after step i. Returns the reconstruction and the edit,
+        latents (1, c, h, w).
         """
         trajectory, prompts, denoisers = self.trajectory, Conditioning.cat([self.text, target]), {}
+        own = scale if len(self.nulls) > 1 else 1.0
+        scales = scale if away is None else self.path.latent.new_tensor([own, scale]).view(2, 1, 1, 1)
         steps = {t: i for i, t in enumerate(trajectory.timesteps.tolist())}
 
-        def denoise(x: Tensor, t: int) -> Tensor:
+        def denoise(x: Tensor, t: float) -> Tensor:
             i = steps[t]
             null = min(i, len(self.nulls) - 1)
             if null not in denoisers:  # one at a time, for its projected texts take memory
                 denoisers.clear()
-                nulls = [self.nulls[null], self.nulls[null] if away is None else away]
-                denoisers[null] = guided(model, prompts, scale, Conditioning.cat(nulls))
+                nulls = Conditioning.cat([self.nulls[null], self.nulls[null] if away is None else away])
+                denoisers[null] = guided(model, prompts, scales, nulls)
             with control(i):
                 return denoisers[null](x, t)
 
@@ -89,6 +94,8 @@ class Inversion:
 
     def invert(self, model, task, z: Tensor, trajectory: Trajectory, guidance_scale: float, run: Run) -> Source:
         """Invert z (1, c, h, w), float64, under `task.source_prompt`; `guidance_scale` is that of the sampling."""
+        if not any(isinstance(layer, CrossAttention) for layer in model.unet.modules()):
+            raise InputError("this method edits the attention of a UNet, and this model's text and picture share one")
         text = model.encode_text([task.source_prompt])
         path = ddim.invert(guided(model, text), z, trajectory, self.fixed_point_steps, run.progress("inversion"))
         run.tensors["inverted_latent"] = path.latent
@@ -155,7 +162,7 @@ class NullText(Inversion):
         trajectory, as_source, null = source.trajectory, guided(model, source.text), source.nulls[0]
         steps, z, states, nulls, losses = len(trajectory), source.path.latent, null.states.float(), [], []
         for i in run.progress("null_text")(range(steps)):
-            t, pivot = int(trajectory.timesteps[i]), source.path.latents[i + 1]
+            t, pivot = trajectory.timesteps[i].item(), source.path.latents[i + 1]
             eps_source = as_source(z, t)
             states = states.detach().clone().requires_grad_()
             adam = torch.optim.Adam([states], self.null_lr * (1 - i / (2 * steps)))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 def in_attention(names: Iterable[str]) -> list[str]:
-    """Those of the names that lie in a self-attention (attn1) or a cross-attention (attn2)."""
-    return [name for name in names if {"attn1", "attn2"} & set(name.split("."))]
+    """Those of the names that lie in an attention: a UNet's attn1 and attn2, an MMDiT's attn and attn2."""
+    return [name for name in names if {"attn", "attn1", "attn2"} & set(name.split("."))]
 
 
 @contextmanager

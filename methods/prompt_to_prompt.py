@@ -2,15 +2,13 @@
 
 An inversion gives a source branch, which returns to the picture. A second branch under the target prompt is sampled
 beside it, and its attention is edited by that of the first (algorithm 1). While the layout is laid down, each word
-looks where its counterpart looks (cross-attention), and each place looks where it looked (self-attention).
+looks where its counterpart looks (cross-attention), and each place looks where it looked (self-attention). With a pair
+of words to blend, the rest of the picture stays the source's.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +16,8 @@ from torch import Tensor
 from errors import InputError
 from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
 from methods.inversion import Inversion
+from methods.local_blend import LocalBlend
+from methods.words import Tokens, places, tokenise, word_factors, word_map
 from models.attention import Hook, attention, attention_map
 from samplers import Sampler
 
@@ -37,9 +37,14 @@ class PromptToPrompt(Method):
     cross_replace: float = 0.8  # [tau] share of the steps in which cross-attention is that of the source's words
     self_replace: float = 0.5  # share of the steps in which self-attention is the source's
     reweight: dict[str, float] | None = None  # [c] factors for words of the prompt, such as {blue: 2}, in those steps
+    blend_word: str = ""  # "cat dog", the source's word and the target's: only near them is edited; lists bring theirs
+    blend_weight: float = 2.0  # [c] the factor of the target's one
+    blend_start: float = 0.2  # share of the steps before blending
+    blend_threshold: float = 0.3  # [k] share of a word's strongest attention above which a place is near it
 
     def __post_init__(self) -> None:
-        check(self, shares=["cross_replace", "self_replace"], words=["replace", "refine"])
+        shares = ["cross_replace", "self_replace", "blend_start", "blend_threshold"]
+        check(self, shares=shares, words=["replace", "refine"])
         check_invertible(self)
         if self.guidance_scale == 0:
             raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")
@@ -54,29 +59,50 @@ class PromptToPrompt(Method):
         source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
         source_words, words = tokenise(model.text, task.source_prompt), tokenise(model.text, task.prompt)
         takes, own = word_map(source_words, words, self.words)
-        tables = [table.to(z.device) for table in (takes, own, word_factors(model.text, words, self.reweight or {}))]
+        factors, near = word_factors(model.text, words, self.reweight or {}), torch.zeros(2, len(words.ids))
+        if pair := (task.blend_word or self.blend_word).split():
+            near = blended_words(model.text, source_words, words, pair)
+            factors *= torch.where(near[1] > 0, self.blend_weight, 1.0)
+        tables = [table.to(z.device) for table in (takes, own, factors)]
+        sides = [2 * side // model.unet.downsampling for side in z.shape[-2:]]
+        start = int(self.blend_start * len(trajectory))
+        blend = LocalBlend(near.to(z.device), sides, start, self.blend_threshold) if pair else None
 
         def control(i: int):
-            return model.unet.attention.hooked(self.edited(i / len(trajectory), *tables, model.unet.attention.backend))
+            backend = model.unet.attention.backend
+            return model.unet.attention.hooked(self.edited(i / len(trajectory), *tables, backend, blend))
 
         target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run)
+        again, edit = source.sample(model, target, self.guidance_scale, control, run, blend=blend)
         yield {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}, edit
         yield RECONSTRUCTION, again
 
-    def edited(self, done: float, takes: Tensor, own: Tensor, factors: Tensor, backend: str = "auto") -> Hook:
+    def edited(
+        self,
+        done: float,
+        takes: Tensor,
+        own: Tensor,
+        factors: Tensor,
+        backend: str = "auto",
+        blend: LocalBlend | None = None,
+    ) -> Hook:
         """Edit(M_t, M*_t, t) of algorithm 1, for the step after a share `done` of them: the results of the attention
         layers for batches that end in (source, target), both with their text. Rows before these are left alone.
 
         cross-attention, in the first `cross_replace`: the target's maps become (M_t takes + M*_t own) factors;
         self-attention, in the first `self_replace`: the target's become the source's, by its queries and keys.
+        `blend` collects the maps as they are used.
         """
 
         def hook(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> Tensor | None:
-            if cross and done < self.cross_replace:
-                out = attention(q, k, v, backend)
-                of_source, of_target = attention_map(q[-2:], k[-2:])  # (heads, N, L)
-                out[-1] = ((of_source @ takes + of_target * own) * factors) @ v[-1].float()
+            replaced, collected = done < self.cross_replace, blend is not None and blend.collects(q.shape[-2])
+            if cross and (replaced or collected):
+                maps, out = attention_map(q[-2:], k[-2:]), attention(q, k, v, backend)  # (2, heads, N, L)
+                if replaced:
+                    maps[1] = (maps[0] @ takes.to(maps.dtype) + maps[1] * own) * factors
+                    out[-1] = maps[1] @ v[-1].to(maps.dtype)
+                if collected:
+                    blend.collect(maps)
                 return out
             if not cross and done < self.self_replace and q.shape[-2] <= SELF_PLACES:
                 q, k = (torch.cat([x[:-1], x[-2:-1]]) for x in (q, k))
@@ -86,59 +112,14 @@ class PromptToPrompt(Method):
         return hook
 
 
-class Tokens(NamedTuple):
-    """A prompt's token ids and, for each, the number of its word (between spaces); -1 for begin, end and padding. Both
-    are as long as the text encoder's context."""
-
-    ids: list[int]
-    words: list[int]
-
-
-def tokenise(text, prompt: str) -> Tokens:
-    """Tokenise a prompt, and its words one by one to count their tokens."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the text encoder gives them
-        ids, *alone = text.tokenize([prompt, *prompt.split()]).tolist()
-    words = [number for number, word in enumerate(alone) for _ in range(word.index(text.end) - 1)]
-    return Tokens(ids, [-1, *words, *[-1] * len(ids)][: len(ids)])
-
-
-def word_map(source: Tokens, target: Tokens, words: str) -> tuple[Tensor, Tensor]:
-    """Give the source tokens whose maps each target token takes, (L, L), and whether it keeps its own, (L,), float32.
-
-    Tokens that both prompts have are aligned (the paper's A, here by the longest common runs), and padding with
-    padding. New tokens keep their own maps, "adding a new phrase"; but with words="replace", those that stand where the
-    source has others take theirs, "word swap": word by word where both sides have as many, and evenly spread where
-    n tokens give place to m.
-    """
-    takes, own = torch.zeros(len(source.ids), len(target.ids)), torch.ones(len(target.ids))
-
-    def pair(i: Sequence[int], j: Sequence[int]) -> None:
-        takes[i[0] : i[-1] + 1, j[0] : j[-1] + 1] = torch.eye(len(i)) if len(i) == len(j) else 1 / len(j)
-        own[j[0] : j[-1] + 1] = 0
-
-    for kind, i, i_end, j, j_end in SequenceMatcher(None, source.ids, target.ids, autojunk=False).get_opcodes():
-        spans = range(i, i_end), range(j, j_end)
-        if kind == "equal":
-            pair(*spans)
-        elif kind == "replace" and words == "replace":
-            numbers = source.words, target.words
-            split = [[list(g) for _, g in groupby(s, n.__getitem__)] for s, n in zip(spans, numbers, strict=True)]
-            for parts in zip(*split, strict=True) if len(split[0]) == len(split[1]) else [spans]:
-                pair(*parts)
-    return takes, own
-
-
-def word_factors(text, prompt: Tokens, reweight: Mapping[str, float]) -> Tensor:
-    """Give the factor c of each token's map, "attention re-weighting": (L,). Raises InputError for a word, or a phrase,
-    that the prompt lacks."""
-    factors = torch.ones(len(prompt.ids))
-    for phrase, factor in reweight.items():
-        ids = tokenise(text, str(phrase)).ids
-        ids = ids[1 : ids.index(text.end)]
-        places = [n for n in range(len(prompt.ids)) if ids and prompt.ids[n : n + len(ids)] == ids]
-        if not places:
-            raise InputError(f"method.reweight names {phrase}, which is not in the prompt")
-        for n in places:
-            factors[n : n + len(ids)] = factor
-    return factors
+def blended_words(text, source: Tokens, target: Tokens, pair: list[str]) -> Tensor:
+    """(2, L), 1 at the tokens of the pair's first word in the source prompt and of its second in the target prompt.
+    Raises InputError unless they are two, and one is there; warns where the other is not."""
+    near = torch.zeros(2, len(target.ids))
+    for row, prompt, word in zip(near, (source, target), pair, strict=False):
+        row[places(text, prompt, word)] = 1
+    if len(pair) != 2 or not near.any():
+        raise InputError(f'blend_word is "{" ".join(pair)}": a word of the source prompt and one of the prompt')
+    for word in (word for word, row in zip(pair, near, strict=True) if not row.any()):
+        warnings.warn(f"blend_word names {word}, which its prompt lacks", stacklevel=2)
+    return near

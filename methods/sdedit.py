@@ -1,7 +1,8 @@
 """SDEdit (Meng et al., 2021, arXiv 2108.01073): noise the image part of the way, then denoise it under the prompt.
 
 Section 3, algorithm 1, in the variance-preserving form of its appendix: x_t0 = sqrt(alpha_bar_t0) x_0 +
-sqrt(1 - alpha_bar_t0) eps, from which the reverse process is solved down to t = 0.
+sqrt(1 - alpha_bar_t0) eps, from which the reverse process is solved down to t = 0. A flow's is (1 - sigma) x_0 +
+sigma eps.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from samplers import Sampler, guided, noise_like
 class SDEdit(Method):
     """The reconstruction is the latent itself: what the autoencoder gives back."""
 
-    sampler: Sampler  # the reverse process, with its noise (ddpm) or without (ddim)
+    sampler: Sampler  # the reverse process, with its noise (ddpm; not for a flow model) or without (ddim)
     strength: float = 0.7  # [t0] how far the image is noised: 0 nearly keeps it (one step is walked), 1 keeps nothing
     guidance_scale: float = 3.0  # classifier-free guidance; 1 is without
     num_samples: int = 1  # edits, each from noise of its own
@@ -29,7 +30,7 @@ class SDEdit(Method):
         trajectory = self.sampler.trajectory(model.schedule).tail(self.strength)
         denoise = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         for i in range(self.num_samples):
-            x = model.schedule.add_noise(z, noise_like(z, run.noise("start", i)), int(trajectory.timesteps[0]))
+            x = model.schedule.add_noise(z, noise_like(z, run.noise("start", i)), trajectory.timesteps[0].item())
             x = self.sampler.sample(denoise, x, trajectory, run.noise("sampling", i), run.progress("editing"))
             yield {"strength": float(self.strength), "sample": i}, x
         yield RECONSTRUCTION, z

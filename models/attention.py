@@ -32,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
       auto       sdpa; on a CPU where gradients are wanted, plain products, whose backward pass is faster there
       sdpa       PyTorch's fused kernels
       fused      this project's Triton kernels, for CUDA; heads wider than `WIDEST` go to sdpa
-      reference  plain products, all in float32
+      reference  plain products, all in float32 (of float64 in float64)
     Raises InputError as `check_backend` does.
     """
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -42,7 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     if backend in ("auto", "sdpa"):
         return F.scaled_dot_product_attention(q, k, v)
     if backend == "reference":
-        return (attention_map(q, k) @ v.float()).to(q.dtype)
+        maps = attention_map(q, k)
+        return (maps @ v.to(maps.dtype)).to(q.dtype)
     if not torch.compiler.is_compiling():
         check_backend(backend, q.device)
     if q.shape[-1] > WIDEST:
@@ -53,8 +54,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
-    """The attention weights, float32: q (B, heads, N, d), k (B, heads, M, d) -> (B, heads, N, M)."""
-    return (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    """The attention weights: q (B, heads, N, d), k (B, heads, M, d) -> (B, heads, N, M), float32, or float64 as q."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 @functools.cache

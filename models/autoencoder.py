@@ -105,7 +105,7 @@ class Autoencoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to latents (B, z_channels, H/f, W/f), f = patch * 2 ** (levels - 1), and back.
 
     `patch` folds patch x patch pixels into channels before the first convolution, which saves the costly work at
-    full resolution; Stable Diffusion has 1. `scale_factor` brings latents to about unit variance.
+    full resolution; Stable Diffusion has 1. Latents are (mean - `shift_factor`) `scale_factor`, of about unit variance.
     """
 
     def __init__(
@@ -116,14 +116,17 @@ class Autoencoder(nn.Module):
         z_channels: int = 4,
         scale_factor: float = 0.18215,
         patch: int = 1,
+        shift_factor: float = 0.0,
+        quant_conv: bool = True,  # 1x1 convolutions around the latent, which Stable Diffusion 3 leaves out
     ):
         super().__init__()
-        self.patch, self.scale_factor, self.z_channels = patch, scale_factor, z_channels
+        self.patch, self.z_channels = patch, z_channels
+        self.scale_factor, self.shift_factor = scale_factor, shift_factor
         self.downsampling = patch * 2 ** (len(ch_mult) - 1)
         pixels = 3 * patch**2
         self.encoder = Encoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1) if quant_conv else nn.Identity()
         self.decoder = Decoder(pixels, ch, ch_mult, num_res_blocks, z_channels)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,14 +141,16 @@ class Autoencoder(nn.Module):
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
             mean = mean + (0.5 * logvar).exp() * noise
-        return mean * self.scale_factor
+        return (mean - self.shift_factor) * self.scale_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, z_channels, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        x = self.decoder(self.post_quant_conv(z / self.scale_factor))
+        x = self.decoder(self.post_quant_conv(z / self.scale_factor + self.shift_factor))
         return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
-# The autoencoder of Stable Diffusion 1.x and 2.x. Later families go below.
+# The autoencoder of Stable Diffusion 1.x and 2.x; those of SDXL and of SD3. Later families go below.
 
 KL_F8 = dict(ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=4, scale_factor=0.18215)
+KL_F8_XL = KL_F8 | dict(scale_factor=0.13025)
+KL_F8_16 = KL_F8 | dict(z_channels=16, scale_factor=1.5305, shift_factor=0.0609, quant_conv=False)

@@ -13,29 +13,36 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.autoencoder import Autoencoder
-from models.text import Clip, TextEncoder, build_clip, build_text
+from models.mmdit import EmbeddedText, MMDiT
+from models.t5 import T5
+from models.text import Clip, TextEncoder, TextTowers, build_clip, build_text
 from models.unet import ProjectedContext, UNet
-from samplers import Conditioning, NoiseSchedule
+from samplers import Conditioning, FlowSchedule, NoiseSchedule
 
 
 class LatentDiffusion(nn.Module):
-    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output,
-    "epsilon" or "v" (Salimans & Ho, 2022); `image_size` is the side in pixels that it was trained at."""
+    """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output:
+    "epsilon", "v" (Salimans & Ho, 2022) or, with a flow schedule, the velocity ("flow"); `image_size` is the side in
+    pixels that it was trained at."""
 
     def __init__(
         self,
-        unet: UNet,
+        unet: UNet | MMDiT,
         autoencoder: Autoencoder,
-        text: TextEncoder,
-        schedule: NoiseSchedule,
+        towers: TextTowers,
+        schedule: NoiseSchedule | FlowSchedule,
         prediction: str = "epsilon",
         image_size: int = 512,
-        clip: Clip | None = None,  # holds the very same text encoder
+        clip: Clip | None = None,  # holds the very same text encoder as the towers
     ):
         super().__init__()
-        if prediction not in ("epsilon", "v"):
-            raise InputError(f"prediction is {prediction!r}: choose epsilon or v")
-        self.unet, self.autoencoder, self.text = unet, autoencoder, text
+        if prediction not in ("epsilon", "v", "flow"):
+            raise InputError(f"prediction is {prediction!r}: choose epsilon, v or flow")
+        if (prediction == "flow") != isinstance(schedule, FlowSchedule):
+            raise InputError(f"prediction is {prediction!r}: flow, and no other, goes with schedule.kind=flow")
+        if prediction == "epsilon" and schedule.zero_snr:
+            raise InputError("a schedule of zero terminal SNR ends in pure noise, which only prediction=v can use")
+        self.unet, self.autoencoder, self.towers = unet, autoencoder, towers
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
         self.config: dict = {}  # the sizes it was built from, which `save` writes down
@@ -47,6 +54,11 @@ class LatentDiffusion(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.time_embed[0].weight.dtype
+
+    @property
+    def text(self) -> TextEncoder:
+        """The first tower, whose tokens are the places of the states."""
+        return self.towers["text"]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -71,47 +83,59 @@ class LatentDiffusion(nn.Module):
         if x.shape[-2] % factor or x.shape[-1] % factor:
             size = f"{x.shape[-1]}x{x.shape[-2]}"
             raise InputError(f"an image of {size} pixels does not fit this model: it takes multiples of {factor}")
-        return self.autoencoder.encode(x.to(self.device, self.dtype), generator)
+        return self.autoencoder.encode(x.to(self.autoencoder.encoder.conv_in.weight), generator)
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) of any dtype -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.autoencoder.decode(z.to(self.device, self.dtype))
+        return self.autoencoder.decode(z.to(self.autoencoder.encoder.conv_in.weight))
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts -> one row each, in the model's dtype."""
-        return Conditioning(self.text(prompts).to(self.dtype))
+        """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""
+        return self.towers(prompts).map(lambda x: x.to(self.dtype))
 
-    def project(self, conditioning: Conditioning) -> ProjectedContext:
-        """Keys and values of the text for every layer of the UNet, to be reused over steps."""
-        return self.unet.project_context(conditioning.states)
+    def project(self, conditioning: Conditioning) -> ProjectedContext | EmbeddedText:
+        """Keys and values of the text for every layer of the UNet, to be reused over steps, and its vector."""
+        return self.unet.project_context(conditioning.states, conditioning.vector)
 
-    def predict(self, x: Tensor, t: Tensor | int, conditioning: Conditioning | ProjectedContext) -> Tensor:
-        """The schedule's own prediction, epsilon (B, c, h, w), for noisy latents x at timestep t (an int or (B,)).
+    def predict(
+        self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext | EmbeddedText
+    ) -> Tensor:
+        """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
+        number or (B,)).
 
         The network works in its own precision; the prediction is computed, and returned, in that of x.
         """
-        context = conditioning.states if isinstance(conditioning, Conditioning) else conditioning
+        if isinstance(conditioning, Conditioning):
+            conditioning = self.project(conditioning.expand(len(x)))
         # As a tensor for the network, which would be compiled anew for each number; made without waiting for a device.
-        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
-        out = self.unet(x.to(self.dtype), timesteps, context).to(x.dtype)
-        return out if self.prediction == "epsilon" else self.schedule.eps_from_v(x, out, t)
+        timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int | float) else t
+        pixels = tuple(side * self.autoencoder.downsampling for side in x.shape[-2:])
+        out = self.unet(x.to(self.dtype), timesteps, conditioning, pixels).to(x.dtype)
+        return self.schedule.eps_from_v(x, out, t) if self.prediction == "v" else out
 
 
 def build(
     config: Mapping, seed: int | None = None, vocabulary: Tensor | None = None, meta: bool = False
 ) -> LatentDiffusion:
-    """A model with random weights from the sizes in `config`: `unet`, `vae`, `text`, `schedule`, optionally `vision`,
-    `prediction` and `image_size`. `seed` makes the weights reproducible without touching the global generator;
-    `vocabulary` gives the text encoder a compact embedding; `meta` leaves all weights on the meta device, where they
-    take neither time nor memory."""
+    """A model with random weights from the sizes in `config`: `unet`, `vae`, `text` (and `text_2`, where there are two
+    towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_prompt`. `seed` makes the weights
+    reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
+    leaves all weights on the meta device, where they take neither time nor memory."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta") if meta else nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
         text = build_text(**config["text"], vocabulary=vocabulary)
-        unet, autoencoder = UNet(**config["unet"]), Autoencoder(**config["vae"])
+        towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
+        if "t5" in config:
+            towers["t5"] = T5(**config["t5"])
+        unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+        autoencoder = Autoencoder(**config["vae"])
         vision = config.get("vision")
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
     others = {name: config[name] for name in ("prediction", "image_size") if name in config}
-    model = LatentDiffusion(unet, autoencoder, text, NoiseSchedule(**config["schedule"]), clip=clip, **others)
+    width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
+    towers = TextTowers(towers, config.get("empty_prompt", "encoded"), width)
+    schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
+    model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
     model.config = dict(config)
     return model.eval()

@@ -1,19 +1,22 @@
 """Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer.
 
-`TextEncoder` turns prompts into the hidden states that condition the UNet; `Clip` adds the image tower, for the
-contrastive training of both, for losses and for scores.
+`TextEncoder` turns prompts into the hidden states that condition the network; `TextTowers` joins those of a family that
+has several. `Clip` adds the image tower, for the contrastive training of both, for losses and for scores.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError
+from samplers import Conditioning
 
 VOCABULARY = 49408  # entries of CLIP's tokenizer: 256 bytes, each inside and at the end of a word, merges, begin, end
 BEGIN, END = VOCABULARY - 2, VOCABULARY - 1
@@ -21,20 +24,34 @@ UNKNOWN = 1  # every token that a compact vocabulary lacks: a row of its embeddi
 
 
 class TextEncoder(nn.Module):
-    """Prompts to hidden states (B, L, C) of an open_clip text tower, after its final layer norm.
+    """Prompts to hidden states (B, L, C) of an open_clip text tower, and to a vector (B, D) where it gives one.
 
-    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate" (2.x). `pad_token` is an id, or "end" (1.x; 2.x and
-    open_clip have 0). `vocabulary`, where given, lists in ascending order the tokenizer's ids that the tower knows; its
-    embedding then has one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that
-    a small model carries no rows that were never trained. Without one, a tower of n embeddings knows the first n - 514
-    of the tokenizer's merges, and begins and ends prompts with n - 2 and n - 1.
+    `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate"; its states pass the final layer norm, but for
+    `final_norm` False (SDXL). `vector` is None, or the last layer's state at the end token, after that norm: "end", or
+    "projected" by CLIP's projection (SDXL's second tower), not normalised. `pad_token` is an id, or "end" (1.x; 2.x and
+    open_clip have 0).
+
+    `vocabulary`, where given, lists in ascending order the tokenizer's ids that the tower knows; its embedding then has
+    one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that a small model
+    carries no rows that were never trained. Without one, a tower of n embeddings knows the first n - 514 of the
+    tokenizer's merges, and begins and ends prompts with n - 2 and n - 1. `added_tokens` are words of their own, such as
+    textual inversion learns, and their ids, which follow the others.
     """
 
     def __init__(
-        self, tower: nn.Module, hidden_layer: str = "last", pad_token: int | str = 0, vocabulary: Tensor | None = None
+        self,
+        tower: nn.Module,
+        hidden_layer: str = "last",
+        pad_token: int | str = 0,
+        vocabulary: Tensor | None = None,
+        final_norm: bool = True,
+        vector: str | None = None,
+        added_tokens: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        size = min(tower.vocab_size, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
+        self.final_norm, self.vector, self.added_tokens = final_norm, vector, dict(added_tokens or {})
+        known = tower.vocab_size - len(self.added_tokens)
+        size = min(known, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
         self.tower, self.context_length = tower, tower.context_length
         self.begin, self.end = size - 2, size - 1
         self.hidden_layer, self.pad_token = hidden_layer, self.end if pad_token == "end" else pad_token
@@ -54,7 +71,7 @@ class TextEncoder(nn.Module):
         ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
         room = self.context_length - 2
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self._tokenizer.encode(prompt)
+            tokens = self._encode(prompt)
             if len(tokens) > room:
                 warnings.warn(f"the prompt has {len(tokens)} tokens and is cut to {room}: {prompt!r}", stacklevel=2)
                 tokens = tokens[:room]
@@ -64,21 +81,41 @@ class TextEncoder(nn.Module):
             row[: len(tokens) + 2] = torch.tensor([self.begin, *tokens, self.end])
         return ids
 
+    def _encode(self, prompt: str) -> list[int]:
+        """The prompt's ids, without begin and end."""
+        added = sorted(self.added_tokens, key=len, reverse=True)  # "<cat>_1" before "<cat>"
+        pieces = re.split(f"({'|'.join(map(re.escape, added))})", prompt) if added else [prompt]
+        ids = ([self.added_tokens[p]] if p in self.added_tokens else self._tokenizer.encode(p) for p in pieces)
+        return [token for piece in ids for token in piece]
+
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Tokenizer ids (B, L) -> hidden states (B, L, C)."""
-        tower = self.tower
-        ids = ids.to(tower.positional_embedding.device)
-        if self.vocabulary is not None:
-            ids = compact(ids, self.vocabulary)
-        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype)
-        blocks = tower.transformer.resblocks
-        for block in blocks if self.hidden_layer == "last" else blocks[:-1]:
-            x = block(x, attn_mask=mask)
-        return tower.ln_final(x)
+        return self.condition(ids).states
 
-    def forward(self, prompts: Sequence[str]) -> Tensor:
-        return self.encode_tokens(self.tokenize(prompts))
+    def condition(self, ids: Tensor) -> Conditioning:
+        """Tokenizer ids (B, L) -> hidden states (B, L, C), and the vector (B, D) or None."""
+        tower = self.tower
+        rows = ids = ids.to(tower.positional_embedding.device)
+        if self.vocabulary is not None:
+            rows = compact(ids, self.vocabulary)
+        last = tower.token_embedding(rows) + tower.positional_embedding[: ids.shape[1]]
+        mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(last.dtype)
+        for block in tower.transformer.resblocks:
+            states, last = last, block(last, attn_mask=mask)
+        states = last if self.hidden_layer == "last" else states
+        states = tower.ln_final(states) if self.final_norm else states
+        if self.vector is None:
+            return Conditioning(states)
+        vector = self.at_end(tower.ln_final(last), ids)
+        return Conditioning(states, vector @ tower.text_projection if self.vector == "projected" else vector)
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        return self.condition(self.tokenize(prompts))
+
+    def at_end(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The states at the prompts' end tokens, the first of several: (B, L, C), (B, L) -> (B, C)."""
+        end = (ids == self.end).int().argmax(dim=-1).to(hidden.device)
+        return hidden[torch.arange(len(hidden), device=hidden.device), end]
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """CLIP's text feature: the state at the end token, projected and normalised. (B, L, C), (B, L) -> (B, D).
@@ -88,9 +125,37 @@ class TextEncoder(nn.Module):
         projection = getattr(self.tower, "text_projection", None)
         if projection is None or self.hidden_layer != "last":
             raise InputError("this model has no CLIP text projection: set the weight of the CLIP term to 0")
-        end = ids.argmax(dim=-1).to(hidden.device)  # end is the largest id, and argmax takes the first of several
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), end].to(projection.dtype) @ projection
-        return F.normalize(pooled.float(), dim=-1)
+        return F.normalize((self.at_end(hidden, ids).to(projection.dtype) @ projection).float(), dim=-1)
+
+
+class TextTowers(nn.ModuleDict):
+    """The text towers of a family, by their sections of the config ("text", "text_2"), and the rule for what they give:
+    states and vectors are joined over channels, in that order. `empty_prompt` is "encoded" like any other, or "zeros"
+    (SDXL): then states and vector are 0.
+
+    With `width` (SD3) the states are padded with zeros to that many channels, and those of T5, the tower "t5", follow
+    them in the sequence; without T5, 256 zeros in their place."""
+
+    def __init__(self, towers: Mapping[str, nn.Module], empty_prompt: str = "encoded", width: int | None = None):
+        super().__init__(towers)
+        if empty_prompt not in ("encoded", "zeros"):
+            raise InputError(f"empty_prompt is {empty_prompt!r}: choose encoded or zeros")
+        self.empty_prompt, self.width = empty_prompt, width
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        given = [tower(prompts) for name, tower in self.items() if name != "t5"]
+        vectors = [each.vector for each in given if each.vector is not None]
+        joined = Conditioning(
+            torch.cat([each.states for each in given], -1), torch.cat(vectors, -1) if vectors else None
+        )
+        if self.width:
+            states = F.pad(joined.states, (0, self.width - joined.states.shape[-1]))
+            more = self["t5"](prompts).to(states) if "t5" in self else states.new_zeros(len(states), 256, self.width)
+            return Conditioning(torch.cat([states, more], dim=1), joined.vector)
+        if self.empty_prompt == "encoded":
+            return joined
+        empty = torch.tensor([not prompt.strip() for prompt in prompts], device=joined.states.device)
+        return joined.map(lambda x: x.masked_fill(empty.view(-1, *[1] * (x.ndim - 1)), 0))
 
 
 def compact(ids: Tensor, vocabulary: Tensor) -> Tensor:
@@ -138,15 +203,17 @@ class Clip(nn.Module):
 
 
 def build_text(
+    width: int,
+    heads: int,
+    layers: int,
+    context_length: int = 77,
     vocab_size: int = VOCABULARY,
     quick_gelu: bool = False,
-    hidden_layer: str = "last",
-    pad_token: int | str = 0,
     embed_dim: int | None = None,  # width of the CLIP projection, None for none
     vocabulary: Tensor | None = None,
-    **sizes: int,
+    **how: Any,
 ) -> TextEncoder:
-    """A text encoder of the given sizes: `width`, `heads`, `layers`, `context_length` (77)."""
+    """A text encoder of the given sizes; `how` it encodes is explained there."""
     from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 
     tower = TextTransformer(
@@ -154,11 +221,11 @@ def build_text(
         output_dim=embed_dim,
         act_layer=QuickGELU if quick_gelu else nn.GELU,
         norm_layer=LayerNorm,
-        **sizes,
+        **dict(width=width, heads=heads, layers=layers, context_length=context_length),
     )
     with torch.device("cpu"):  # even while the weights are on the meta device: no file will bring the mask
         tower.attn_mask = tower.build_causal_mask()
-    return TextEncoder(tower, hidden_layer, pad_token, vocabulary)
+    return TextEncoder(tower, vocabulary=vocabulary, **how)
 
 
 def build_clip(text: TextEncoder, embed_dim: int, image_size: int, patch: int, **sizes: int) -> Clip:
@@ -170,7 +237,11 @@ def build_clip(text: TextEncoder, embed_dim: int, image_size: int, patch: int, *
 
 
 # Named sizes: the text tower of OpenAI's CLIP ViT-L/14 (Stable Diffusion 1.x), and OpenCLIP's ViT-H/14 without its last
-# layer (2.x), which has no part in the states of the second-to-last one. Later families go below.
+# layer (2.x), which has no part in the states of the second-to-last one; and SDXL's two (Podell et al., 2023), of which
+# the second is OpenCLIP's ViT-bigG/14. Later families go below.
 
 CLIP_L = dict(width=768, heads=12, layers=12, quick_gelu=True, hidden_layer="last", pad_token="end")
 OPEN_CLIP_H = dict(width=1024, heads=16, layers=23, quick_gelu=False, hidden_layer="last", pad_token=0)
+SDXL_CLIP_L = CLIP_L | dict(hidden_layer="penultimate", final_norm=False)
+SDXL_BIG_G = dict(width=1280, heads=20, layers=32, quick_gelu=False, hidden_layer="penultimate", pad_token=0,
+                  final_norm=False, vector="projected", embed_dim=1280)  # fmt: skip

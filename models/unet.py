@@ -1,4 +1,4 @@
-"""The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x and 2.x are sizes.
+"""The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x, 2.x and XL are sizes.
 
 Module names follow the released checkpoints, so that the few rules in `models/names.py` carry weights over. The named
 sizes stand at the end.
@@ -7,7 +7,8 @@ sizes stand at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from errors import InputError
 from models.attention import Attention, CrossAttention, SelfAttention
 
+SIZE_CHANNELS = 256  # sinusoids of each of the picture's sizes
+
 
 @dataclass
 class ProjectedContext:
     """The text's keys and values for every cross-attention layer, in the layers' order; see `project_context`."""
 
     kv: list[tuple[Tensor, Tensor]]  # each (B, heads, L, d)
+    vector: Tensor | None = None  # (B, D), of a network that has `vector_dim`
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -162,6 +166,9 @@ class UNet(nn.Module):
     h and w must be multiples of 2 ** (levels - 1). The output is raw: noise or v, see `LatentDiffusion.prediction`. The
     switch `gradient_checkpointing` trades a second forward pass for the memory of the activations. `attention` is
     shared by all attention layers. Raises InputError where the widths cannot be split into the heads.
+
+    With `vector_dim`, the text's vector and six sizes of the picture are embedded and added to the time's embedding
+    (Podell et al., 2023, arXiv 2307.01952, section 2.2): `pixels`, the picture's (height, width), and no crop.
     """
 
     def __init__(
@@ -176,6 +183,7 @@ class UNet(nn.Module):
         num_head_channels: int | None = None,  # ... or channels per head (Stable Diffusion 2.x: 64)
         transformer_depth: int | Sequence[int] = 1,  # transformer blocks per spatial transformer, likewise
         context_dim: int = 768,  # width of the text states
+        vector_dim: int | None = None,  # width of the text's vector, plus 6 * SIZE_CHANNELS (SDXL); None: takes none
     ):
         super().__init__()
         levels = len(channel_mult)
@@ -184,6 +192,7 @@ class UNet(nn.Module):
         self.downsampling = 2 ** (levels - 1)
         self.gradient_checkpointing = False
         self.attention = Attention()
+        self.blocks_up = num_res_blocks + 1  # of each level
         time_dim = 4 * model_channels
 
         def transformer(c: int, level: int) -> SpatialTransformer:
@@ -194,7 +203,11 @@ class UNet(nn.Module):
             slot = sum(isinstance(m, CrossAttention) for m in self.modules())
             return SpatialTransformer(c, heads, context_dim, depth, self.attention, slot)
 
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        def embedding(dim: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+        self.time_embed = embedding(model_channels)
+        self.vector_embed = embedding(vector_dim) if vector_dim else None
 
         channels = model_channels
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
@@ -232,16 +245,37 @@ class UNet(nn.Module):
             group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
 
-    def project_context(self, context: Tensor) -> ProjectedContext:
-        """Text states (B, L, context_dim) -> keys and values of every layer, to pass as `context` at each step."""
+    def project_context(self, context: Tensor, vector: Tensor | None = None) -> ProjectedContext:
+        """Text states (B, L, context_dim) -> keys and values of every layer, to pass as `context` at each step; the
+        text's vector (B, D) goes with them."""
         layers = [m for m in self.modules() if isinstance(m, CrossAttention)]
-        return ProjectedContext([layer.project(context) for layer in layers])
+        return ProjectedContext([layer.project(context) for layer in layers], vector)
 
-    def forward(self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext) -> Tensor:
+    @contextmanager
+    def features_hooked(self, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside, `hook` sees the features that Plug-and-Play injects, (B, C, h, w), and may replace them: what the
+        second residual block of the level above the lowest, on the way up, adds to its skip. A compiled network must
+        be inside `attention.hooked` too."""
+        layer = self.output_blocks[self.blocks_up + 1][0].conv2
+        handle = layer.register_forward_hook(lambda _, __, features: hook(features))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def forward(
+        self, x: Tensor, t: Tensor | int, context: Tensor | ProjectedContext, pixels: tuple[int, int] | None = None
+    ) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         if not isinstance(context, ProjectedContext):
             context = self.project_context(context.expand(x.shape[0], -1, -1))
-        time = F.silu(self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype)))
+        time = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
+        if self.vector_embed is not None:
+            sizes = [*pixels, 0, 0, *pixels]  # original size, corner of the crop, target size
+            sizes = torch.stack([torch.full((), size, device=x.device) for size in sizes])  # no copy to a device
+            sizes = timestep_embedding(sizes, SIZE_CHANNELS).flatten().expand(x.shape[0], -1).to(x.dtype)
+            time = time + self.vector_embed(torch.cat([context.vector.to(x.dtype), sizes], dim=-1))
+        time = F.silu(time)
 
         def run(stage: Stage, h: Tensor) -> Tensor:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -258,8 +292,10 @@ class UNet(nn.Module):
         return self.out(h)
 
 
-# Named sizes: of Stable Diffusion 1.x and of 2.x (Rombach et al., 2022). Later families go below.
+# Named sizes: of Stable Diffusion 1.x and of 2.x (Rombach et al., 2022), and of SDXL. Later families go below.
 
 LEVELS = dict(model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=2)
 SD1 = dict(**LEVELS, num_heads=8, context_dim=768)
 SD2 = dict(**LEVELS, num_head_channels=64, context_dim=1024)
+SDXL = dict(model_channels=320, channel_mult=[1, 2, 4], num_res_blocks=2, attention_levels=[1, 2], num_head_channels=64,
+            transformer_depth=[0, 2, 10], context_dim=2048, vector_dim=1280 + 6 * SIZE_CHANNELS)  # fmt: skip

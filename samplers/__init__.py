@@ -1,11 +1,16 @@
 """Noise schedules, trajectories, DDPM, DDIM and guidance.
 
-Knows no network: a denoiser is a plain callable (x, t) -> prediction, epsilon under a variance-preserving schedule.
+Knows no network: a denoiser is a plain callable (x, t) -> prediction, epsilon under a variance-preserving schedule and
+the velocity noise - x0 under a flow schedule.
 """
 
 from . import ddim, ddpm
+from .flow import FlowSchedule
 from .guidance import Conditioning, Denoiser, guided
 from .sampler import Sampler
 from .schedule import NoiseSchedule, Trajectory, noise_like
 
-__all__ = ["Conditioning", "Denoiser", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "ddpm", "guided", "noise_like"]
+__all__ = [
+    "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "ddpm", "guided",
+    "noise_like",
+]  # fmt: skip

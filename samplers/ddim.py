@@ -1,6 +1,7 @@
 """DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert.
 
 Both walks take the same `Trajectory` and run without gradients. Steps are differentiable, for loops of a method's own.
+Under a flow schedule the walks are the same, and the steps, with eta 0, Euler's.
 """
 
 import math
@@ -48,7 +49,7 @@ def walk(
     `move(x, prediction, i)` takes step i; a confined trajectory puts its outside back. `callback(i, x)` sees x after
     that and may return a replacement."""
     for i in (progress or iter)(range(len(trajectory))):
-        x = trajectory.confine(x, move(x, denoise(x, int(trajectory.timesteps[i])), i), i)
+        x = trajectory.confine(x, move(x, denoise(x, trajectory.timesteps[i].item()), i), i)
         replacement = None if callback is None else callback(i, x)
         x = x if replacement is None else replacement
     return x
@@ -79,9 +80,10 @@ def sample(
 class Inversion:
     """An inversion, step by step.
 
-    latents:   (steps + 1, B, ...); latents[i] is at trajectory.alpha_bars[i], latents[-1] is the given x0.
-    eps:       (steps, B, ...); eps[i] belongs to timesteps[i] and leads from latents[i + 1] up to latents[i].
-    timesteps: (steps,) int64, descending, those of the trajectory.
+    latents:   (steps + 1, B, ...); latents[i] is at trajectory.levels[i], latents[-1] is the given x0.
+    eps:       (steps, B, ...); the prediction eps[i] belongs to timesteps[i] and leads from latents[i + 1] up to
+               latents[i]. Under a flow schedule it is a velocity.
+    timesteps: (steps,) descending, those of the trajectory.
     """
 
     latents: Tensor
@@ -93,7 +95,7 @@ class Inversion:
         """(B, ...) The inverted latent, where sampling starts."""
         return self.latents[0]
 
-    def replay(self, x: Tensor, t: int) -> Tensor:
+    def replay(self, x: Tensor, t: float) -> Tensor:
         """The recorded noise as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
         rounding error for any network, since each step down undoes the step up. A timestep that was not recorded gets
         the noise of the nearest one."""
@@ -104,7 +106,7 @@ class Inversion:
 def invert(
     denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
 ) -> Inversion:
-    """Clean -> noise: from x0 (B, ...) at alpha_bars[-1] to the x at alpha_bars[0] from which `sample` with eta 0
+    """Clean -> noise: from x0 (B, ...) at levels[-1] to the x at levels[0] from which `sample` with eta 0
     arrives at x0, with every latent and every noise on the way.
 
     Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
@@ -115,7 +117,7 @@ def invert(
     x, latents, noises = x0, [x0], []
     for i in (progress or iter)(range(len(trajectory))[::-1]):
         for _ in range(1 + fixed_point_steps):
-            eps = denoise(x, int(trajectory.timesteps[i]))
+            eps = denoise(x, trajectory.timesteps[i].item())
             x = trajectory.step(latents[-1], eps, i + 1, i)
         latents.append(x)
         noises.append(eps)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]  # t is an int, or under a flow schedule a float
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,23 @@ class Conditioning:
         return Conditioning(torch.cat([part.states for part in parts]), vector)
 
 
-def guided(model, text: str | Conditioning, scale: float = 1.0, null: str | Conditioning = "") -> Denoiser:
+def guided(model, text: str | Conditioning, scale: float | Tensor = 1.0, null: str | Conditioning = "") -> Denoiser:
     """Make the denoiser null + scale * (text - null), by one call of the network on the batch [null; text].
 
     model: has `encode_text`, `project` and `predict`, as `models.LatentDiffusion`.
     text, null: a prompt, or a Conditioning of one row for all images or of one row each. Scale 1 runs the text branch
-    alone and scale 0 the null branch alone, each on x itself.
+    alone and scale 0 the null branch alone, each on x itself; a tensor of scales, (B, 1, 1, 1), always runs both.
 
     The keys and values of the text depend on neither x nor t: they are projected once per batch size and kept. Build
     a new denoiser after a change of the weights. Where states require grad, the network gets the text as it is at every
     call, so that each call has a graph of its own.
     """
-    if isinstance(text, str) and scale != 0:
+    alone = None if isinstance(scale, Tensor) else {1: "text", 0: "null"}.get(scale)
+    if isinstance(text, str) and alone != "null":
         text = model.encode_text([text])
-    if isinstance(null, str) and scale != 1:
+    if isinstance(null, str) and alone != "text":
         null = model.encode_text([null])
-    branches = {1: [text], 0: [null]}.get(scale, [null, text])
+    branches = {"text": [text], "null": [null]}.get(alone, [null, text])
 
     def joined(images: int) -> Conditioning:
         return Conditioning.cat([branch.expand(images) for branch in branches])
@@ -78,7 +79,7 @@ def guided(model, text: str | Conditioning, scale: float = 1.0, null: str | Cond
     learning = any(branch.states.requires_grad for branch in branches)
     context = joined if learning else cache(lambda images: model.project(joined(images)))
 
-    def denoise(x: Tensor, t: int) -> Tensor:
+    def denoise(x: Tensor, t: float) -> Tensor:
         if len(branches) == 1:
             return model.predict(x, t, context(len(x)))
         of_null, of_text = model.predict(torch.cat([x, x]), t, context(len(x))).chunk(2)

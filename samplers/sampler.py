@@ -8,8 +8,9 @@ from torch import Tensor
 from errors import InputError
 
 from . import ddim, ddpm
+from .flow import FlowSchedule
 from .guidance import Denoiser
-from .schedule import SPACINGS, NoiseSchedule, Trajectory
+from .schedule import SPACINGS, VARIANCE_PRESERVING, NoiseSchedule, Trajectory
 
 SAMPLERS = ("ddim", "ddpm")
 
@@ -18,9 +19,9 @@ SAMPLERS = ("ddim", "ddpm")
 class Sampler:
     """Raises InputError for an unknown name and an eta out of range; `trajectory` does for `steps`."""
 
-    kind: str = "ddim"  # ddim | ddpm
+    kind: str = "ddim"  # ddim (for a flow model its counterpart, Euler's steps) | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
-    spacing: str = "leading"  # leading | trailing | linspace; see `NoiseSchedule.trajectory`
+    spacing: str = "auto"  # auto | leading | trailing | linspace: `NoiseSchedule.trajectory`. A flow has one grid
     offset: int | None = None  # added to every timestep of a leading grid; null: the schedule's own
     eta: float = 0.0  # of ddim, in [0, 1]: 0 is deterministic, 1 equals ddpm
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
@@ -34,8 +35,10 @@ class Sampler:
         if self.offset is not None and (not isinstance(self.offset, int) or self.offset < 0):
             raise InputError(f"sampler.offset is {self.offset}: it must be a whole number, 0 or more, or null")
 
-    def trajectory(self, schedule: NoiseSchedule) -> Trajectory:
-        """The grid of these settings on a model's schedule."""
+    def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
+        """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
+        if isinstance(schedule, FlowSchedule) and (self.kind == "ddpm" or self.eta > 0):
+            raise InputError(VARIANCE_PRESERVING)
         return schedule.trajectory(self.steps, self.spacing, self.offset)
 
     def sample(

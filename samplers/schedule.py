@@ -7,6 +7,7 @@ arithmetic of alpha_bars is done in float64 on the CPU; a tensor meets only the 
 import copy
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,58 +15,89 @@ from torch import Tensor
 from errors import InputError
 
 KINDS = ("scaled_linear", "linear", "cosine")
-SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = ("auto", "leading", "trailing", "linspace")
 ENDS = ("first", "one")
+VARIANCE_PRESERVING = (
+    "ancestral sampling (sampler=ddpm, sampler.eta above 0) and DDPM inversion are not defined for a flow model:"
+    " use sampler=ddim and another method"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One grid, walked down by sampling and up by inversion, so the two can never disagree.
 
-    timesteps:  (steps,) int64, descending, for the network.
-    alpha_bars: (steps + 1,) float64. alpha_bars[i] belongs to timesteps[i]; step i goes from alpha_bars[i] down to
-                alpha_bars[i + 1], and alpha_bars[-1] is the clean end.
-    kept:       None, or (z, inside): see `NoiseSchedule.confined`.
+    timesteps: (steps,) descending, for the network; int64, of a flow float64.
+    levels:    (steps + 1,) float64: alpha_bars, of a flow sigmas. levels[i] belongs to timesteps[i]; step i goes from
+               levels[i] down to levels[i + 1], and levels[-1] is the clean end.
+    flow:      whether x = (1 - sigma) x0 + sigma noise and predictions are velocities, noise - x0.
+    kept:      None, or (z, inside): see `Schedule.confined`.
     """
 
     timesteps: Tensor
-    alpha_bars: Tensor
+    levels: Tensor
+    flow: bool = False
     kept: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
-        """Take x (B, ...) from noise level i to level j, either way, along the prediction eps made at level i or j.
+    @property
+    def alpha_bars(self) -> Tensor:
+        """The levels, for steps that only variance-preserving schedules have: InputError for a flow."""
+        if self.flow:
+            raise InputError(VARIANCE_PRESERVING)
+        return self.levels
 
-        With x = alpha x0 + sigma eps: x_j = a x_i + b eps, where a = alpha_j / alpha_i and b = sigma_j - a sigma_i.
-        """
-        a = math.sqrt(self.alpha_bars[j] / self.alpha_bars[i])
-        b = math.sqrt(1 - self.alpha_bars[j]) - a * math.sqrt(1 - self.alpha_bars[i])  # what cancels does so in float64
-        return a * x + b * prediction
+    def mixture(self, i: int) -> tuple[float, float]:
+        """alpha and sigma of x = alpha x0 + sigma noise at level i; what cancels does so in float64."""
+        level = float(self.levels[i])
+        return (1 - level, level) if self.flow else (math.sqrt(level), math.sqrt(1 - level))
+
+    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
+        """Take x (B, ...) from noise level i to level j, either way, along the prediction made at level i or j:
+        x_j = a x_i + (sigma_j - a sigma_i) prediction, with a = alpha_j / alpha_i for epsilon, and 1 for velocity."""
+        (alpha, sigma), (alpha_to, sigma_to) = self.mixture(i), self.mixture(j)
+        a = 1.0 if self.flow else alpha_to / alpha
+        return a * x + (sigma_to - a * sigma) * prediction
 
     def tail(self, share: float) -> "Trajectory":
         """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
         start = len(self) - max(1, round(share * len(self)))
-        return replace(self, timesteps=self.timesteps[start:], alpha_bars=self.alpha_bars[start:])
+        return replace(self, timesteps=self.timesteps[start:], levels=self.levels[start:])
 
     def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
         """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:
         alpha z + sigma n at either level, with the noise n that x has."""
         if self.kept is None:
             return lower
-        (z, inside), a = self.kept, self.alpha_bars[i]
-        n = (x - math.sqrt(a) * z) / math.sqrt(1 - a)
-        return torch.lerp(self.step(x, n, i, i + 1), lower, inside)
+        (z, inside), (alpha, sigma) = self.kept, self.mixture(i)
+        n = (x - alpha * z) / sigma
+        return torch.lerp(self.step(x, n - z if self.flow else n, i, i + 1), lower, inside)
+
+
+class Schedule:
+    """What schedules share: a latent that walks keep to."""
+
+    kept: ClassVar[tuple[Tensor, Tensor] | None] = None
+
+    def confined(self, z: Tensor, inside: Tensor) -> "Schedule":
+        """This schedule with trajectories on which `ddim.walk` comes to the latent z (1, c, h, w) wherever `inside`
+        (1, 1, h, w) is 0, from any start and whatever the steps; where it is 1, it is free. Inversion is not bound."""
+        schedule = copy.copy(self)
+        schedule.kept = z, inside
+        return schedule
 
 
 @dataclass
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's.
 
     kind:             "linear" betas (Ho et al.); "scaled_linear", linear in their square root (Stable Diffusion); or
                       "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17), without beta_start and beta_end.
     steps_offset:     added to every timestep of a "leading" grid; Stable Diffusion uses 1.
+    zero_snr:         rescaled such that the last alpha_bar is zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1). It
+                      is 2 ** -24 here: at zero, epsilon is x itself, and a step along it would divide by zero.
     final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", without noise.
     """
 
@@ -75,6 +107,7 @@ class NoiseSchedule:
     beta_end: float = 0.012
     steps_offset: int = 1
     final_alpha_bar: str = "first"
+    zero_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -82,14 +115,9 @@ class NoiseSchedule:
         if self.final_alpha_bar not in ENDS:
             raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}: choose one of {', '.join(ENDS)}")
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
-        self.kept = None
-
-    def confined(self, z: Tensor, inside: Tensor) -> "NoiseSchedule":
-        """This schedule with trajectories on which `ddim.walk` comes to the latent z (1, c, h, w) wherever `inside`
-        (1, 1, h, w) is 0, from any start and whatever the steps; where it is 1, it is free. Inversion is not bound."""
-        schedule = copy.copy(self)
-        schedule.kept = z, inside
-        return schedule
+        if self.zero_snr:
+            roots = self.alpha_bars.sqrt()
+            self.alpha_bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().clamp(min=2**-24)
 
     def _betas(self) -> Tensor:
         exact = {"dtype": torch.float64, "device": "cpu"}  # a model may be built on the meta device
@@ -101,10 +129,11 @@ class NoiseSchedule:
             return torch.linspace(self.beta_start, self.beta_end, self.timesteps, **exact)
         return torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps, **exact) ** 2
 
-    def trajectory(self, steps: int = 50, spacing: str = "leading", offset: int | None = None) -> Trajectory:
+    def trajectory(self, steps: int = 50, spacing: str = "auto", offset: int | None = None) -> Trajectory:
         """A descending grid of `steps` timesteps, 1 <= steps <= T, with the alpha_bar of each and of the end.
 
         With T timesteps (Lin et al. 2023, arXiv 2305.08891, table 2):
+          auto      trailing under zero_snr, which was trained from pure noise down, else leading.
           leading   0, T//steps, 2 (T//steps), ..., each plus `offset` or steps_offset: starts a stride below full
                     noise. Where the offset would leave the schedule (steps = T), the whole grid is lowered to fit.
           trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
@@ -116,17 +145,17 @@ class NoiseSchedule:
             raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {T}")
         if spacing not in SPACINGS:
             raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
-        if spacing == "leading":
+        if spacing == "leading" or (spacing == "auto" and not self.zero_snr):
             stride = T // steps
             offset = min(self.steps_offset if offset is None else offset, T - 1 - stride * (steps - 1))
             ascending = [i * stride + offset for i in range(steps)]
-        elif spacing == "trailing":
+        elif spacing in ("auto", "trailing"):
             ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
         else:  # a single step starts from noise too, hence at T - 1
             ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
         timesteps = torch.tensor(ascending[::-1], device="cpu")
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
-        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), self.kept)
+        return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)
 
     def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for an int, tensors that multiply `x` by sample for (B,).
@@ -140,6 +169,14 @@ class NoiseSchedule:
         """Draw from q(x_t | x0), given the noise (Ho et al., eq. 4). x0, noise (B, ...); t an int or (B,)."""
         a, s = self._coefficients(t, x0)
         return a * x0 + s * noise
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Timesteps (n,) for a training loss, uniform, where the generator lives."""
+        return torch.randint(self.timesteps, (n,), generator=generator, device=generator.device)
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The prediction that a perfect network makes of x0 noised with `noise`: epsilon, which is the noise."""
+        return noise
 
     def eps_from_v(self, x: Tensor, v: Tensor, t: int | Tensor) -> Tensor:
         """The noise that v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 implies, exact at every t. Salimans & Ho

@@ -46,21 +46,25 @@ def fixture_arch(name):
     return {section: values for section, values in arch.items() if section != "guidance_scale"}
 
 
-def hub_folder(path, ending=".safetensors", prediction=None):
-    """sd1_tiny in the hub's layout: its configs, and the single file's tensors under the names of its hub folder."""
+def hub_folder(path, ending=".safetensors", prediction=None, name="sd1_tiny"):
+    """A fixture in the hub's layout: its configs, and the single file's tensors under the names of its hub folder. A
+    tensor is all of another, a third of it (0, 1, 2), or its transpose (T)."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
     scheduler = betas | ({"prediction_type": prediction} if prediction else {})  # 1.4 states none
     (path / "scheduler").mkdir(parents=True)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    single, parts = load_file(FIXTURES / "sd1_tiny" / "model.safetensors"), {part: {} for part in WEIGHTS}
-    for line in (FIXTURES / "sd1_tiny" / "hub" / "names.txt").read_text().splitlines():
-        (part, name), key = line.split()[0].split("/"), line.split()[1]
-        linear = part == "vae" and ".attentions." in name and single[key].ndim == 4
-        parts[part][name] = single[key].flatten(1) if linear else single[key]
+    source = FIXTURES / name
+    single, parts = load_file(source / "model.safetensors"), {}
+    for line in (source / "hub" / "names.txt").read_text().splitlines():
+        place, key, *how = line.split()
+        part, ours = place.split("/")
+        tensor = single[key].mT if how == ["T"] else single[key].chunk(3)[int(how[0])] if how else single[key]
+        linear = part == "vae" and ".attentions." in ours and tensor.ndim == 4
+        parts.setdefault(part, {})[ours] = (tensor.flatten(1) if linear else tensor).contiguous()
     for part, tensors in parts.items():
         (path / part).mkdir(parents=True)
-        (path / part / "config.json").write_bytes((FIXTURES / "sd1_tiny" / "hub" / part / "config.json").read_bytes())
-        save_file(tensors, path / part / f"{WEIGHTS[part]}{ending}")
+        (path / part / "config.json").write_bytes((source / "hub" / part / "config.json").read_bytes())
+        save_file(tensors, path / part / f"{WEIGHTS.get(part, 'model')}{ending}")
     return path
 
 

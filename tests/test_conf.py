@@ -41,7 +41,7 @@ def composed():
 def test_a_model_is_the_one_that_was_released(composed, name):
     arch = composed(f"model={name}")["model"]["arch"]
     schedule = NoiseSchedule()  # which is Stable Diffusion's
-    side, prediction = (768, "v") if name == "sd21" else (512, "epsilon")
+    side, prediction = (768, "v") if name == "sd21" else (512, None if name in ("sd14", "sd15") else "epsilon")
     assert arch == {"image_size": side, "prediction": prediction, "unet": {"context_dim": STABLE_DIFFUSION[name]}}
     assert schedule.alpha_bars[-1] == pytest.approx(0.0047, abs=5e-5)  # Lin et al., 2023, table 1: sqrt is 0.068265
 

@@ -1,6 +1,8 @@
 """Loading and saving: layouts agree, choices are kept, wrong files are refused in one line."""
 
 import json
+import warnings
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from errors import InputError
-from models.checkpoints import fetch, weight_files
+from models.checkpoints import SPIECE, fetch, weight_files
 from models.names import FAMILIES
 from models.text import compact_vocabulary
 from tests.conftest import FIXTURES, TINY, WEIGHTS, WITHOUT_CLIP, fixture_arch, hub_folder
@@ -153,7 +155,8 @@ def test_a_hub_folder_states_prediction_schedule_and_heads(tmp_path):
     assert model.schedule.alpha_bars[0].item() == pytest.approx(1 - 0.001)
     assert [m.heads for m in model.unet.modules() if hasattr(m, "to_kv")] == [2, 2, 4, 2, 2, 2]
     assert "prediction" in refused(folder, arch={"prediction": "epsilon"})
-    refused(change("scheduler/scheduler_config.json", rescale_betas_zero_snr=True), arch=None)
+    rescaled = models.load(change("scheduler/scheduler_config.json", rescale_betas_zero_snr=True))
+    assert rescaled.schedule.alpha_bars[-1] < 1e-7 < model.schedule.alpha_bars[-1]
     refused(hub_folder(tmp_path / "none", prediction="sample"), arch=None)
 
 
@@ -170,6 +173,89 @@ def test_clip_scores_do_not_depend_on_the_precision(tiny_model, tmp_path):
         scores.append(clip.image_features(image) @ clip.text_features(["a cat", "a red heart"]).T)
         assert model.text.pool(states, model.text.tokenize(["a cat"])).isfinite().all()
     torch.testing.assert_close(*scores, atol=1e-3, rtol=0)
+
+
+# Files of the wild
+
+
+def test_foreign_keys_are_left_out_in_one_line(state, plain, write):
+    """Those that are known beside the networks say nothing."""
+    known = {"v_pred": torch.tensor([]), "model_ema.decay": torch.tensor(0.9), "posterior_variance": torch.ones(2)}
+    foreign = {
+        "global_step": torch.tensor(5),
+        "embedding_manager.a": torch.ones(2),
+        "embedding_manager.b": torch.ones(1),
+    }
+    arch = ARCH | {"prediction": "v"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(models.load(write(state | known), arch=arch), plain)
+    with pytest.warns(UserWarning, match="left out: embedding_manager, global_step$") as said:
+        same(models.load(write(state | known | foreign), arch=arch), plain)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+@pytest.mark.parametrize("key", [f"{UNET}out.2.bias", f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_k.weight"])
+def test_weights_that_are_not_finite_are_named(state, write, key, value):
+    """Also those that are not in half precision."""
+    broken = state[key].float().clone()
+    broken.view(-1)[0] = value
+    options = {"dtype": torch.float16} if value == 1e6 else {}
+    name = "unet.out.2.bias" if "out" in key else "unet.middle_block.1.transformer_blocks.0.attn1.to_qkv.weight"
+    assert name in refused(write(state | {key: broken}), **options)
+    if options:
+        models.load(write(state | {key: broken}), arch=ARCH)
+
+
+def test_learned_tokens(tmp_path):
+    """Two more rows of the embedding, for words that are found as they are, the longer one first."""
+    folder = hub_folder(tmp_path)
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors, sizes = load_file(file), json.loads((folder / "text_encoder" / "config.json").read_text())
+    (key,) = (key for key in tensors if key.endswith("token_embedding.weight"))
+    n = len(tensors[key])
+    save_file(tensors | {key: torch.cat([tensors[key], torch.ones(2, tensors[key].shape[1])])}, file)
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(sizes | {"vocab_size": n + 2}))
+    (folder / "tokenizer").mkdir()
+    added = {"<toy>": n, "<toy>_1": n + 1, "<|endoftext|>": n - 1}
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps(added))
+    model = models.load(folder)
+    begin, a, end = model.text.tokenize(["a"])[0, :3].tolist()
+    assert (begin, end) == (n - 2, n - 1)
+    assert model.text.tokenize(["a <toy> a<toy>_1"])[0, :6].tolist() == [begin, a, n, a, n + 1, end]
+    models.save(model, tmp_path / "own", dtype=None)
+    assert models.load(tmp_path / "own").text.tokenize(["<toy>"])[0, 1] == n
+    ids = model.text.tokenize(["a <toy>"])
+    assert torch.equal(model.text.at_end(torch.arange(77.0).view(1, 77, 1), ids), torch.tensor([[3.0]]))
+
+
+@pytest.mark.parametrize("inside", ["unet", "vae", "text_encoder", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_hub_folder_is_known_by_a_part_of_it(plain, tmp_path, inside):
+    same(models.load(hub_folder(tmp_path) / inside), plain)
+
+
+def test_another_autoencoder(state, plain, write, tmp_path, monkeypatch):
+    """In either layout, alone or in a whole model, in the place of one that is there, or is not."""
+    monkeypatch.chdir(tmp_path)
+    own = {key: t for key, t in state.items() if not key.startswith("first_stage_model.")}
+    other = {key.removeprefix("first_stage_model."): 2 * t for key, t in state.items() if key not in own}
+    save_file(other | {"loss.logvar": torch.ones(1)}, "vae.safetensors")
+    torch.save({"state_dict": {f"first_stage_model.{key}": t for key, t in other.items()} | own}, "whole.ckpt")
+    hub_folder(tmp_path / "hub")
+    hub = load_file("hub/vae/diffusion_pytorch_model.safetensors")
+    save_file({key: 2 * t for key, t in hub.items()}, "hub/vae/diffusion_pytorch_model.safetensors")
+    (tmp_path / "renamed.safetensors").write_bytes(Path("hub/vae/diffusion_pytorch_model.safetensors").read_bytes())
+    assert "model.vae" in refused(write(own))
+    for file in ("vae.safetensors", "whole.ckpt", "renamed.safetensors", "hub", "hub/vae"):
+        for model in (models.load(SINGLE, arch=ARCH, vae=file), models.load(write(own), arch=ARCH, vae=file)):
+            assert torch.equal(model.autoencoder.post_quant_conv.weight, 2 * plain.autoencoder.post_quant_conv.weight)
+            same(model.unet, plain.unet)
+    config = json.loads(Path("hub/vae/config.json").read_text()) | {"scaling_factor": 0.5}
+    Path("hub/vae/config.json").write_text(json.dumps(config))
+    assert models.load(SINGLE, arch=ARCH, vae="hub").autoencoder.scale_factor == 0.5
+    assert "none" in refused(SINGLE, vae="none")
+    assert "autoencoder" in refused(SINGLE, vae=write(own))
 
 
 # Refusals
@@ -230,8 +316,6 @@ def test_folders_that_do_not_fit(tiny_model, tmp_path):
     assert "part=unet" in refused(own, arch=None)
     (folder / "vae" / "config.json").unlink()
     assert "vae/config.json" in refused(folder, arch=None)
-    (folder / "text_encoder_2").mkdir()
-    assert "SDXL" in refused(folder, arch=None)
 
 
 # The hub
@@ -244,10 +328,13 @@ def test_one_set_of_weights_is_chosen():
     """The averaged ones; full precision before half, safetensors before pickles."""
     others = ["vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "text_encoder/model.safetensors"]
     files = [f"{MODEL}{ending}" for ending in (".non_ema.safetensors", ".fp16.safetensors", ".bin", ".safetensors")]
+    both = files[1:3]
     for best in (".safetensors", ".bin", ".fp16.safetensors"):
         found = weight_files([*files, *others])
-        assert found == {"unet": MODEL + best, "vae": others[0], "text_encoder": others[2]}
+        assert found == {"unet": [MODEL + best], "vae": [others[0]], "text_encoder": [others[2]]}
         files.remove(MODEL + best)
+    for half, ending in ((True, ".fp16.safetensors"), (False, ".bin")):
+        assert weight_files([*both, *others], half=half)["unet"] == [MODEL + ending]
     with pytest.raises(InputError, match="unet"):
         weight_files([*files, *others])
 
@@ -258,12 +345,12 @@ def hub(tmp_path, monkeypatch):
     asked = []
     files = [f"{part}/{name}.fp16.safetensors" for part, name in WEIGHTS.items()]
 
-    def list_repo_files(repo_id):
-        if repo_id != "org/name":
+    def list_repo_files(repo_id, revision):
+        if repo_id != "org/name" or revision not in (None, "v1"):
             raise ConnectionError("a line\nand another")
         return [*files, "vae/other.safetensors", "text_encoder/flax_model.msgpack"]
 
-    def snapshot_download(repo_id, allow_patterns=None, local_files_only=False):
+    def snapshot_download(repo_id, revision, allow_patterns=None, local_files_only=False):
         if local_files_only and not asked:
             raise huggingface_hub.errors.LocalEntryNotFoundError("a line\nand another")
         if local_files_only:
@@ -279,8 +366,10 @@ def hub(tmp_path, monkeypatch):
 def test_a_hub_id_is_fetched_in_part_and_served_from_the_cache(plain, hub):
     with pytest.raises(InputError, match=r"org/none .*auth login") as error:
         fetch("org/none")
+    with pytest.raises(InputError, match="org/name@v2"):
+        models.load("org/name@v2")
     assert "\n" not in str(error.value)
-    for _ in range(2):
-        same(models.load("org/name"), plain)
+    for name in ("org/name@v1", "org/name"):
+        same(models.load(name), plain)
     weights = [f"{part}/{name}.fp16.safetensors" for part, name in WEIGHTS.items()]
-    assert hub == [["*.json", *weights]]
+    assert hub == [["*.json", SPIECE, *weights]]

@@ -51,7 +51,7 @@ def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
     unet, other, seen = copy.deepcopy(tiny_model.unet), copy.deepcopy(tiny_model.unet), []
     layers = [m for m in unet.modules() if isinstance(m, SelfAttention | CrossAttention)]
     assert all(layer.attention is unet.attention for layer in layers) and other.attention is not unet.attention
-    x, context = latents(tiny_model, 2), tiny_model.text(["a cat", "a dog"])
+    x, context = latents(tiny_model, 2), tiny_model.encode_text(["a cat", "a dog"]).states
     plain = unet(x, 3, context)
     with unet.attention.hooked(lambda q, k, v, cross: seen.append((cross, q.shape[-2], k.shape[-2]))):
         assert torch.equal(unet(x, 3, context), plain)
@@ -85,7 +85,7 @@ def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook()
 
 
 def test_projection_and_checkpointing_change_no_gradient_of_the_text(tiny_model):
-    unet, x, context = copy.deepcopy(tiny_model.unet), latents(tiny_model, 1), tiny_model.text(["a cat"])
+    unet, x, context = copy.deepcopy(tiny_model.unet), latents(tiny_model, 1), tiny_model.encode_text(["a cat"]).states
     context.requires_grad_()
     direct = torch.autograd.grad(unet(x, 500, context).square().sum(), context)[0]
     projected = torch.autograd.grad(unet(x, 500, unet.project_context(context)).square().sum(), context)[0]
@@ -172,7 +172,7 @@ def test_compact_text_encoder_names_unknown_words(tiny_config):
     states = []
     for word in ("zebra", "quagga"):
         with pytest.warns(UserWarning, match=word):
-            states.append(text([f"a red {word}"])[0, :4])
+            states.append(text([f"a red {word}"]).states[0, :4])
     torch.testing.assert_close(*states)  # unknown words are all alike
 
 

@@ -16,7 +16,7 @@ from samplers import Conditioning, ddim, guided
 from tests.conftest import FIXTURES, fixture_arch
 
 
-@pytest.fixture(scope="module", params=["sd1_tiny", "sd2_tiny"])
+@pytest.fixture(scope="module", params=["sd1_tiny", "sd2_tiny", "sdxl_tiny"])
 def case(request):
     """(model, recorded outputs, guidance scale)."""
     folder = FIXTURES / request.param
@@ -29,10 +29,24 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_text_hidden_states(case):
+def text_of(expected):
+    return Conditioning(expected["text_hidden"], expected.get("pooled"))
+
+
+def pixels(expected):
+    return expected["size_ids"][0, :2].tolist() if "size_ids" in expected else None
+
+
+def test_text_states_and_vector(case):
     model, expected, _ = case
-    close(model.text.encode_tokens(expected["token_ids"]), expected["text_hidden"])
-    assert model.text.tokenize([""]).tolist() == expected["token_ids"][1:].tolist()
+    ids = [expected[name] for name in ("token_ids", "token_ids_1", "token_ids_2") if name in expected]
+    given = [tower.condition(own) for tower, own in zip(model.towers.values(), ids, strict=True)]
+    close(torch.cat([each.states for each in given], dim=-1), expected["text_hidden"])
+    assert [each.vector is None for each in given] == [True, False][: len(given)]
+    if "pooled" in expected:
+        close(given[1].vector, expected["pooled"])
+    for tower, own in zip(model.towers.values(), ids, strict=True):
+        assert tower.tokenize([""]).tolist() == own[1:].tolist()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -42,7 +56,9 @@ def test_autoencoder(case, layout):
     mean, logvar = model.autoencoder.posterior(expected["image"])
     close(mean, expected["latent_mean"])
     close(logvar, expected["latent_logvar"])
-    close(model.decode_latents(mean.double() * 0.18215), expected["decoded"])
+    scale = 0.13025 if "pooled" in expected else 0.18215
+    assert model.autoencoder.scale_factor == scale
+    close(model.decode_latents(mean.double() * scale), expected["decoded"])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -53,9 +69,10 @@ def test_unet(case, backend, layout):
         pytest.skip(reason)
     unet, raw = copy.deepcopy(model.unet).to(memory_format=layout), expected.get("eps", expected.get("v"))
     unet.attention.backend = backend
-    close(unet(expected["x"], expected["t"], unet.project_context(expected["text_hidden"])), raw)
+    text = expected["text_hidden"], expected.get("pooled")
+    close(unet(expected["x"], expected["t"], unet.project_context(*text), pixels(expected)), raw)
     unet.requires_grad_()  # other products are chosen where a CPU learns
-    close(unet(expected["x"], expected["t"], expected["text_hidden"]), raw)
+    close(unet(expected["x"], expected["t"], unet.project_context(*text), pixels(expected)), raw)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -63,16 +80,22 @@ def test_half_precision_is_near(case, dtype):
     """Some dozens of layers, each rounding by eps / 2 of its output."""
     model, expected, _ = case
     unet, raw = copy.deepcopy(model.unet).to(dtype), expected.get("eps", expected.get("v"))
-    found = unet(expected["x"].to(dtype), expected["t"], expected["text_hidden"].to(dtype)).float()
+    text = text_of(expected).map(lambda x: x.to(dtype))
+    context = unet.project_context(text.states, text.vector)
+    found = unet(expected["x"].to(dtype), expected["t"], context, pixels(expected)).float()
     assert (found - raw).norm() < 4 * torch.finfo(dtype).eps * raw.norm()
 
 
-def test_guided_ddim_trajectory(case):
+@pytest.mark.parametrize("empty", ["zeros", "encoded"])
+def test_guided_ddim_trajectory(case, empty):
+    """SDXL's of both kinds: under zeros, which are its empty prompt, and under the encoded one."""
     model, expected, scale = case
+    wanted = expected.get(f"ddim_cfg3_{empty}_trajectory", expected.get("ddim_cfg3_trajectory"))
+    if model.towers.empty_prompt == "encoded" and empty == "zeros":
+        pytest.skip("its empty prompt is encoded")
     trajectory = model.schedule.trajectory(steps=10)
     assert trajectory.timesteps.tolist() == expected["ddim_timesteps"].tolist()
-    path = [expected["ddim_cfg3_trajectory"][:1]]
-    text, null = expected["text_hidden"].split(1)
-    denoise = guided(model, Conditioning(text), scale, Conditioning(null))
-    ddim.sample(denoise, path[0], trajectory, callback=lambda i, x: path.append(x))
-    close(torch.cat(path), expected["ddim_cfg3_trajectory"])
+    path, text = [wanted[:1]], text_of(expected)
+    null = model.encode_text([""]) if empty == "zeros" else text[1]
+    ddim.sample(guided(model, text[0], scale, null), path[0], trajectory, callback=lambda i, x: path.append(x))
+    close(torch.cat(path), wanted)

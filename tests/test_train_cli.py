@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 import models
 import train
 from errors import InputError
+from samplers import FlowSchedule
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("autoencoder", "clip", "unet")
@@ -107,6 +109,19 @@ def test_init_takes_the_weights_that_fit(run, trained, tmp_path, capsys):
     assert "2 of 4 weights start at random, from 1.weight to 1.bias" in capsys.readouterr().out
     with pytest.raises(InputError, match="init=stranger"):
         train.start_from(module, {"0.weight": torch.zeros(9, 9)}, "init=stranger")
+
+
+def test_a_flow_unet_is_trained_beside_the_same_parts(run, trained, tmp_path):
+    for name in ("autoencoder.safetensors", "clip.safetensors", "config.json"):
+        shutil.copy(trained[0] / name, tmp_path)
+    flow = ["arch.prediction=flow", "arch.schedule.kind=flow", "+arch.schedule.shift=1.0"]
+    small = ["part.training.steps=2", "part.training.batch_size=4", "part.objective.probes=16"]
+    assert run("part=unet", f"out={tmp_path}", *flow, *small)
+    model = models.load(tmp_path)
+    assert model.prediction == "flow" and model.schedule == FlowSchedule(shift=1.0)
+    assert len(list((tmp_path / "training").glob("samples_*.png"))) == 1
+    with pytest.raises(InputError, match=r"schedule\.kind=flow"):
+        run("part=unet", f"out={trained[0]}", "arch.prediction=flow")
 
 
 def test_a_part_needs_the_others_in_the_same_sizes(run, trained, tmp_path):

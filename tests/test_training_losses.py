@@ -7,6 +7,7 @@ import torch
 
 import models
 from models.text import BEGIN, UNKNOWN, compact, compact_vocabulary
+from samplers import FlowSchedule
 from training.evaluate import pixel_scores, reconstruct, top1
 from training.losses import AutoencoderObjective, ClipObjective, UNetObjective
 
@@ -92,6 +93,20 @@ def test_clip_loss_learns_and_drops_tokens(model, tmp_path):
     losses = learn(objective)
     assert losses[-1] < 0.6 * losses[0]
     assert objective.validate(model.clip)[0]["top1_of_100_heldout"] >= 0.75
+
+
+def test_flow_loss_is_the_error_of_the_velocity(model, tmp_path):
+    model.prediction, model.schedule = "flow", FlowSchedule(shift=2.0)
+    objective, seen = unet_objective(model, tmp_path, prompt_dropout=0.0), []
+    model.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    batch = batch_of(objective)
+    x0, noise = model.encode_image(batch["image"].float() / 127.5 - 1), batch["noise"]
+    # The untrained network outputs zero, so its error is the target itself.
+    torch.testing.assert_close(objective(batch)[0], (noise - x0).square().mean())
+    torch.testing.assert_close(seen[0][0], model.schedule.add_noise(x0, noise, seen[0][1]))
+    assert seen[0][1].std() > 100 and 0 < seen[0][1].min() < seen[0][1].max() < 1000
+    losses = learn(objective)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

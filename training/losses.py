@@ -93,7 +93,8 @@ class ClipObjective(Objective):
 class UNetObjective(Objective):
     """Denoising (Ho et al., 2020) of the latents, in the model's own prediction type, with a share of empty prompts for
     guidance (Ho & Salimans, 2021) and min-SNR weights (Hang et al., 2023; gamma 0: none): min(SNR, gamma) / SNR for
-    epsilon, min(SNR, gamma) / (SNR + 1) for v."""
+    epsilon, min(SNR, gamma) / (SNR + 1) for v. A flow's loss is unweighted, at
+    logit-normal times (Esser et al., 2024)."""
 
     collate = ClipObjective.collate
 
@@ -104,7 +105,8 @@ class UNetObjective(Objective):
         super().__init__(model, "unet", out)
         self.prompt_dropout, self.guidance_scale = prompt_dropout, guidance_scale
         self.prompts = prompts or pictures(data["trained"], range(UNSEEN, UNSEEN + 16))[1]
-        alpha_bar = model.schedule.alpha_bars
+        self.flow = model.prediction == "flow"
+        alpha_bar = torch.empty(0) if self.flow else model.schedule.alpha_bars
         snr = alpha_bar / (1 - alpha_bar)
         weight = snr.clamp(max=min_snr_gamma) / (snr if model.prediction == "epsilon" else snr + 1)
         tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), weight if min_snr_gamma else torch.ones_like(snr)
@@ -118,7 +120,7 @@ class UNetObjective(Objective):
         where = {"generator": generator, "device": generator.device}
         return {
             "noise": torch.randn(batch_size, *self.model.latent_shape, **where),
-            "t": torch.randint(self.tables.shape[1], (batch_size,), **where),
+            "t": self.model.schedule.draw(batch_size, generator),
             "keep": torch.rand(batch_size, **where) >= self.prompt_dropout,
         }
 
@@ -127,10 +129,16 @@ class UNetObjective(Objective):
         with torch.no_grad():
             x0 = self.model.autoencoder.encode(batch["image"].float() / 127.5 - 1).float()
             context = self.model.text.encode_tokens(torch.where(batch["keep"][:, None], batch["ids"], self.empty))
-        alpha, sigma, weight = self.tables[:, batch["t"]]
+        if self.flow:
+            sigma, weight = batch["t"] / self.model.schedule.timesteps, 1.0
+            alpha = 1 - sigma
+        else:
+            alpha, sigma, weight = self.tables[:, batch["t"]]
         alpha, sigma, noise = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1), batch["noise"]
         x_t = alpha * x0 + sigma * noise  # in float32, whatever autocast does to the networks
-        target = noise if self.model.prediction == "epsilon" else alpha * noise - sigma * x0
+        target = self.model.schedule.target(x0, noise)
+        if self.model.prediction == "v":
+            target = alpha * noise - sigma * x0
         error = ((unet or self.trained)(x_t, batch["t"], context).float() - target).square().mean(dim=(1, 2, 3))
         return (error * weight).mean(), {"mse": error.mean()}
 
