@@ -58,8 +58,8 @@ class PieBench(Tasks):
         for name, item in mapping.items():
             kind = PIE_TYPES[int(item["editing_type_id"])]
             prompts = (re.sub(r"[\[\]]", "", item[key]) for key in ("editing_prompt", "original_prompt"))
-            image, blend_word = folder / "annotation_images" / item["image_path"], item.get("blended_word", "")
-            entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=blend_word))
+            image, pair = folder / "annotation_images" / item["image_path"], item.get("blended_word", "").split()[:2]
+            entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=" ".join(pair)))
             self.runs[entries[-1].name] = item["mask"]
         super().__init__(entries, fit, **choice)
 

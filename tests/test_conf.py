@@ -23,7 +23,8 @@ PAPER = {  # Imagic, section 4 and its implementation details for Stable Diffusi
 }  # fmt: skip
 METHODS = [
     "ddim_inversion", "ddpm_inversion", "direct_inversion", "direct_inversion_paper", "imagic", "imagic_imagen",
-    "imagic_sd", "negative_prompt", "null_text", "pnp_inversion", "prompt_to_prompt", "sdedit",
+    "imagic_sd", "masactrl", "negative_prompt", "null_text", "plug_and_play", "pnp_inversion", "prompt_to_prompt",
+    "sdedit",
 ]  # fmt: skip
 INVERSIONS = {"null_text": "null_text", "negative_prompt": "negative_prompt", "pnp_inversion": "pnp"}
 
