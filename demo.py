@@ -73,7 +73,7 @@ def page(given: Sequence[str]) -> gr.Blocks:
     with gr.Blocks(title="palimpsest", analytics_enabled=False) as blocks, gr.Row():
         with gr.Column() as left:
             picture = gr.ImageMask(
-                str(find(first[0])), type="pil", label="picture (paint where the edit belongs)", height=360,
+                str(find(first[0])), type="pil", label="picture and mask", height=360,
                 interactive=True, transforms=[], sources=["upload", "clipboard"], brush=gr.Brush(8, ["#ff00ff80"]),
             )  # fmt: skip
             prompt = gr.Textbox(first[1], label="prompt", info="what the edited picture should show")

@@ -1,6 +1,7 @@
 """How every benchmark names the machine and stores its results: a table to read and JSON to compute with."""
 
 import json
+import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("PALIMPSEST_BENCHMARKS") or Path(__file__).parent / "results")
 
 
 def machine(device: torch.device | None = None) -> str:
@@ -28,7 +29,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def results(name: str, ending: str) -> Path:
-    """Where the results called `name` lie: benchmarks/results/NAME.md or .json."""
+    """Where the results called `name` lie: NAME.md or .json in $PALIMPSEST_BENCHMARKS, or else benchmarks/results."""
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.{ending}"
 
 
@@ -41,6 +42,6 @@ def kept(name: str, about: str) -> dict:
 
 def keep(name: str, text: str, data: dict) -> None:
     """Write `text` to NAME.md and `data` to NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     results(name, "md").write_text(text)
     results(name, "json").write_text(json.dumps(data, indent=1) + "\n")
