@@ -56,7 +56,6 @@ class PromptToPrompt(Method):
         if not task.source_prompt:
             raise InputError('this method needs source_prompt, a caption of the picture: source_prompt="a red heart"')
         trajectory = self.sampler.trajectory(model.schedule)
-        source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
         source_words, words = tokenise(model.text, task.source_prompt), tokenise(model.text, task.prompt)
         takes, own = word_map(source_words, words, self.words)
         factors, near = word_factors(model.text, words, self.reweight or {}), torch.zeros(2, len(words.ids))
@@ -67,6 +66,7 @@ class PromptToPrompt(Method):
         sides = [2 * side // model.unet.downsampling for side in z.shape[-2:]]
         start = int(self.blend_start * len(trajectory))
         blend = LocalBlend(near.to(z.device), sides, start, self.blend_threshold) if pair else None
+        source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
 
         def control(i: int):
             backend = model.unet.attention.backend
