@@ -36,7 +36,7 @@ from models.t5 import T5, read_tokenizer
 
 PARTS = ("autoencoder", "clip", "unet")
 SECTIONS = (
-    "unet", "mmdit", "vae", "text", "text_2", "t5", "vision", "schedule", "prediction", "image_size", "empty_prompt",
+    "unet", "mmdit", "vae", "text", "text_2", "t5", "vision", "schedule", "prediction", "image_size", "empty_is_zero",
 )  # fmt: skip
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
@@ -178,7 +178,7 @@ def open_autoencoder(path: Path, config: Mapping) -> Opened:
     states no sizes: they, and the latents' scale, stay the model's."""
     folder = path / "vae" if (path / "vae").is_dir() else path
     if folder.is_dir():
-        config = {**config, "vae": {**config["vae"], **vae_sizes(read_config(folder))}}
+        config = {**config, "vae": {**config["vae"], **taken("vae", read_config(folder))}}
         tensors = read_folder(folder.parent, [folder.name])
     elif path.exists():
         tensors = read_tensors(path)
@@ -300,8 +300,7 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     """The sizes that the config files of a hub folder with these sub-folders state, and its learned tokens."""
     files = {folder: read_config(path / folder) for folder in folders}
     scheduler = files["scheduler"] = read_config(path / "scheduler", "scheduler_config.json")
-    stated: dict[str, Any] = {names.SECTION[folder]: taken(folder, content) for folder, content in files.items()}
-    stated["vae"] |= vae_sizes(files["vae"])
+    stated: dict[str, Any] = {names.HUB_SIZES[folder][0]: taken(folder, files[folder]) for folder in files}
     for section, folder in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
         if folder in files:
             quick = files[folder].get("hidden_act", "quick_gelu") == "quick_gelu"  # OpenAI's
@@ -326,21 +325,18 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
         "num_heads": network.get("num_attention_heads") or network["attention_head_dim"],
     }
     if (path / "model_index.json").exists() and "text_2" in stated:
-        zeros = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
-        stated["empty_prompt"] = "zeros" if zeros else "encoded"
+        index = read_config(path, "model_index.json")
+        stated["empty_is_zero"] = index.get("force_zeros_for_empty_prompt", True)
     return stated | {"prediction": PREDICTIONS[prediction]}
 
 
 def taken(folder: str, content: Mapping) -> dict[str, Any]:
     """Our sizes among those of a config file in the hub's sub-folder."""
-    table = names.HUB_SIZES[folder].items()
-    return {ours: content[theirs] for theirs, ours in table if content.get(theirs) is not None}
-
-
-def vae_sizes(content: Mapping) -> dict[str, Any]:
-    """The sizes that a hub autoencoder's config.json states."""
-    widths = content["block_out_channels"]
-    return taken("vae", content) | {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]}
+    table, widths = names.HUB_SIZES[folder][1].items(), content.get("block_out_channels")
+    found = {ours: content[theirs] for theirs, ours in table if content.get(theirs) is not None}
+    if folder == "vae":
+        found |= {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]}
+    return found
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

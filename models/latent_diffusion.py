@@ -118,7 +118,7 @@ def build(
     config: Mapping, seed: int | None = None, vocabulary: Tensor | None = None, meta: bool = False
 ) -> LatentDiffusion:
     """A model with random weights from the sizes in `config`: `unet`, `vae`, `text` (and `text_2`, where there are two
-    towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_prompt`. `seed` makes the weights
+    towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_is_zero`. `seed` makes the weights
     reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
     leaves all weights on the meta device, where they take neither time nor memory."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta") if meta else nullcontext():
@@ -134,7 +134,7 @@ def build(
         clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
     others = {name: config[name] for name in ("prediction", "image_size") if name in config}
     width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
-    towers = TextTowers(towers, config.get("empty_prompt", "encoded"), width)
+    towers = TextTowers(towers, config.get("empty_is_zero", False), width)
     schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
     model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
     model.config = dict(config)

@@ -120,35 +120,31 @@ CLIP_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "vocab_size": "vocab_size",
     "max_position_embeddings": "context_length",
 }  # fmt: skip
-HUB_SIZES = {  # in the sub-folders' configs, the hub's names and ours
-    "unet": {
+HUB_SIZES = {  # of a sub-folder: our section of the config, and the hub's names and ours
+    "unet": ("unet", {
         "in_channels": "in_channels", "out_channels": "out_channels", "layers_per_block": "num_res_blocks",
         "cross_attention_dim": "context_dim", "transformer_layers_per_block": "transformer_depth",
         "projection_class_embeddings_input_dim": "vector_dim",
-    },
-    "transformer": {
+    }),
+    "transformer": ("mmdit", {
         "num_layers": "depth", "qk_norm": "qk_norm", "dual_attention_layers": "dual_attention_layers",
         "pos_embed_max_size": "max_positions", "in_channels": "in_channels", "patch_size": "patch",
         "joint_attention_dim": "context_dim", "pooled_projection_dim": "vector_dim",
-    },
-    "vae": {
+    }),
+    "vae": ("vae", {
         "layers_per_block": "num_res_blocks", "latent_channels": "z_channels", "scaling_factor": "scale_factor",
         "shift_factor": "shift_factor", "use_quant_conv": "quant_conv",
-    },
-    "text_encoder": CLIP_SIZES,
-    "text_encoder_2": CLIP_SIZES | {"projection_dim": "embed_dim"},
-    "text_encoder_3": {
+    }),
+    "text_encoder": ("text", CLIP_SIZES),
+    "text_encoder_2": ("text_2", CLIP_SIZES | {"projection_dim": "embed_dim"}),
+    "text_encoder_3": ("t5", {
         "d_model": "width", "num_layers": "layers", "num_heads": "heads", "d_kv": "head_width", "d_ff": "hidden",
         "vocab_size": "vocab_size",
-    },
-    "scheduler": {
+    }),
+    "scheduler": ("schedule", {
         "beta_schedule": "kind", "beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps",
         "rescale_betas_zero_snr": "zero_snr", "shift": "shift",
-    },
-}  # fmt: skip
-SECTION = {  # of a config, for each sub-folder
-    "unet": "unet", "transformer": "mmdit", "vae": "vae", "text_encoder": "text", "text_encoder_2": "text_2",
-    "text_encoder_3": "t5", "scheduler": "schedule",
+    }),
 }  # fmt: skip
 # The files keep q, k and v apart, and the networks multiply them in one product.
 STACKS = (("to_qkv.", "qkv"), ("to_kv.", "kv"), ("in_proj_", "qkv"))
@@ -162,7 +158,6 @@ REFINER = "SDXL's refiner, which continues the base model's pictures: give the b
 OTHERS = {  # models of other kinds, by their keys
     r"(^|[._])lora[._]|\.hada_w": "a LoRA, which is an addition to a model: give the model that it was made into",
     r"^conditioner\.embedders\.0\.model\.": REFINER,
-    r"^control_model\.|^controlnet_": "a ControlNet, which steers a model: give the model itself",
 }
 
 
@@ -225,7 +220,7 @@ FAMILIES = {  # by the keys of its last text tower in a single file, or of its n
     "cond_stage_model.model.": {"unet": SD2, "vae": KL_F8, "text": OPEN_CLIP_H},  # 512 pixels: epsilon, 768: v
     "conditioner.embedders.1.": {
         "unet": SDXL, "vae": KL_F8_XL, "text": SDXL_CLIP_L, "text_2": SDXL_BIG_G, "prediction": "epsilon",
-        "image_size": 1024, "empty_prompt": "zeros",
+        "image_size": 1024, "empty_is_zero": True,
     },
     "model.diffusion_model.joint_blocks.0.x_block.attn2.": SD3 | {"mmdit": SD35_MEDIUM},
     "model.diffusion_model.joint_blocks.0.x_block.attn.ln_q.": SD3 | {"mmdit": SD35_LARGE},

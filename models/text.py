@@ -130,17 +130,15 @@ class TextEncoder(nn.Module):
 
 class TextTowers(nn.ModuleDict):
     """The text towers of a family, by their sections of the config ("text", "text_2"), and the rule for what they give:
-    states and vectors are joined over channels, in that order. `empty_prompt` is "encoded" like any other, or "zeros"
-    (SDXL): then states and vector are 0.
+    states and vectors are joined over channels, in that order. The empty prompt is encoded like any other, or with
+    `zeros` (SDXL) its states and vector are 0.
 
     With `width` (SD3) the states are padded with zeros to that many channels, and those of T5, the tower "t5", follow
     them in the sequence; without T5, 256 zeros in their place."""
 
-    def __init__(self, towers: Mapping[str, nn.Module], empty_prompt: str = "encoded", width: int | None = None):
+    def __init__(self, towers: Mapping[str, nn.Module], zeros: bool = False, width: int | None = None):
         super().__init__(towers)
-        if empty_prompt not in ("encoded", "zeros"):
-            raise InputError(f"empty_prompt is {empty_prompt!r}: choose encoded or zeros")
-        self.empty_prompt, self.width = empty_prompt, width
+        self.zeros, self.width = zeros, width
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         given = [tower(prompts) for name, tower in self.items() if name != "t5"]
@@ -152,7 +150,7 @@ class TextTowers(nn.ModuleDict):
             states = F.pad(joined.states, (0, self.width - joined.states.shape[-1]))
             more = self["t5"](prompts).to(states) if "t5" in self else states.new_zeros(len(states), 256, self.width)
             return Conditioning(torch.cat([states, more], dim=1), joined.vector)
-        if self.empty_prompt == "encoded":
+        if not self.zeros:
             return joined
         empty = torch.tensor([not prompt.strip() for prompt in prompts], device=joined.states.device)
         return joined.map(lambda x: x.masked_fill(empty.view(-1, *[1] * (x.ndim - 1)), 0))

@@ -48,17 +48,21 @@ def fixture_arch(name):
 
 def hub_folder(path, ending=".safetensors", prediction=None, name="sd1_tiny"):
     """A fixture in the hub's layout: its configs, and the single file's tensors under the names of its hub folder. A
-    tensor is all of another, a third of it (0, 1, 2), or its transpose (T)."""
+    tensor is all of another, a third of it (0, 1, 2), its transpose (T), or has its halves exchanged (swap)."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
     scheduler = betas | ({"prediction_type": prediction} if prediction else {})  # 1.4 states none
     (path / "scheduler").mkdir(parents=True)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     source = FIXTURES / name
-    single, parts = load_file(source / "model.safetensors"), {}
+    single, parts = {key: t for file in source.glob("*.safetensors") for key, t in load_file(file).items()}, {}
     for line in (source / "hub" / "names.txt").read_text().splitlines():
         place, key, *how = line.split()
         part, ours = place.split("/")
-        tensor = single[key].mT if how == ["T"] else single[key].chunk(3)[int(how[0])] if how else single[key]
+        tensor = single[key] if key in single else torch.eye(32)  # "identity"
+        if how == ["swap"]:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        elif how:
+            tensor = tensor.mT if how == ["T"] else tensor.chunk(3)[int(how[0])]
         linear = part == "vae" and ".attentions." in ours and tensor.ndim == 4
         parts.setdefault(part, {})[ours] = (tensor.flatten(1) if linear else tensor).contiguous()
     for part, tensors in parts.items():

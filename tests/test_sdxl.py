@@ -69,7 +69,7 @@ def test_both_layouts_and_a_saved_folder_are_one_model(model, tmp_path):
         for other in (again, models.load(tmp_path / "own")):
             found, wanted = other.state_dict(), model.state_dict()
             assert found.keys() == wanted.keys() and all(torch.equal(t, wanted[name]) for name, t in found.items())
-            assert other.towers.empty_prompt == "zeros" and other.image_size == 32
+            assert other.towers.zeros and other.image_size == 32
 
 
 @pytest.mark.parametrize("change", [-1, 1])
@@ -123,7 +123,10 @@ def test_null_text_begins_with_the_zeros_of_the_empty_prompt(model):
 def test_a_folder_says_whether_the_empty_prompt_is_encoded(tmp_path):
     folder = hub_folder(tmp_path, name="sdxl_tiny")
     (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": False}))
-    empty, blank = models.load(folder).encode_text(["", "a"]), models.load(folder, arch={"empty_prompt": "zeros"})
+    empty, blank = (
+        models.load(folder).encode_text(["", "a"]),
+        models.load(folder, arch={"empty_is_zero": True}),
+    )
     assert empty.states[0].any() and empty.vector[0].any()
     assert not blank.encode_text(["", "a"]).states[0].any() and blank.encode_text(["a"]).vector.any()
 
