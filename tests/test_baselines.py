@@ -14,6 +14,8 @@ from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from methods.inversion import Inversion, NegativePrompt, NullText, PnP
+from methods.masactrl import MasaCtrl
+from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit
 from samplers import NoiseSchedule, Sampler, ddim, guided, noise_like
@@ -28,6 +30,8 @@ METHODS = {
     "null_text": PromptToPrompt(DDIM, NullText(inner_steps=1)),
     "negative_prompt": PromptToPrompt(DDIM, NegativePrompt()),
     "pnp_inversion": PromptToPrompt(DDIM, PnP()),
+    "masactrl": MasaCtrl(DDIM, PnP(), start_step=1, start_layer=1),
+    "plug_and_play": PlugAndPlay(DDIM, NullText(inner_steps=1)),
     "direct_inversion": DirectInversion(DDIM, diversity=0.5, semantic_coherence=1.0, coherence_steps=2),
     "imagic": Imagic(DDIM, embedding_steps=1, tuning_steps=1),
 }

@@ -10,9 +10,6 @@ from PIL import Image
 from data.images import open_mask
 from data.tasks import EditTask, OneImage
 from methods.base import Method, Run, feathered
-from methods.inversion import NullText, PnP
-from methods.masactrl import MasaCtrl
-from methods.plug_and_play import PlugAndPlay
 from samplers import Sampler, ddim, guided, noise_like
 from tests.conftest import close
 from tests.test_baselines import DDIM, DDPM, METHODS
@@ -30,7 +27,7 @@ class Mine(Method):
         yield {}, ddim.sample(guided(model, task.prompt, 2.0), x, trajectory, eta=1.0, generator=run.noise("sampling"))
 
 
-ALL = METHODS | {"mine": Mine(DDIM), "masactrl": MasaCtrl(DDIM, PnP()), "plug_and_play": PlugAndPlay(DDIM, NullText())}
+ALL = METHODS | {"mine": Mine(DDIM)}
 
 
 @pytest.fixture

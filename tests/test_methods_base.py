@@ -13,6 +13,8 @@ from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from methods.inversion import Inversion, NullText
+from methods.masactrl import MasaCtrl
+from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit
 from samplers import Sampler
@@ -95,9 +97,11 @@ def test_a_picture_that_is_not_finite_is_refused(tiny_model, task, edit, monkeyp
         edit(Nothing(), tiny_model, task)
 
 
-KINDS = [Imagic, DirectInversion, SDEdit, DDIMInversion, DDPMInversion, PromptToPrompt, NullText]
+KINDS = [Imagic, DirectInversion, SDEdit, DDIMInversion, DDPMInversion, PromptToPrompt, MasaCtrl, PlugAndPlay, NullText]
 SHARES = {"eta", "style_eta", "style_from", "edit_strength", "blend_fraction", "structural_similarity", "alpha", "beta"}
-SHARES |= {"diversity", "strength", "skip", "cross_replace", "self_replace"}
+SHARES |= {"diversity", "strength", "skip", "cross_replace", "self_replace", "blend_start", "blend_threshold"}
+SHARES |= {"feature_share", "attention_share"}
+TEXTS = {"inversion_prompt", "negative_prompt", "blend_word"}
 COUNTS = {"num_embeddings", "tuning_batch", "lora_rank", "num_samples", "inversion_steps"}
 
 
@@ -115,7 +119,7 @@ def refuses(kind, name, value, **others):
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_and_choices_out_of_range_are_named(kind):
     for name, field in kind.__dataclass_fields__.items():
-        wrong = ["other"] if field.type is str and name != "inversion_prompt" else []
+        wrong = ["other"] if field.type is str and name not in TEXTS else []
         if type(field.default) in (int, float) or name in SHARES | COUNTS:
             wrong = [-1, math.nan, math.inf, "x", []] + [1.1] * (name in SHARES) + [0] * (name in COUNTS)
             wrong += [1.5] * ("int" in str(field.type)) + [None] * (field.default is not None)
