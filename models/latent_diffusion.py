@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.autoencoder import Autoencoder
-from models.mmdit import EmbeddedText, MMDiT
+from models.mmdit import MMDiT
 from models.t5 import T5
 from models.text import Clip, TextEncoder, TextTowers, build_clip, build_text
 from models.unet import ProjectedContext, UNet
@@ -93,13 +93,11 @@ class LatentDiffusion(nn.Module):
         """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""
         return self.towers(prompts).map(lambda x: x.to(self.dtype))
 
-    def project(self, conditioning: Conditioning) -> ProjectedContext | EmbeddedText:
+    def project(self, conditioning: Conditioning) -> ProjectedContext:
         """Keys and values of the text for every layer of the UNet, to be reused over steps, and its vector."""
         return self.unet.project_context(conditioning.states, conditioning.vector)
 
-    def predict(
-        self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext | EmbeddedText
-    ) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext) -> Tensor:
         """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
         number or (B,)).
 
