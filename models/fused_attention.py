@@ -9,8 +9,7 @@ log-sum-exp of each row; the backward pass makes the weights again from it.
   joining the heads is a view.
 - A head is padded on the chip to a power of two, since Triton's blocks have no other size.
 
-The grid of every kernel is (blocks of rows, heads, batch).
-"""
+The grid of every kernel is (blocks of rows, heads, batch)."""
 
 from __future__ import annotations
 
@@ -166,8 +165,7 @@ def _backward_kv_kernel(
 def _blocks(width: int, dtype: torch.dtype, precision: str, held: int, device: torch.device) -> tuple[int, ...]:
     """Rows that a program holds, rows of each block that it streams, warps, stages: the first choice that fits.
 
-    A program holds `held` matrices of `width` channels (forward q; backward two) and streams two.
-    """
+    A program holds `held` matrices of `width` channels (forward q; backward two) and streams two."""
     shared = 99 * 1024  # bytes, of the smaller GPUs of compute capability 8.0 or more
     if device.type == "cuda":
         if dtype == torch.float32 and precision == "ieee":  # without tensor cores, unrolled: large blocks spill
@@ -191,8 +189,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, held: int) -> tuple[tuple, int, int, 
     """What all kernels take, from N to PRECISION; and `_blocks`'s rows held, rows streamed, and options of Triton.
 
     Strides of batch, head and row count a unit. With a unit of 8 the compiler sees that rows begin at multiples of 16
-    bytes and reads 16 bytes at a time. Without, it would not of a stride of 40: it looks only for multiples of 16.
-    """
+    bytes and reads 16 bytes at a time. Without, it would not of a stride of 40: it looks only for multiples of 16."""
     (n, d), m, precision = q.shape[2:], k.shape[2], _precision(q.dtype)
     strides, width = [s for x in (q, k, v) for s in x.stride()[:3]], max(16, triton.next_power_of_2(d))
     unit = math.gcd(8, *strides)
@@ -246,8 +243,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
     `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises InputError for another type, ValueError for shapes or types
-    that do not fit together. It does not ask whether the device can run it.
-    """
+    that do not fit together. It does not ask whether the device can run it."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise InputError(f"fused attention takes float16, bfloat16 or float32, not {q.dtype}; use attention=sdpa")
     batch, heads, _, d = q.shape

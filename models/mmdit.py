@@ -2,8 +2,7 @@
 
 Text and image are two sequences with weights of their own, which meet in one attention. The timestep and the pooled
 text act by modulation: adaptive layer norms (Peebles & Xie 2023, arXiv 2212.09748). Stable Diffusion 3.5 adds norms of
-queries and keys, and in its medium size a second attention of the image alone. The named sizes stand at the end.
-"""
+queries and keys, and in its medium size a second attention of the image alone. The named sizes stand at the end."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ class Branch(nn.Module):
         x = x + gate attention(modulate(x)) [+ gate' attention'(modulate'(x)), where `dual`]
         x = x + gate MLP(modulate(x))
 
-    The text's branch of the last block only gives keys and values (`last`): nothing reads the text after it.
-    """
+    The text's branch of the last block only gives keys and values (`last`): nothing reads the text after it."""
 
     def __init__(self, dim: int, qk_norm: bool, dual: bool = False, last: bool = False):
         super().__init__()
@@ -93,8 +91,7 @@ class MMDiT(nn.Module):
     """x (B, in_channels, h, w), t (B,) or a scalar in [0, 1000], the text -> the velocity (B, in_channels, h, w).
 
     h and w must be multiples of `patch`, up to patch * max_positions; InputError beyond. The embeddings of positions
-    come with the weights. The switch `gradient_checkpointing` and `attention` are those of the UNet.
-    """
+    come with the weights. The switch `gradient_checkpointing` and `attention` are those of the UNet."""
 
     def __init__(
         self,

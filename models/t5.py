@@ -43,8 +43,7 @@ class T5(nn.Module):
     """Prompts to states (B, context_length, width), padding included: Stable Diffusion 3 masks nothing.
 
     float16 overflows in it; it works in bfloat16 or float32. `tokenizer` is a sentencepiece model, needed for prompts
-    but not for ids.
-    """
+    but not for ids."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer.
 
 `TextEncoder` turns prompts into the hidden states that condition the network; `TextTowers` joins those of a family that
-has several. `Clip` adds the image tower, for the contrastive training of both, for losses and for scores.
-"""
+has several. `Clip` adds the image tower, for the contrastive training of both, for losses and for scores."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ class TextEncoder(nn.Module):
     one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that a small model
     carries no rows that were never trained. Without one, a tower of n embeddings knows the first n - 514 of the
     tokenizer's merges, and begins and ends prompts with n - 2 and n - 1. `added_tokens` are words of their own, such as
-    textual inversion learns, and their ids, which follow the others.
-    """
+    textual inversion learns, and their ids, which follow the others."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x, 2.x and XL are sizes.
 
 Module names follow the released checkpoints, so that the few rules in `models/names.py` carry weights over. The named
-sizes stand at the end.
-"""
+sizes stand at the end."""
 
 from __future__ import annotations
 
@@ -169,8 +168,7 @@ class UNet(nn.Module):
     shared by all attention layers. Raises InputError where the widths cannot be split into the heads.
 
     With `vector_dim`, the text's vector and six sizes of the picture are embedded and added to the time's embedding
-    (Podell et al., 2023, arXiv 2307.01952, section 2.2): `pixels`, the picture's (height, width), and no crop.
-    """
+    (Podell et al., 2023, arXiv 2307.01952, section 2.2): `pixels`, the picture's (height, width), and no crop."""
 
     def __init__(
         self,
