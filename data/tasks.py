@@ -89,8 +89,6 @@ class Tasks:
             chosen |= {entry.name for entry in kinds[kind][:limit]}
         if not chosen:
             raise InputError("task: there is nothing to edit in this list")
-        if not isinstance(confine, bool):
-            raise InputError(f"task.confine={confine} is unknown: true or false")
         self.fit, self.confine = fit, confine
         self.entries = [entry for entry in entries if entry.name in chosen]
         for entry in self.entries:

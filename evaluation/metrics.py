@@ -20,7 +20,6 @@ from einops import repeat
 from torch import Tensor, nn
 
 from data.tasks import EditTask
-from errors import InputError
 
 
 @dataclass
@@ -31,8 +30,6 @@ class Metrics:
     fetch: bool = False  # also LPIPS, the structure distance (0.3 GB), and a CLIP (1.7 GB) for a model without one
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fetch, bool):
-            raise InputError(f"metrics.fetch={self.fetch} is unknown: true or false")
         self._loaded: dict[str, Callable | None] = {}
 
     @torch.no_grad()

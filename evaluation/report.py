@@ -22,7 +22,7 @@ FILES = {  # paths of pictures, and the numbers under them
     "file": ("clip_score", "psnr_to_input"),
 }  # fmt: skip
 TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
-MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "pictures")
+MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "blend_word", "pictures")
 ABOUT = ("job", "category", "method", "sample", "seed", *TASK, "source_prompt", *FILES, "error")
 HEADLINE = {  # the columns of tables, and their formats
     "edits": ".0f", "failed": ".0f", "success": ".0%", "attainable": ".0%", "psnr_to_truth": ".1f",
@@ -64,7 +64,7 @@ def run_rows(folder: Path) -> list[dict]:
 
 def task_of(row: dict) -> tuple:
     """Marks by which a row's task is known again: names may be line numbers."""
-    return tuple(row.get(name) for name in MARKS)
+    return tuple(row.get(name) or "" for name in MARKS)
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -294,30 +294,26 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     for file in {file for _, cells in lines for file, _ in cells if file}:
         with Image.open(folder / file) as picture:
             pictures[file] = picture.convert("RGB")
-    side = min(384, max(192, *(max(picture.size) for picture in pictures.values()))) / 100  # inches, of 100 pixels
-    wide = max(5, max(len(cells) for _, cells in lines) * (side + 0.1) + 0.1)
+    side, columns = min(384, max(192, *(max(p.size) for p in pictures.values()))) / 100, max(len(c) for _, c in lines)
+    wide = max(5, columns * (side + 0.1) + 0.1)  # inches, of 100 pixels
 
     def wrapped(words: str, room: float) -> str:
         return "\n".join(part for line in words.split("\n") for part in textwrap.wrap(line, int(room * 13)))
 
-    def place(words: str, x: float, y: float) -> None:  # in inches, from the left and from the top
-        figure.text(x / wide, 1 - y / tall, words, va="top", fontsize=9)
-
     title = wrapped(title, wide)
     lines = [(heading, [(file, wrapped(words, side)) for file, words in cells]) for heading, cells in lines]
-    high = side + 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
+    text = 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
     top = 0.6 + 0.17 * title.count("\n")
-    tall = len(lines) * high + top
-    figure = Figure((wide, tall), dpi=100)
-    place(title, 0.1, 0.1)
+    tall = len(lines) * (side + text) + top
+    figure, right = Figure((wide, tall), dpi=100), columns * (side + 0.1) / wide
+    figure.text(0.1 / wide, 1 - 0.1 / tall, title, va="top", fontsize=9)
+    edges = {"left": 0.1 / wide, "right": right, "top": 1 - top / tall, "bottom": text / tall}
+    grid = figure.add_gridspec(len(lines), columns, **edges, wspace=0.1 / side, hspace=text / side)
     for i, (heading, cells) in enumerate(lines):
-        y = top + i * high
-        place(textwrap.shorten(heading, int(wide * 13)), 0.1, y - 0.22)
         for j, (file, words) in enumerate(cells):
-            x = 0.1 + j * (side + 0.1)
-            panel = figure.add_axes((x / wide, 1 - (y + side) / tall, side / wide, side / tall), xticks=[], yticks=[])
+            panel = figure.add_subplot(grid[i, j], xticks=[], yticks=[], anchor="NW")
             panel.imshow(pictures[file], interpolation="lanczos")
-            panel.set_anchor("NW")
             panel.spines[:].set_color("#cccccc")
-            place(words, x, y + side + 0.05)
+            panel.set_xlabel(words, loc="left", fontsize=9)
+            panel.set_title("" if j else textwrap.shorten(heading, int(wide * 13)), loc="left", fontsize=9)
     return figure
