@@ -52,12 +52,11 @@ def read(folder: Path) -> pd.DataFrame:
 def run_rows(folder: Path) -> list[dict]:
     """The rows of one run, from the files of all its processes: the last attempt of each edit."""
     rows = {}
-    for line in (
-        line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8", "replace").splitlines()
-    ):
-        with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
-            row = json.loads(line)
-            rows[task_of(row), row.get("file")] = row
+    for path in sorted(folder.glob("rows*.jsonl")):
+        for line in path.read_text("utf-8", "replace").splitlines():
+            with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+                row = json.loads(line)
+                rows[task_of(row), row.get("file")] = row
     done = {task for task, file in rows if file}
     return [row for (task, file), row in rows.items() if file or task not in done]
 
@@ -291,10 +290,8 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     from matplotlib.figure import Figure
 
     pictures = {None: Image.new("RGB", (64, 64), "#dddddd")}
-    for file in {file for _, cells in lines for file, _ in cells if file}:
-        with Image.open(folder / file) as picture:
-            pictures[file] = picture.convert("RGB")
-    side, columns = min(384, max(192, *(max(p.size) for p in pictures.values()))) / 100, max(len(c) for _, c in lines)
+    pictures |= {file: Image.open(folder / file).convert("RGB") for _, cells in lines for file, _ in cells if file}
+    side, columns = 2.56, max(len(cells) for _, cells in lines)
     wide = max(5, columns * (side + 0.1) + 0.1)  # inches, of 100 pixels
 
     def wrapped(words: str, room: float) -> str:

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from evaluation import report
-from evaluation.sweep import Summary
+from evaluation.cli import Summary
 from tests.test_edit_cli import PHOTO, SHORT, user  # noqa: F401
 from tests.test_edit_cli import edit as command
 from tests.test_report import edit as row
