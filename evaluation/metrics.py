@@ -24,13 +24,12 @@ from data.tasks import EditTask
 
 @dataclass
 class Metrics:
-    """All metrics of an edit, and with `fetch` also those whose weights a library downloads at first use: LPIPS, the
-    structure distance, and a public CLIP for a model that has none."""
+    """All metrics of an edit. With `fetch` libraries download the weights of some at first use."""
 
     fetch: bool = False  # also LPIPS, the structure distance (0.3 GB), and a CLIP (1.7 GB) for a model without one
 
     def __post_init__(self) -> None:
-        self._loaded: dict[str, Callable | None] = {}
+        self.loaded: dict[str, Callable | None] = {}
 
     @torch.no_grad()
     def measure(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
@@ -45,9 +44,7 @@ class Metrics:
         structure, numbers = self.load("structure_distance", image.device), {}
         for to, other in others.items():
             for kept, region in regions.items():
-                numbers |= {
-                    f"{n}_to_{to}{kept}": metric(image, other, region) for n, metric in compare.items() if metric
-                }
+                numbers |= {f"{n}_to_{to}{kept}": f(image, other, region) for n, f in compare.items() if f}
             if structure:
                 numbers[f"structure_distance_to_{to}"] = structure(image, other)
             numbers[f"latent_distance_to_{to}"] = latent_distance(model, image, other)
@@ -59,15 +56,13 @@ class Metrics:
 
     def load(self, name: str, device: torch.device) -> Callable | None:
         """Load one of LOADERS once; None without `fetch`, and after a warning where it cannot be loaded."""
-        if self.fetch and name not in self._loaded:
+        if self.fetch and name not in self.loaded:
             try:
-                self._loaded[name] = LOADERS[name](device)
+                self.loaded[name] = LOADERS[name](device)
             except Exception as error:  # each library has its own errors for a missing network; none may end a run
-                self._loaded[name] = None
-                warnings.warn(
-                    f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2
-                )
-        return self._loaded.get(name)
+                self.loaded[name] = None
+                warnings.warn(f"{name} is left out: {error!r}", stacklevel=2)
+        return self.loaded.get(name)
 
 
 def change_error(image: Tensor, source: Tensor, truth: Tensor) -> float:
@@ -155,10 +150,8 @@ def ssim(a: Tensor, b: Tensor, region: Tensor | None = None) -> float:
 def window_mean(x: Tensor) -> Tensor:
     """Gaussian-weighted mean around each pixel of (B, C, H, W)."""
     weights = torch.exp(-(torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2) / (2 * 1.5**2))
-    weights, channels = weights / weights.sum(), x.shape[1]
-    x = F.pad(x, (5, 5, 5, 5), mode="reflect")
-    x = F.conv2d(x, repeat(weights, "k -> c 1 k 1", c=channels), groups=channels)
-    return F.conv2d(x, repeat(weights, "k -> c 1 1 k", c=channels), groups=channels)
+    window = repeat(torch.outer(weights, weights) / weights.sum() ** 2, "h w -> c 1 h w", c=x.shape[1])
+    return F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), window, groups=x.shape[1])
 
 
 def black_but(image: Tensor, region: Tensor | None) -> Tensor:

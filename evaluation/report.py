@@ -139,12 +139,11 @@ def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
         numbers = [line[key] for key in (name, f"{name}_se") if key in line]
         return " ± ".join(f"{number:{HEADLINE[name]}}" for number in numbers)
 
-    tables, rows = [], rows.sort_values("category", kind="stable")
-    for by in (["label"], ["category", "label"])[: rows["category"].nunique()]:
-        table = means(rows, by)
-        names = [name for name in HEADLINE if name in table]
-        lines = [{name: line[name] for name in by} | {n: text(n, line) for n in names} for line in records(table)]
-        tables.append(pd.DataFrame(lines).rename(columns={"label": "edited by"}))
+    tables, rows = [], rows.sort_values("category", kind="stable").rename(columns={"label": "edited by"})
+    for by in (["edited by"], ["category", "edited by"])[: rows["category"].nunique()]:
+        lines = records(means(rows, by))
+        names = [name for name in HEADLINE if any(name in line for line in lines)]
+        tables.append(pd.DataFrame([{n: line[n] for n in by} | {n: text(n, line) for n in names} for line in lines]))
     return tables
 
 
@@ -246,9 +245,7 @@ def plots(rows: pd.DataFrame, curves: dict) -> dict:
             panel.errorbar(group[x], group[y], *errors, fmt="o-" if len(axes) == 1 else "o", label=method)
         for line in records(points):
             panel.annotate(line["label"], (line[x], line[y]), (6, 4), textcoords="offset points", fontsize=8)
-        panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-        panel.margins(0.25, 0.1)
-        panel.grid(alpha=0.3)
+        panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xmargin=0.25)
         panel.legend()
     return figures
 
