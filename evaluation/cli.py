@@ -32,7 +32,7 @@ from evaluation.config import CLONE
 TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")
 
 LESS_IS_BETTER = (
-    "mse", "lpips", "structure_distance", "latent_distance", "change_error", "seconds", "evaluations", "peak_memory_gb",
+    "mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb",
 )  # fmt: skip
 
 

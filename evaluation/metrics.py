@@ -47,7 +47,6 @@ class Metrics:
                 numbers |= {f"{n}_to_{to}{kept}": f(image, other, region) for n, f in compare.items() if f}
             if structure:
                 numbers[f"structure_distance_to_{to}"] = structure(image, other)
-            numbers[f"latent_distance_to_{to}"] = latent_distance(model, image, other)
         if "truth" in others:
             numbers["change_error"] = change_error(image, *others.values())
         if clip := self.load("clip", model.device) if model.clip is None else model.clip:
@@ -85,7 +84,7 @@ def clip_metrics(
 
     clip_score        of a picture and the prompt (Hessel et al., 2021, without their factor 2.5): of the edit, of the
                       edit inside the mask and black outside, and INPUT_clip_score of the others
-    clip_similarity   of the edit and another picture, also both black inside the mask
+    clip_similarity   of the edit and another picture
     clip_margin       the score under the prompt minus that under the source prompt, in [-2, 2]
     clip_directional  of the change of the pictures and that of the texts (Gal et al., 2021, arXiv 2108.00946, section
                       4.1); NaN where either did not change
@@ -100,9 +99,6 @@ def clip_metrics(
     numbers["clip_score"] = edit @ text
     for to, other in zip(others, seen, strict=True):
         numbers |= {f"{to}_clip_score": other @ text, f"clip_similarity_to_{to}": edit @ other}
-        if inside is not None and not inside.all():
-            kept = (clip.image_features(black_but(x, ~inside))[0] for x in (image, others[to]))
-            numbers[f"clip_similarity_to_{to}_kept"] = torch.dot(*kept)
     if inside is not None and inside.any():
         numbers["clip_score_edited"] = clip.image_features(black_but(image, inside))[0] @ text
     if source_prompt:
@@ -118,7 +114,7 @@ def clip_metrics(
     return numbers
 
 
-# Pixels and latents.
+# Pixels.
 
 
 def mse(a: Tensor, b: Tensor, region: Tensor | None = None) -> float:
@@ -157,12 +153,6 @@ def window_mean(x: Tensor) -> Tensor:
 def black_but(image: Tensor, region: Tensor | None) -> Tensor:
     """The image, black outside the region, as PIE-Bench restricts a metric to a part."""
     return image if region is None else torch.where(region, image, -1.0)
-
-
-def latent_distance(model, a: Tensor, b: Tensor) -> float:
-    """1 - the cosine between the latents of two images, in [0, 2]."""
-    a, b = (model.encode_image(x).flatten().double() for x in (a, b))
-    return 1 - F.cosine_similarity(a, b, dim=0).item()
 
 
 # Metrics with weights of their own.
