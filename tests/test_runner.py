@@ -104,9 +104,7 @@ def test_rows_are_flat_and_name_their_files(tmp_path, tiny_model, task):
     assert (first["own"], second["own"]) == (1.0, 2.0)  # each edit has the numbers that were there with it
     assert "infinite" not in second
     assert first["edit_source_cosine"] == pytest.approx(1) and first["reconstruction_psnr"] == first["psnr_to_input"]
-    assert first["input_clip_score"] == first["truth_clip_score"]
     assert json.dumps(rows, allow_nan=False, default=str)
-    assert not any(isinstance(value, dict | list) for value in first.values())
     for name in ("file", "input", "reconstruction", "truth"):
         assert Image.open(first[name]).size == (32, 32)
 
@@ -189,7 +187,7 @@ def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
         Image.new("RGB", (8, 8)).save(file)
     entries = [replace(entry, image=picture) for entry in ENTRIES]
     run(tmp_path, entries=entries)
-    changes = {"prompt": "other"}, {"source_prompt": "s"}, {"category": "c"}, {"mask": mask}, {"truth": mask}
+    changes = {"prompt": "other"}, {"blend_word": "a b"}, {"category": "c"}, {"mask": mask}, {"truth": mask}
     changed = [entries[0], *(replace(entry, **change) for entry, change in zip(entries[1:], changes, strict=True))]
     again = Edit()
     rows = run(tmp_path, again, entries=changed)
