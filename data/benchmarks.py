@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,8 +14,8 @@ from data.tables import read_rows
 from data.tasks import EditTask, Entry, Tasks
 from errors import InputError
 
-PIE_BENCH = "https://github.com/cure-lab/PnPInversion (its README links a form for the data)"
-TED_BENCH = "https://github.com/imagic-editing/imagic-editing.github.io (the folder tedbench)"
+PIE_BENCH = "PIE-Bench (a form for it: https://github.com/cure-lab/PnPInversion)"
+TED_BENCH = "TEdBench (https://github.com/imagic-editing/imagic-editing.github.io, the folder tedbench)"
 PIE_TYPES = (
     "random", "change_object", "add_object", "delete_object", "change_content", "change_pose", "change_color",
     "change_material", "change_background", "change_style",
@@ -29,7 +31,7 @@ class ListOfEdits(Tasks):
     list that is broken."""
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
-        file = Path(path or "").expanduser()
+        file = Path(str(path or "")).expanduser()
         if not file.is_file():
             raise InputError(f"task.path={path}: there is no such list of edits; name a .csv or .jsonl file")
         entries = {}
@@ -54,13 +56,13 @@ class PieBench(Tasks):
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         entries, self.runs = [], {}
-        folder, mapping = read_index(path, "mapping_file.json", "PIE-Bench", PIE_BENCH)
-        for name, item in mapping.items():
-            kind = PIE_TYPES[int(item["editing_type_id"])]
-            prompts = (re.sub(r"[\[\]]", "", item[key]) for key in ("editing_prompt", "original_prompt"))
-            image, pair = folder / "annotation_images" / item["image_path"], item.get("blended_word", "").split()[:2]
-            entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=" ".join(pair)))
-            self.runs[entries[-1].name] = item["mask"]
+        with index(path, "mapping_file.json", PIE_BENCH) as (folder, mapping):
+            for name, item in mapping.items():
+                kind = PIE_TYPES[int(item["editing_type_id"])]
+                prompts = (re.sub(r"[\[\]]", "", item[key]) for key in ("editing_prompt", "original_prompt"))
+                image, words = folder / "annotation_images" / item["image_path"], item.get("blended_word", "").split()
+                entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=" ".join(words[:2])))
+                self.runs[entries[-1].name] = item["mask"]
         super().__init__(entries, fit, **choice)
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
@@ -86,20 +88,22 @@ class TedBench(Tasks):
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         entries = []
-        folder, items = read_index(path, "input_list.json", "TEdBench", TED_BENCH)
-        for i, item in enumerate(items):
-            name = folder_name(f"{i:03d}_{Path(item['img_name']).stem}")
-            entries.append(Entry(name, item["target_text"], image=folder / "originals" / item["img_name"]))
+        with index(path, "input_list.json", TED_BENCH) as (folder, items):
+            for i, item in enumerate(items):
+                image = folder / "originals" / item["img_name"]
+                entries.append(Entry(folder_name(f"{i:03d}_{image.stem}"), item["target_text"], image=image))
         super().__init__(entries, fit, **choice)
 
 
-def read_index(path: str | None, index: str, title: str, source: str):
-    """The benchmark's folder and the content of its index file, in JSON. Raises InputError with the address of the
-    data where the file is missing."""
-    folder = Path(path or "").expanduser()
-    if not (folder / index).is_file():
-        raise InputError(f"task.path={path} holds no {index}: download {title} from {source}, and name its folder")
-    return folder, json.loads((folder / index).read_text(encoding="utf-8-sig"))
+@contextmanager
+def index(path: str | None, name: str, source: str) -> Iterator[tuple[Path, Any]]:
+    """A benchmark's folder and the content of its index file, in JSON, to be read inside. Raises InputError with the
+    address of the data where the file is missing or other than theirs."""
+    folder = Path(str(path or "")).expanduser()
+    try:
+        yield folder, json.loads((folder / name).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"task.path={path} holds no {name} of {source}: {error!r}") from error
 
 
 def folder_name(text: str) -> str:

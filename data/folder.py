@@ -8,7 +8,6 @@ and dog.txt. Sub-folders count too; names that begin with a dot do not.
 import hashlib
 import os
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,7 @@ class Folder:
     for a missing folder, picture or caption at once, and for a broken picture when it is drawn.
     """
 
-    def __init__(
-        self,
-        path: str | Path | None,
-        split: str = "train",
-        size: int = 64,
-        seed: int = 0,
-        fit: str = "crop",  # crop | pad | stretch
-        held_out: float = 0.0,  # in [0, 1)
-    ):
+    def __init__(self, path: str | Path, split="train", size: int = 64, seed: int = 0, fit="crop", held_out=0.0):
         if fit not in FITS:
             raise InputError(f"data.fit={fit}: choose one of {', '.join(FITS)}")
         if not 0 <= held_out < 1:
@@ -59,18 +50,14 @@ class Folder:
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         epoch, place = divmod(i, len(self.names))
-        name = self.names[_permutation(self.seed, SPLITS.index(self.split), epoch, len(self.names))[place]]
+        order = np.random.default_rng([self.seed, SPLITS.index(self.split), epoch]).permutation(len(self.names))
+        name = self.names[order[place]]
         image = read_image(self.folder / name, self.size, self.fit)[0]
         return {"image": ((image + 1) * 127.5).round().to(torch.uint8), "caption": self.captions[name]}
 
     def vocabulary(self) -> list[str]:
         """Texts that hold every word of the captions of both splits."""
         return sorted(set(self.captions.values()))
-
-
-@lru_cache(maxsize=8)
-def _permutation(seed: int, split: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, split, epoch]).permutation(count)
 
 
 def read_captions(folder: Path) -> dict[str, str]:

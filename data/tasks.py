@@ -105,15 +105,16 @@ class Tasks:
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
-        truth, soft = open_rgb(entry.truth) if entry.truth else None, self.mask(entry)
-        mask = soft and soft.point(lambda v: 255 * (v > 0))
-        pictures = {"image": open_rgb(entry.image), "mask": mask, "truth": truth}
-        pictures = {name: picture for name, picture in pictures.items() if picture is not None}
+        pictures, soft = {"image": open_rgb(entry.image)}, self.mask(entry)
+        if soft:
+            pictures["mask"] = soft.point(lambda v: 255 * (v > 0))
+        if entry.truth:
+            pictures["truth"] = open_rgb(entry.truth)
         check_shapes(entry, {name: picture.size for name, picture in pictures.items()})
         sides = fit_picture(pictures["image"], size, self.fit, multiple).size
         fit = FITS["stretch" if self.fit == "keep" else self.fit]
         tensors = {name: to_tensor(fit(x, sides, Image.Resampling.LANCZOS)) for name, x in pictures.items()}
-        if "mask" in tensors:  # fitted like the image, so bars around it count as edited
+        if soft:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
             if self.confine:  # by a filter without lobes, which would reach beyond the edge
                 tensors["region"] = to_tensor(fit(soft, sides, Image.Resampling.BILINEAR))[:, :1] / 2 + 0.5
@@ -132,32 +133,21 @@ def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
 
 
 class OneImage(Tasks):
-    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named.
-
-    Raises InputError for a missing picture or prompt, and for several processes, which would write the same files.
-    """
+    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named. `texts` may
+    be `source_prompt` and `negative_prompt`. Raises InputError for a missing picture or prompt, and for several
+    processes, which would write the same files."""
 
     single = True
 
-    def __init__(
-        self,
-        image: str | None,
-        prompt: str | None,
-        source_prompt: str | None = None,
-        negative_prompt: str = "",
-        fit: str = "crop",
-        example: dict[str, str] | None = None,
-        mask: str | None = None,
-    ):
+    def __init__(self, image: str | None, prompt: str | None, fit="crop", example=None, mask=None, **texts):
         if image is None and example:
             image = example["image"]
             if prompt is None:
-                prompt, source_prompt = example["prompt"], source_prompt or example["source_prompt"]
-        texts = ["" if text is None else str(text).strip() for text in (prompt, source_prompt, negative_prompt)]
-        if image is None or not texts[0]:
+                prompt, source = example["prompt"], texts.get("source_prompt")
+                texts["source_prompt"] = source or example["source_prompt"]
+        texts = {name: "" if v is None else str(v).strip() for name, v in (texts | {"prompt": prompt}).items()}
+        if image is None or not texts["prompt"]:
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
-        (prompt, source, negative), mask = texts, mask and find(mask)
-        entry = Entry("edit", prompt, source, image=find(image), mask=mask, negative_prompt=negative)
-        super().__init__([entry], fit, confine=True)
+        super().__init__([Entry("edit", image=find(image), mask=mask and find(mask), **texts)], fit, confine=True)

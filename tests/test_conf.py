@@ -21,11 +21,10 @@ PAPER = {  # Imagic, section 4 and its implementation details for Stable Diffusi
     "embedding_steps": 1000, "embedding_lr": 2e-3, "tuning_steps": 1500, "tuning_lr": 5e-7, "start": "noise",
     "tune": "all",
 }  # fmt: skip
-METHODS = [
-    "ddim_inversion", "ddpm_inversion", "direct_inversion", "direct_inversion_paper", "flowedit", "imagic",
-    "imagic_imagen", "imagic_sd", "masactrl", "negative_prompt", "null_text", "plug_and_play", "pnp_inversion",
-    "prompt_to_prompt", "sdedit",
-]  # fmt: skip
+METHODS = sorted(
+    {choice.name for choice in config.choices() if choice.group == "method"}
+    | {file.stem for file in (CONF / "method").glob("*.yaml")}
+)
 INVERSIONS = {"null_text": "null_text", "negative_prompt": "negative_prompt", "pnp_inversion": "pnp"}
 
 
