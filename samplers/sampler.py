@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, check
 
 from . import ddim, ddpm
 from .guidance import Denoiser
@@ -18,6 +18,8 @@ SAMPLERS = ("ddim", "ddpm")
 class Sampler:
     """Raises InputError for an unknown name and an eta out of range; `trajectory` does for `steps`."""
 
+    group = "sampler"  # its settings on the command line
+
     kind: str = "ddim"  # ddim (for a flow model its counterpart, Euler's steps) | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
     spacing: str = "auto"  # auto | leading | trailing | linspace: `NoiseSchedule.trajectory`. A flow has one grid
@@ -26,13 +28,7 @@ class Sampler:
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", SAMPLERS), ("spacing", SPACINGS), ("variance", ddpm.VARIANCES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"sampler.{name} is {getattr(self, name)}: choose one of {', '.join(choices)}")
-        if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
-            raise InputError(f"sampler.eta is {self.eta}: it must be a number from 0 to 1")
-        if self.offset is not None and (not isinstance(self.offset, int) or self.offset < 0):
-            raise InputError(f"sampler.offset is {self.offset}: it must be a whole number, 0 or more, or null")
+        check(self, shares=["eta"], kind=SAMPLERS, spacing=SPACINGS, variance=ddpm.VARIANCES)
 
     def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
