@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .guidance import Denoiser
-from .schedule import Trajectory, noise_like
+from .schedule import Trajectory
 
 Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the loop over step numbers, as tqdm does
 Callback = Callable[[int, Tensor], Tensor | None]  # (i, x after step i) -> a replacement for x, or None
@@ -59,20 +59,11 @@ def sample(
     denoise: Denoiser,
     x: Tensor,
     trajectory: Trajectory,
-    eta: float = 0.0,
-    generator: torch.Generator | None = None,
     progress: Progress | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """`walk` by DDIM's steps. eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior
-    variance. The last step returns its mean, since no later one would remove noise."""
-
-    def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
-        if eta == 0:
-            return trajectory.step(x, eps, i, i + 1)
-        noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
-        return step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], eta, noise)
-
+    """`walk` by the trajectory's own steps, without noise: DDIM with eta 0, and Euler's steps of a flow."""
+    move = lambda x, prediction, i: trajectory.step(x, prediction, i, i + 1)
     return walk(denoise, x, trajectory, move, progress, callback)
 
 

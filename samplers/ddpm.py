@@ -1,16 +1,11 @@
-"""DDPM ancestral sampling (Ho, Jain & Abbeel 2020, arXiv 2006.11239) on any sub-grid of the schedule.
+"""The step of DDPM's ancestral sampling (Ho, Jain & Abbeel 2020, arXiv 2006.11239) on any sub-grid of the schedule.
 
 The betas of a sub-grid follow from consecutive alpha_bars (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 19).
 """
 
 import math
 
-import torch
 from torch import Tensor
-
-from .ddim import Callback, Progress, walk
-from .guidance import Denoiser
-from .schedule import Trajectory, noise_like
 
 VARIANCES = ("posterior", "fixed_large")
 
@@ -29,6 +24,7 @@ def step(
       posterior    (1 - alpha_bar_to) / (1 - alpha_bar_from) * beta, exact for data that is a single point ("fixed
                    small" in Ho et al.'s code);
       fixed_large  beta, exact for data that is standard normal.
+    The former makes it DDIM's step with eta 1.
     x, eps, noise: (B, ...); 0 < alpha_bar_from <= alpha_bar_to <= 1, numbers or 0-dim tensors. `noise` is a standard
     normal draw; without one the mean is returned.
     """
@@ -39,22 +35,3 @@ def step(
         return mean
     sigma2 = beta if variance == "fixed_large" else (1 - b) / (1 - a) * beta
     return mean + math.sqrt(sigma2) * noise
-
-
-def sample(
-    denoise: Denoiser,
-    x: Tensor,
-    trajectory: Trajectory,
-    variance: str = "posterior",
-    generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Noise -> clean, algorithm 2: `ddim.walk` by ancestral steps. With the posterior variance it equals `ddim.sample`
-    with eta 1 and the same generator. The last step returns its mean, as z = 0 at t = 1 in the paper."""
-
-    def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
-        noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
-        return step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], variance, noise)
-
-    return walk(denoise, x, trajectory, move, progress, callback)

@@ -9,7 +9,7 @@ from errors import InputError, check
 
 from . import ddim, ddpm
 from .guidance import Denoiser
-from .schedule import SPACINGS, VARIANCE_PRESERVING, FlowSchedule, NoiseSchedule, Trajectory
+from .schedule import SPACINGS, VARIANCE_PRESERVING, FlowSchedule, NoiseSchedule, Trajectory, noise_like
 
 SAMPLERS = ("ddim", "ddpm")
 
@@ -36,6 +36,14 @@ class Sampler:
             raise InputError(VARIANCE_PRESERVING)
         return schedule.trajectory(self.steps, self.spacing, self.offset)
 
+    def step(self, x: Tensor, eps: Tensor, trajectory: Trajectory, i: int, noise: Tensor | None = None) -> Tensor:
+        """Step i of a variance-preserving trajectory. `noise` is a standard normal draw; without one the step's mean
+        is returned."""
+        levels = trajectory.alpha_bars[i : i + 2]
+        if self.kind == "ddpm":
+            return ddpm.step(x, eps, *levels, self.variance, noise)
+        return ddim.step(x, eps, *levels, self.eta, noise)
+
     def sample(
         self,
         denoise: Denoiser,
@@ -45,7 +53,13 @@ class Sampler:
         progress: ddim.Progress | None = None,
         callback: ddim.Callback | None = None,
     ) -> Tensor:
-        """Noise -> clean along `trajectory`, which may be a part of `self.trajectory(schedule)`."""
-        if self.kind == "ddpm":
-            return ddpm.sample(denoise, x, trajectory, self.variance, generator, progress, callback)
-        return ddim.sample(denoise, x, trajectory, self.eta, generator, progress, callback)
+        """`ddim.walk` from noise to clean along `trajectory`, which may be a part of `self.trajectory(schedule)`. The
+        last step returns its mean, since no later one would remove noise (Ho et al., algorithm 2)."""
+        if self.kind == "ddim" and self.eta == 0:
+            return ddim.sample(denoise, x, trajectory, progress, callback)
+
+        def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
+            noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
+            return self.step(x, eps, trajectory, i, noise)
+
+        return ddim.walk(denoise, x, trajectory, move, progress, callback)

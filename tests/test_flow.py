@@ -114,6 +114,6 @@ def test_what_needs_another_schedule_says_so():
         with pytest.raises(InputError, match="flow model"):
             sampler.trajectory(flow)
     with pytest.raises(InputError, match="flow model"):
-        ddim.sample(velocity, normal(3), flow.trajectory(2), eta=1.0)
+        Sampler(eta=1.0).sample(velocity, normal(3), flow.trajectory(2))
     with pytest.raises(InputError, match="steps"):
         flow.trajectory(0)

@@ -213,20 +213,14 @@ def test_a_replayed_recording_is_exact_for_any_network(schedule, steps, spacing,
 
 
 def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
-    """With every latent replaced by the recorded one, any network ends at x0. A sampler hands its settings on."""
+    """With every latent replaced by the recorded one, any network ends at x0."""
     trajectory, x0, bars = Sampler(steps=10).trajectory(SD), normal(2, 4), []
     progress = lambda steps: (bars.append(i) or i for i in steps)
     recording = ddim.invert(network, x0, trajectory, progress=progress)
     back = lambda i, x: recording.latents[i + 1]
-    make = lambda: torch.Generator().manual_seed(0)
-    for sampler, sample, setting in (
-        (Sampler("ddim", eta=0.3), ddim.sample, 0.3),
-        (Sampler("ddpm", variance="fixed_large"), ddpm.sample, "fixed_large"),
-    ):
+    for sampler in (Sampler(), Sampler(eta=0.3), Sampler("ddpm")):
         assert torch.equal(sampler.sample(network, recording.latent, trajectory, None, progress, back), x0)
-        expected = sample(network, x0, trajectory, setting, make())
-        assert torch.equal(sampler.sample(network, x0, trajectory, make()), expected)
-    assert bars == [*range(10)][::-1] + [*range(10)] * 2
+    assert bars == [*range(10)][::-1] + [*range(10)] * 3
 
 
 # --- DDPM -------------------------------------------------------------------------------------------------
@@ -245,8 +239,9 @@ def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacin
     x = torch.full((steps + 1,), math.sqrt(ab[0]) * MU, dtype=torch.float64)
     x[1] += math.sqrt(data.variance(ab[0]))
     path, draws = [], iter(torch.eye(steps + 1, dtype=torch.float64)[2:])
-    monkeypatch.setattr(ddpm, "noise_like", lambda x, generator: next(draws))
-    ddpm.sample(data, x, trajectory, variance, callback=lambda i, x: path.append(x))
+    monkeypatch.setattr("samplers.sampler.noise_like", lambda x, generator: next(draws))
+    sampler = Sampler("ddpm", variance=variance)
+    sampler.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
     assert next(draws, None) is None  # every step but the last drew once
     expected = data.variance(ab[0])
     for i, (a, b) in enumerate(pairwise(ab)):
@@ -263,8 +258,8 @@ def test_ddim_with_eta_1_is_ddpm(schedule, steps: int, spacing: str, seed: int) 
     trajectory, x = schedule.trajectory(steps, spacing), normal(2, 4, seed=seed)
     bounded = lambda x, t: network(x, t) + x / 2
     ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
-    a = ddim.sample(bounded, x, trajectory, eta=1.0, generator=ours)
-    b = ddpm.sample(bounded, x, trajectory, "posterior", generator=theirs)
+    a = Sampler(eta=1.0).sample(bounded, x, trajectory, ours)
+    b = Sampler("ddpm").sample(bounded, x, trajectory, theirs)
     torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * max(1.0, float(a.abs().max())))
     assert torch.equal(ours.get_state(), theirs.get_state())
 
