@@ -20,21 +20,13 @@ from samplers import Conditioning, Trajectory, ddim, guided
 
 @dataclass
 class Source:
-    """The source branch of an edit: the inversion's path, and the way back along it.
+    """The source branch of an edit: the inversion's path, and the way back along it."""
 
-    trajectory:  the grid of both ways.
-    path:        the inversion of one picture, step by step.
-    text:        the source prompt, one row.
-    nulls:       the conditionings that guidance leads away from, one row each: a single one for all steps, or one for
-                 each step in the order of sampling.
-    rectified:   whether the branch is put back onto the path after each step.
-    """
-
-    trajectory: Trajectory
-    path: ddim.Inversion
-    text: Conditioning
-    nulls: Sequence[Conditioning]
-    rectified: bool = False
+    trajectory: Trajectory  # the grid of both ways
+    path: ddim.Inversion  # of one picture
+    text: Conditioning  # the source prompt, one row
+    nulls: Sequence[Conditioning]  # what guidance leads away from, a row each: one for all steps, or one for each
+    rectified: bool = False  # whether the branch is put back onto the path after each step
 
     def sample(
         self,
@@ -156,8 +148,8 @@ class NullText(Inversion):
         The next step begins with the null text that this one found. Returns {"nulls": (steps, 1, L, C)} and
         {"loss": (steps,)}. Raises InputError for a loss that is not finite.
 
-        The authors' code also uses Adam and ends early. It updates first and checks afterwards, and it gives Adam the
-        mean over elements, not the sum; those gradients are so small that Adam's eps of 1e-8 damps the updates.
+        The authors' code checks after an update, not before, and gives Adam the mean over elements, not the sum; those
+        gradients are so small that Adam's eps of 1e-8 damps the updates.
         """
         trajectory, as_source, null = source.trajectory, guided(model, source.text), source.nulls[0]
         steps, z, states, nulls, losses = len(trajectory), source.path.latent, null.states.float(), [], []

@@ -82,8 +82,8 @@ def test_reweighting_finds_words_and_phrases(tiny_model):
 
 def test_large_self_attention_is_left_alone():
     large = torch.zeros(2, 1, 32**2 + 1, 8)
-    assert made().edited(0.0, *torch.zeros(3, 1))(large, large, large, False) is None
-    assert made().edited(0.0, *torch.zeros(3, 1))(*[large[:, :, 1:]] * 3, False) is not None
+    assert made().edited(0.0, torch.zeros(3, 1))(large, large, large, False) is None
+    assert made().edited(0.0, torch.zeros(3, 1))(*[large[:, :, 1:]] * 3, False) is not None
 
 
 def test_reweighting_changes_the_edit_and_not_the_reconstruction(tiny_model, task, edit):
