@@ -31,14 +31,14 @@ class Source:
     def sample(
         self,
         model,
-        target: Conditioning,
+        prompt: str,
         scale: float,
         control: Callable[[int], AbstractContextManager],
         run: Run,
         away: Conditioning | None = None,
         blend: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sample the source branch and, beside it, a branch under `target`, one row, from the same latent.
+        """Sample the source branch and, beside it, a branch under the target prompt, from the same latent.
 
         `control(i)` surrounds the network's call at step i, whose batch is (source, target), or under guidance (null,
         null, source, target). Both are led away from the same nulls; or the target from `away`, and then the source
@@ -46,7 +46,8 @@ class Source:
         `blend(i, x)` may replace both latents (2, c, h, w) after step i. Returns the reconstruction and the edit,
         latents (1, c, h, w).
         """
-        trajectory, prompts, denoisers = self.trajectory, Conditioning.cat([self.text, target]), {}
+        trajectory, denoisers = self.trajectory, {}
+        prompts = Conditioning.cat([self.text, model.encode_text([prompt])])
         own = scale if len(self.nulls) > 1 else 1.0
         scales = scale if away is None else self.path.latent.new_tensor([own, scale]).view(2, 1, 1, 1)
         steps = {t: i for i, t in enumerate(trajectory.timesteps.tolist())}

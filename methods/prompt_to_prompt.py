@@ -67,13 +67,9 @@ class PromptToPrompt(Method):
         sides = [2 * side // model.unet.downsampling for side in z.shape[-2:]]
         start = int(self.blend_start * len(trajectory))
         blend = LocalBlend(near.to(z.device), sides, start, self.blend_threshold) if pair else None
-
-        def control(i: int):
-            backend = model.unet.attention.backend
-            return model.unet.attention.hooked(self.edited(i / len(trajectory), tables, backend, blend))
-
-        target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run, blend=blend)
+        layers = model.unet.attention
+        control = lambda i: layers.hooked(self.edited(i / len(trajectory), tables, layers.backend, blend))
+        again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run, blend=blend)
         yield {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}, edit
         yield RECONSTRUCTION, again
 
