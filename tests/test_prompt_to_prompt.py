@@ -99,12 +99,8 @@ def test_reweighting_changes_the_edit_and_not_the_reconstruction(tiny_model, tas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_source_branch_of_pnp_is_the_input(task, edit, dtype):
     model = randomised(models.build(TINY, seed=0)).to(dtype)
-    edits, (again, _), run = edit(made(PnP(), guidance_scale=7.5, cross_replace=0, self_replace=0), model, task)
+    _, (again, _), run = edit(made(PnP(), guidance_scale=7.5), model, task)
     assert torch.equal(again, model.encode_image(task.image).double()) and run.metrics["reconstruction_error"] == 0
-    plain, (drifted, _), run = edit(made(guidance_scale=7.5, cross_replace=0, self_replace=0), model, task)
-    assert torch.equal(edits[0][1], plain[0][1])  # the target branch is left alone
-    error = float((drifted - again).square().mean().sqrt())
-    assert run.metrics["reconstruction_error"] == pytest.approx(error) and error > 0.01
 
 
 @pytest.mark.parametrize("w", [1.0, 7.5])

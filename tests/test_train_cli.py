@@ -72,6 +72,8 @@ def test_the_recipe_makes_a_model_and_judges_it(trained):
     assert {f"{share}_{data}" for share in shares for data in ("trained", "heldout")} < numbers.keys()
     assert all(f'"{name}": {value}' in printed for name, value in numbers.items())
     assert Image.open(out / "samples_trained.png").size == (256, 32)
+    made = json.loads((out / "training" / "run.json").read_text())
+    assert made["settings"]["seed"] == 0 and made["versions"]["torch"] and made["command"]
 
 
 def steps(out, count, *settings):
@@ -136,8 +138,3 @@ def test_bad_numbers_end_before_the_training(run, tmp_path):
         setting = wrong if "seed" in wrong else f"part.{wrong}"
         with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
             run("part=autoencoder", f"out={tmp_path}", setting)
-
-
-def test_the_folder_says_how_it_was_made(trained):
-    made = json.loads((trained[0] / "training" / "run.json").read_text())
-    assert made["settings"]["seed"] == 0 and made["versions"]["torch"] and made["command"]
