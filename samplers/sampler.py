@@ -7,11 +7,11 @@ from torch import Tensor
 
 from errors import InputError, check
 
-from . import ddim, ddpm
+from . import ddim
 from .guidance import Denoiser
 from .schedule import SPACINGS, VARIANCE_PRESERVING, FlowSchedule, NoiseSchedule, Trajectory, noise_like
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS, VARIANCES = ("ddim", "ddpm"), ("posterior", "fixed_large")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sampler:
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 
     def __post_init__(self) -> None:
-        check(self, shares=["eta"], kind=SAMPLERS, spacing=SPACINGS, variance=ddpm.VARIANCES)
+        check(self, shares=["eta"], kind=SAMPLERS, spacing=SPACINGS, variance=VARIANCES)
 
     def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
@@ -39,10 +39,8 @@ class Sampler:
     def step(self, x: Tensor, eps: Tensor, trajectory: Trajectory, i: int, noise: Tensor | None = None) -> Tensor:
         """Step i of a variance-preserving trajectory. `noise` is a standard normal draw; without one the step's mean
         is returned."""
-        levels = trajectory.alpha_bars[i : i + 2]
-        if self.kind == "ddpm":
-            return ddpm.step(x, eps, *levels, self.variance, noise)
-        return ddim.step(x, eps, *levels, self.eta, noise)
+        ddpm, levels = self.kind == "ddpm", trajectory.alpha_bars[i : i + 2]
+        return ddim.step(x, eps, *levels, 1.0 if ddpm else self.eta, noise, ddpm and self.variance == "fixed_large")
 
     def sample(
         self,

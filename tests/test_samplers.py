@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errors import InputError
-from samplers import FlowSchedule, NoiseSchedule, Sampler, ddim, ddpm, noise_like
+from samplers import FlowSchedule, NoiseSchedule, Sampler, ddim, noise_like
 
 KINDS = ["scaled_linear", "linear", "cosine"]
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -199,9 +199,9 @@ def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variance", ddpm.VARIANCES)
+@pytest.mark.parametrize("sampler", [Sampler("ddpm"), Sampler(eta=1.0), Sampler("ddpm", variance="fixed_large")])
 @pytest.mark.parametrize("end, steps, spacing", [("one", 7, "trailing"), ("first", 30, "linspace")])
-def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacing, monkeypatch) -> None:
+def test_ddpm_mean_and_variance_at_every_step(kind, end, sampler, steps, spacing, monkeypatch) -> None:
     """From x_T ~ N(sqrt(ab) mu, V), without drawing a sample. On Gaussian data a sampler is affine in x_T and its
     noises. Row 0 takes all of them at their means; each other row moves one of them by a standard deviation. The
     variance is the sum of the squared responses."""
@@ -212,28 +212,15 @@ def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacin
     x[1] += math.sqrt(data.variance(ab[0]))
     path, draws = [], iter(torch.eye(steps + 1, dtype=torch.float64)[2:])
     monkeypatch.setattr("samplers.sampler.noise_like", lambda x, generator: next(draws))
-    sampler = Sampler("ddpm", variance=variance)
     sampler.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
     assert next(draws, None) is None  # every step but the last drew once
     expected = data.variance(ab[0])
     for i, (a, b) in enumerate(pairwise(ab)):
         beta = 1 - a / b
-        sigma2 = beta if variance == "fixed_large" else beta * (1 - b) / (1 - a)
+        sigma2 = beta if sampler.variance == "fixed_large" else beta * (1 - b) / (1 - a)
         expected = data.posterior_ratio(a, b) ** 2 * expected + (sigma2 if i + 1 < steps else 0)
         assert float(path[i][0]) == pytest.approx(math.sqrt(b) * MU, rel=1e-6)
         assert float((path[i][1:] - path[i][0]).square().sum()) == pytest.approx(expected, rel=1e-6)
-
-
-@given(schedule=schedules, steps=st.integers(1, 60), spacing=spacings, seed=seeds)
-@few
-def test_ddim_with_eta_1_is_ddpm(schedule, steps: int, spacing: str, seed: int) -> None:
-    trajectory, x = schedule.trajectory(steps, spacing), normal(2, 4, seed=seed)
-    bounded = lambda x, t: network(x, t) + x / 2
-    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
-    a = Sampler(eta=1.0).sample(bounded, x, trajectory, ours)
-    b = Sampler("ddpm").sample(bounded, x, trajectory, theirs)
-    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * max(1.0, float(a.abs().max())))
-    assert torch.equal(ours.get_state(), theirs.get_state())
 
 
 def test_a_wrong_setting_is_named() -> None:
