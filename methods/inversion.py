@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from errors import InputError
 from methods.base import Run, cached_stage, check
 from models.attention import CrossAttention
-from samplers import Conditioning, Trajectory, ddim, guided
+from samplers import Conditioning, Denoiser, Trajectory, ddim, guided
 
 
 @dataclass
@@ -46,28 +47,26 @@ class Source:
         `blend(i, x)` may replace both latents (2, c, h, w) after step i. Returns the reconstruction and the edit,
         latents (1, c, h, w).
         """
-        trajectory, denoisers = self.trajectory, {}
         prompts = Conditioning.cat([self.text, model.encode_text([prompt])])
         own = scale if len(self.nulls) > 1 else 1.0
         scales = scale if away is None else self.path.latent.new_tensor([own, scale]).view(2, 1, 1, 1)
-        steps = {t: i for i, t in enumerate(trajectory.timesteps.tolist())}
+        steps = {t: i for i, t in enumerate(self.trajectory.timesteps.tolist())}
+
+        @lru_cache(maxsize=1)  # for its projected texts take memory
+        def denoiser(null: int) -> Denoiser:
+            nulls = Conditioning.cat([self.nulls[null], self.nulls[null] if away is None else away])
+            return guided(model, prompts, scales, nulls)
 
         def denoise(x: Tensor, t: float) -> Tensor:
-            i = steps[t]
-            null = min(i, len(self.nulls) - 1)
-            if null not in denoisers:  # one at a time, for its projected texts take memory
-                denoisers.clear()
-                nulls = Conditioning.cat([self.nulls[null], self.nulls[null] if away is None else away])
-                denoisers[null] = guided(model, prompts, scales, nulls)
-            with control(i):
-                return denoisers[null](x, t)
+            with control(steps[t]):
+                return denoiser(min(steps[t], len(self.nulls) - 1))(x, t)
 
         def after(i: int, x: Tensor) -> Tensor:
             x = torch.cat([self.path.latents[i + 1], x[1:]]) if self.rectified else x
             return x if blend is None else blend(i, x)
 
         x = torch.cat([self.path.latent, self.path.latent])
-        x = ddim.sample(denoise, x, trajectory, progress=run.progress("editing"), callback=after)
+        x = ddim.sample(denoise, x, self.trajectory, progress=run.progress("editing"), callback=after)
         again, edit = x.split(1)
         run.metrics["reconstruction_error"] = float((again - self.path.latents[-1]).square().mean().sqrt())
         return again, edit

@@ -143,16 +143,10 @@ def test_unet_is_judged_by_the_network_that_is_given(model, tmp_path):
 
 
 def test_top1_chooses_within_blocks_and_takes_duplicates_for_right():
-    names = [f"caption {i}" for i in range(8)]
-    assert top1(torch.eye(8), names) == 1
-    swapped = torch.eye(8)[[1, 0, 2, 3, 4, 5, 6, 7]]
-    assert top1(swapped, names) == 0.75
-    assert top1(swapped, ["same", "same", *names[2:]]) == 1
-    assert top1(swapped, names, choices=1) == 1
-
-
-def test_pixels_judge_by_the_nearest_true_drawing():
-    drawings, names = torch.rand(12, 3, 32, 32) * 2 - 1, [str(i) for i in range(12)]
+    names, swapped = [f"caption {i}" for i in range(8)], torch.eye(8)[[1, 0, 2, 3, 4, 5, 6, 7]]
+    assert top1(torch.eye(8), names) == top1(swapped, names, choices=1) == 1
+    assert top1(swapped, names) == 0.75 and top1(swapped, ["same", "same", *names[2:]]) == 1
+    drawings = torch.rand(8, 3, 32, 32) * 2 - 1  # pixels judge by the nearest one
     assert top1(pixel_scores(drawings + 0.1 * torch.randn(drawings.shape), drawings), names) == 1
     assert top1(pixel_scores(drawings.roll(1, dims=0), drawings), names) == 0
 

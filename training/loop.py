@@ -229,16 +229,14 @@ def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.
     batch size, with which the data would not continue; steps, minutes and rates may differ."""
     try:
         stored = torch.load(file, map_location=device, weights_only=True)
-        for name, value in identity.items():
-            if stored[name] != value:
-                raise InputError(f"{file} was trained with {name}={stored[name]}, not {value}: choose another `out`")
+        other = {name: stored[name] for name, value in identity.items() if stored[name] != value}
         for name, part in stateful.items():
             part.load_state_dict(stored[name])
-    except InputError:
-        raise
     except Exception as error:  # a damaged file has many
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{file} is damaged or of other sizes: choose another `out`, or delete it ({line})") from None
+    if other:
+        raise InputError(f"{file} was trained with {other}, which differ: choose another `out`")
     return stored["step"], stored["seconds"]
 
 

@@ -92,8 +92,7 @@ class ClipObjective(Objective):
 class UNetObjective(Objective):
     """Denoising (Ho et al., 2020) of the latents, in the model's own prediction type, with a share of empty prompts for
     guidance (Ho & Salimans, 2021) and min-SNR weights (Hang et al., 2023; gamma 0: none): min(SNR, gamma) / SNR for
-    epsilon, min(SNR, gamma) / (SNR + 1) for v. A flow's loss is unweighted, at
-    logit-normal times (Esser et al., 2024)."""
+    epsilon, min(SNR, gamma) / (SNR + 1) for v. A flow's loss is unweighted, at logit-normal times."""
 
     collate = ClipObjective.collate
 
