@@ -7,7 +7,7 @@ of words to blend, the rest of the picture stays the source's.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,31 +67,21 @@ class PromptToPrompt(Method):
         start = int(self.blend_start * len(trajectory))
         blend = LocalBlend(near.to(z.device), sides, start, self.blend_threshold) if pair else None
         source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
-
-        def control(i: int):
-            backend = model.unet.attention.backend
-            return model.unet.attention.hooked(self.edited(i / len(trajectory), *tables, backend, blend))
-
-        target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run, blend=blend)
+        layers = model.unet.attention
+        control = lambda i: layers.hooked(self.edited(i / len(trajectory), tables, layers.backend, blend))
+        again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run, blend=blend)
         yield {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}, edit
         yield RECONSTRUCTION, again
 
     def edited(
-        self,
-        done: float,
-        takes: Tensor,
-        own: Tensor,
-        factors: Tensor,
-        backend: str = "auto",
-        blend: LocalBlend | None = None,
+        self, done: float, tables: Sequence[Tensor], backend: str = "auto", blend: LocalBlend | None = None
     ) -> Hook:
         """Edit(M_t, M*_t, t) of algorithm 1, for the step after a share `done` of them: the results of the attention
         layers for batches that end in (source, target), both with their text. Rows before these are left alone.
 
         cross-attention, in the first `cross_replace`: the target's maps become (M_t takes + M*_t own) factors;
         self-attention, in the first `self_replace`: the target's become the source's, by its queries and keys.
-        `blend` collects the maps as they are used.
+        `tables` are takes (L, L), own (L,) and factors (L,). `blend` collects the maps as they are used.
         """
 
         def hook(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> Tensor | None:
@@ -99,6 +89,7 @@ class PromptToPrompt(Method):
             if cross and (replaced or collected):
                 maps, out = attention_map(q[-2:], k[-2:]), attention(q, k, v, backend)  # (2, heads, N, L)
                 if replaced:
+                    takes, own, factors = tables
                     maps[1] = (maps[0] @ takes.to(maps.dtype) + maps[1] * own) * factors
                     out[-1] = maps[1] @ v[-1].to(maps.dtype)
                 if collected:
