@@ -31,14 +31,10 @@ class Folder:
     """
 
     def __init__(self, path: str | Path, split="train", size: int = 64, seed: int = 0, fit="crop", held_out=0.0):
-        if fit not in FITS:
-            raise InputError(f"data.fit={fit}: choose one of {', '.join(FITS)}")
-        if not 0 <= held_out < 1:
-            raise InputError(f"data.held_out={held_out} must be at least 0 and below 1")
-        if not path:
-            raise InputError("data.path is missing: name a folder of pictures with captions, e.g. data.path=photos")
+        if fit not in FITS or not 0 <= held_out < 1:
+            raise InputError(f"data.fit={fit} must be one of {', '.join(FITS)}; data.held_out={held_out} in [0, 1)")
         self.size, self.seed, self.fit, self.split = size, seed, fit, split
-        self.folder = Path(path).expanduser()
+        self.folder = Path(str(path)).expanduser()
         self.captions = read_captions(self.folder)
         self.names = sorted(self.captions)
         if held_out:
@@ -66,8 +62,6 @@ def read_captions(folder: Path) -> dict[str, str]:
     Warns of pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file,
     for a broken one.
     """
-    if not folder.is_dir():
-        raise InputError(f"data.path={folder}: there is no such folder")
     files = {path: None for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"}
     found = []
     for file in files:
@@ -82,7 +76,7 @@ def read_captions(folder: Path) -> dict[str, str]:
     found += [(picture, read_text(text)) for picture, text in texts if text in files]
     captions = {os.path.relpath(picture, folder): text.strip() for picture, text in reversed(found)}
     if not captions:
-        raise InputError(f"data.path={folder} holds no captions: write a dog.txt beside dog.jpg, or metadata.jsonl")
+        raise InputError(f"data.path={folder} is no folder with captions: a dog.txt beside dog.jpg, or metadata.jsonl")
     silent = sum(os.path.relpath(picture, folder) not in captions for picture in pictures)
     if silent:
         warnings.warn(f"data.path={folder}: {silent} pictures without a caption are left out", stacklevel=3)

@@ -41,7 +41,7 @@ from evaluation.wandb_log import WandbLogger
 from files import whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
-# What a run or a task writes into its folder.
+# Outputs of a run or a task.
 OUTPUTS = (
     "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "results.csv",
     "sheet.png", "table.md", "index.html", "rows.jsonl",
@@ -280,21 +280,19 @@ def task_seed(seed: int, name: str) -> int:
 
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
-    Raises InputError where no edit has it, or tasks failed: the rest would not compare with other jobs."""
+    Raises InputError where no edit has it, or tasks failed."""
     names = [setting] if isinstance(setting, str) else list(setting or [])
-    failed = {row["task"] for row in rows if "error" in row}
-    if names and failed:
-        raise InputError(f"objective: {len(failed)} tasks failed, so the rest does not compare with other settings")
-    means = pd.DataFrame(rows).reindex(columns=names).mean().to_dict()
-    for name in (name for name in names if math.isnan(means[name])):
-        raise InputError(f"objective={name}: no edit has this metric")
-    return list(means.values()) if len(names) > 1 else next(iter(means.values()), None)
+    if names and any("error" in row for row in rows):
+        raise InputError("objective: tasks failed, so the rest does not compare with other settings")
+    means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()
+    if any(map(math.isnan, means)):
+        raise InputError(f"objective={setting}: no edit has this metric; evaluation/metrics.py says what it needs")
+    return means if len(names) > 1 else next(iter(means), None)
 
 
 def progress_bar(*args, **kwargs) -> tqdm:
     """A bar on stderr; in a log file a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(*args, **kwargs, mininterval=interval, dynamic_ncols=True)
+    return tqdm(*args, **kwargs, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
 def peak_memory(device: torch.device) -> float:
