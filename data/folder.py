@@ -23,12 +23,10 @@ SPLITS = ("train", "heldout")
 
 
 class Folder:
-    """Every epoch is another permutation of the pictures; item i depends on (split, size, seed, i) alone.
-
-    `held_out` is the share of the pictures, chosen by a hash of their names, that only split "heldout" shows; at
-    least one of each where there are two, and with 0 both splits show all. Items are as OpenMoji's. Raises InputError
-    for a missing folder, picture or caption at once, and for a broken picture when it is drawn.
-    """
+    """Every epoch is another permutation of the pictures; item i depends on (split, size, seed, i) alone. `held_out` is
+    the share of the pictures, chosen by a hash of their names, that only split "heldout" shows; at least one of each
+    where there are two, and with 0 both splits show all. Items are as OpenMoji's. Raises InputError for a missing
+    folder, picture or caption at once, and for a broken picture when it is drawn."""
 
     def __init__(self, path: str | Path, split="train", size: int = 64, seed: int = 0, fit="crop", held_out=0.0):
         if fit not in FITS or not 0 <= held_out < 1:
@@ -57,11 +55,9 @@ class Folder:
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    """File names, relative to `folder`, and their captions; of several captions of a picture the first.
-
-    Warns of pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file,
-    for a broken one.
-    """
+    """File names, relative to `folder`, and their captions; of several captions of a picture the first. Warns of
+    pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file, for a
+    broken one."""
     files = {path: None for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"}
     found = []
     for file in files:

@@ -56,13 +56,10 @@ class Entry:
 
 
 class Tasks:
-    """The chosen `entries`, and the `share` of them that this process edits.
-
-    `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
-    counted from 0; by default the processes of torchrun get one each. With `confine` the masks hold the edits, and do
-    not only serve metrics. Raises InputError for a wrong setting, where no task is left, and for a picture that is
-    missing or of another shape than its image.
-    """
+    """The chosen `entries`, and the `share` of them that this process edits. `categories` keeps some kinds, and `limit`
+    at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0; by default the processes of
+    torchrun get one each. With `confine` the masks hold the edits, and do not only serve metrics. Raises InputError for
+    a wrong setting, where no task is left, and for a picture that is missing or of another shape than its image."""
 
     single = False  # True for one picture: its files go to the run's own folder
 

@@ -130,11 +130,9 @@ class Editor:
 
     def edit_task(self, task: EditTask, place: Path, seed: int, alone: bool = True) -> tuple[list[dict], dict]:
         """Edit one task and write its files to `place`. Returns a row for each edit, with a path for each file, and the
-        curves of its stages, {stage: {name: one value for each step}}.
-
-        An edit's seconds and evaluations are those of the task from its beginning to this edit: tuning included, cached
-        or not, and the reconstruction left out. Raises InputError where a result is not finite, or there is none.
-        """
+        curves of its stages, {stage: {name: one value for each step}}. An edit's seconds and evaluations are those of
+        the task from its beginning to this edit: tuning included, cached or not, and the reconstruction left out.
+        Raises InputError where a result is not finite, or there is none."""
         torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
         run, results, reconstruction = TaskRun(self, task.image, seed, alone), [], None
         before, cost = run.cost(), np.zeros(2)
@@ -180,11 +178,9 @@ def edit_all(
     seed: int,
     settings: dict,
 ) -> list[dict]:
-    """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
-
-    A task that fails leaves a row with `error`; the next run tries it again. One picture is edited anew, and its errors
-    are raised. Raises InputError where the folder holds results of other settings.
-    """
+    """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows. A
+    task that fails leaves a row with `error`; the next run tries it again. One picture is edited anew, and its errors
+    are raised. Raises InputError where the folder holds results of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     used = (folder / "run.json").exists()
     claim(folder, settings, source.single)
