@@ -24,11 +24,7 @@ from errors import InputError
 
 FITS = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color="white"), "stretch": Image.Image.resize}
 CLONE = Path(__file__).resolve().parent.parent
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+TURNS = dict(zip((2, 4, 8, 3, 6, 5, 7), Image.Transpose, strict=True))  # EXIF's orientations, in Pillow's order
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generators store over 1 MB of settings in their PNGs
 
 

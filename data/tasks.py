@@ -91,12 +91,10 @@ class Tasks:
         for entry in self.entries:
             paths = {name: getattr(entry, name) for name in ("image", "mask", "truth")}
             check_shapes(entry, {name: size_of(path) for name, path in paths.items() if path})
-        index, count = 0, 1
-        if shard is not None:
-            parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
-            if not parts or not int(parts[1]) < int(parts[2]):
-                raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
-            index, count = map(int, parts.groups())
+        parts = re.fullmatch(r"(\d+)/(\d+)", "0/1" if shard is None else str(shard))
+        if not parts or not int(parts[1]) < int(parts[2]):
+            raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
+        index, count = map(int, parts.groups())
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
         self.share = self.entries[index::count][rank::world]
 

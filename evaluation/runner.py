@@ -47,9 +47,7 @@ OUTPUTS = (
     "sheet.png", "table.md", "index.html", "rows.jsonl",
 )  # fmt: skip
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
-NOT_COMPARED = (
-    "logger.", "cache.", "device.", "objective.", "model.weights.", "task.categories.", "task.limit.", "task.shard.",
-)  # fmt: skip
+NOT_COMPARED = re.compile(r"(logger|cache|device|objective|model\.weights|task\.(categories|limit|shard))(\.|$)")
 
 
 class TaskRun(Run):
@@ -261,8 +259,7 @@ def claim(folder: Path, settings: dict, anew: bool) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
     if theirs and any(folder.glob("rows*.jsonl")):
         names = ["task._target_"] if anew else {**theirs, **ours}
-        names = [name for name in names if not f"{name}.".startswith(NOT_COMPARED)]
-        if names := [name for name in names if theirs.get(name) != ours.get(name)]:
+        if names := [name for name in names if theirs.get(name) != ours.get(name) and not NOT_COMPARED.match(name)]:
             changes = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names[:3])
             raise InputError(f"{folder} holds results of other settings ({changes}): choose another hydra.run.dir")
     with whole_file(path) as partial:
