@@ -56,22 +56,17 @@ class Entry:
 
 
 class Tasks:
-    """The chosen `entries`, and the `share` of them that this process edits. `categories` keeps some kinds, and `limit`
-    at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0; by default the processes of
-    torchrun get one each. With `confine` the masks hold the edits, and do not only serve metrics. Raises InputError for
-    a wrong setting, where no task is left, and for a picture that is missing or of another shape than its image."""
+    """The chosen `entries`, and the `share` of them that this process edits.
+
+    `fit` crops, pads or stretches pictures to a square, or keeps their shape. `categories`, one or a list, keeps some
+    kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0; by default the
+    processes of torchrun get one each. With `confine` the masks hold the edits, and do not only serve metrics. Raises
+    InputError for a wrong setting, where no task is left, and for a picture that is missing or of another shape than
+    its image."""
 
     single = False  # True for one picture: its files go to the run's own folder
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        fit: str = "crop",  # crop, pad or stretch to a square, or keep the shape
-        categories: str | Sequence[str] | None = None,
-        limit: int | None = None,
-        shard: str | None = None,
-        confine: bool = False,
-    ):
+    def __init__(self, entries: Sequence[Entry], fit="crop", categories=None, limit=None, shard=None, confine=False):
         if fit not in (*FITS, "keep"):
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
         if limit is not None and (not isinstance(limit, int) or limit < 1):

@@ -41,8 +41,7 @@ from evaluation.wandb_log import WandbLogger
 from files import whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
-# Outputs of a run or a task.
-OUTPUTS = (
+OUTPUTS = (  # of a run or a task
     "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "results.csv",
     "sheet.png", "table.md", "index.html", "rows.jsonl",
 )  # fmt: skip
@@ -169,16 +168,11 @@ class Editor:
         return rows, run.curves
 
 
-def edit_all(
-    source: Tasks,
-    folder: Path,
-    edit: Callable[[Entry, Path, int], tuple[list[dict], dict]],  # (task, its folder, its seed) -> rows, curves
-    seed: int,
-    settings: dict,
-) -> list[dict]:
-    """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows. A
-    task that fails leaves a row with `error`; the next run tries it again. One picture is edited anew, and its errors
-    are raised. Raises InputError where the folder holds results of other settings."""
+def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: dict) -> list[dict]:
+    """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
+    `edit` (task, its folder, its seed) gives the rows and the curves of one. A task that fails leaves a row with
+    `error`; the next run tries it again. One picture is edited anew, and its errors are raised. Raises InputError where
+    the folder holds results of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     used = (folder / "run.json").exists()
     claim(folder, settings, source.single)
