@@ -39,12 +39,8 @@ class PlugAndPlay(Method):
         plain = replace(task, source_prompt=task.source_prompt if self.source_prompted else "", negative_prompt="")
         trajectory = self.sampler.trajectory(model.schedule)
         source = self.inversion.invert(model, plain, z, trajectory, self.guidance_scale, run)
-
-        def control(i: int):
-            return self.injected(model.unet, i / len(trajectory))
-
-        target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run, away)
+        control = lambda i: self.injected(model.unet, i / len(trajectory))
+        again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run, away)
         shares = {"feature_share": float(self.feature_share), "attention_share": float(self.attention_share)}
         yield shares, edit
         yield RECONSTRUCTION, again

@@ -33,8 +33,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
       sdpa       PyTorch's fused kernels
       fused      this project's Triton kernels, for CUDA; heads wider than `WIDEST` go to sdpa
       reference  plain products, all in float32 (of float64 in float64)
-    Raises InputError as `check_backend` does.
-    """
+    Raises InputError as `check_backend` does."""
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "auto" and q.device.type == "cpu" and learning:
         weights = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1, dtype=torch.float32)
@@ -122,8 +121,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of a sequence to the text, (B, N, dim) -> (B, N, dim).
 
-    `project(context)` gives the keys and values, which `forward` takes; so a sampler computes them once per prompt.
-    """
+    `project(context)` gives the keys and values, which `forward` takes; so a sampler computes them once per prompt."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, attention: Attention):
         super().__init__()

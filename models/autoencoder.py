@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import attention
-from models.unet import Downsample, ResBlock, Upsample, group_norm, zero_init
+from models.unet import Downsample, ResBlock, Upsample, zero_init
 
 
 class AttentionBlock(nn.Module):
@@ -19,85 +20,63 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = group_norm(channels, eps=1e-6)
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
         y = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(self.to_qkv(y), "b n (three c) -> three b 1 n c", three=3)
         y = self.to_out(attention(q, k, v).squeeze(1))
-        return x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
+        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[-2])
 
 
-class Middle(nn.Sequential):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, eps=1e-6)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResBlock(channels, channels, eps=1e-6)
+def res_blocks(widths: Sequence[int]) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution or none."""
-
-    def __init__(self, blocks: list[ResBlock], resample: Downsample | Upsample | None):
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        self.resample = resample
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.resample is None else self.resample(x)
-
-
-def res_blocks(widths: Sequence[int]) -> list[ResBlock]:
-    return [ResBlock(a, b, eps=1e-6) for a, b in pairwise(widths)]
+def middle(width: int) -> nn.Sequential:
+    block = lambda: ResBlock(width, width, eps=1e-6)
+    return nn.Sequential(OrderedDict(block_1=block(), attn_1=AttentionBlock(width), block_2=block()))
 
 
 class Encoder(nn.Module):
     def __init__(self, in_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        width = ch
-        for i, mult in enumerate(ch_mult):
-            blocks = res_blocks([width] + [mult * ch] * num_res_blocks)
-            width = mult * ch
-            last = i == len(ch_mult) - 1
-            self.down.append(Level(blocks, None if last else Downsample(width, asymmetric=True)))
-        self.mid = Middle(width)
-        self.norm_out = group_norm(width, eps=1e-6)
+        self.down = nn.Sequential()
+        widths = [ch, *(mult * ch for mult in ch_mult)]
+        for i, (before, width) in enumerate(pairwise(widths), start=1):
+            blocks = res_blocks([before] + [width] * num_res_blocks)
+            resample = Downsample(width, asymmetric=True) if i < len(ch_mult) else nn.Identity()
+            self.down.append(nn.Sequential(OrderedDict(block=blocks, resample=resample)))
+        self.mid = middle(width)
+        self.norm_out = nn.GroupNorm(32, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
     def __init__(self, out_channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = Middle(width)
-        levels = []
-        for i, mult in reversed(list(enumerate(ch_mult))):
-            blocks = res_blocks([width] + [mult * ch] * (num_res_blocks + 1))
-            width = mult * ch
-            levels.append(Level(blocks, Upsample(width) if i > 0 else None))
-        self.up = nn.ModuleList(reversed(levels))  # checkpoints number the levels from the finest
-        self.norm_out = group_norm(width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        widths = [mult * ch for mult in (*ch_mult, ch_mult[-1])]  # of the levels from the finest, and of the middle
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.Sequential()
+        for i, (width, before) in reversed([*enumerate(pairwise(widths))]):
+            blocks = res_blocks([before] + [width] * (num_res_blocks + 1))
+            resample = Upsample(width) if i > 0 else nn.Identity()
+            self.up.insert(0, nn.Sequential(OrderedDict(block=blocks, resample=resample)))  # numbered from the finest
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
+        for each in reversed(self.up):
+            h = each(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

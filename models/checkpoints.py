@@ -2,8 +2,7 @@
 
 A folder of this project holds `config.json` (all sizes, readable) and one safetensors file for each part that is
 trained on its own: `autoencoder`, `clip` (text and image towers) and `unet`. A checkpoint is read in one pass: each key
-is renamed once (models/names.py), and each tensor is cast once, into a network that was built on the meta device.
-"""
+is renamed once (models/names.py), and each tensor is cast once, into a network that was built on the meta device."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from mmap import PAGESIZE
+from mmap import MADV_DONTNEED, PAGESIZE
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -41,7 +40,6 @@ SECTIONS = (
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
-MADV_DONTNEED = 4  # Linux's
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")  # org/name, org/name@revision
 
@@ -71,8 +69,7 @@ def load(
     `text` names files, or a hub folder, with the text encoders that a single file of a Stable Diffusion 3 lacks, and
     `tokenizer` T5's sentencepiece model, where no hub folder brings it. Without T5 it works on zeros, with a warning.
 
-    Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`.
-    """
+    Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`."""
     source = located(path, half=dtype.itemsize == 2)
     texts = [Path(text)] if isinstance(text, str | os.PathLike) else [*map(Path, text or ())]
     try:
@@ -81,7 +78,8 @@ def load(
         elif texts:
             raise InputError("model.text is for a Stable Diffusion 3 in a single file")
         elif (source / "config.json").exists():
-            config, named = open_own_folder(source, arch)
+            config = configured({}, read_config(source), arch)
+            named = {f"{part}.{key}": tensor for part in PARTS for key, tensor in read_part(source, part).items()}
         else:
             config, named = open_hub_folder(source, arch)
         if vae is not None:
@@ -126,18 +124,13 @@ def located(path: str | os.PathLike, half: bool) -> Path:
     return folder.parent if within else source
 
 
-def open_own_folder(path: Path, arch: Mapping | None) -> Opened:
-    """A folder of this project."""
-    named = {f"{part}.{key}": tensor for part in PARTS for key, tensor in read_part(path, part).items()}
-    return configured({}, read_config(path), arch), named
-
-
 def open_single_file(path: Path, arch: Mapping | None, ema: bool | None, texts: Sequence[Path] = ()) -> Opened:
     """A Stable Diffusion in one file, of whose text encoders some may be in the files or hub folders `texts`. Keys
     outside its networks are left out, with a warning where they are unknown."""
     tensors, named, foreign = read_tensors(path), {}, set()
     metadata = safe_open(path, "pt").metadata() if path.suffix == ".safetensors" else None
-    config = configured(names.family(tensors), names.stated(tensors, metadata or {}), arch)
+    family = names.family(tensors)
+    config = configured(family, names.stated(tensors, metadata or {}) if "unet" in family else {}, arch)
     averaged = any(key.startswith("model_ema.diffusion_model") for key in tensors) if ema is None else ema
     for key in tensors:
         name, stored = names.renamed(key, config), key
@@ -267,10 +260,8 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) 
 
 def release(copied: Tensor) -> None:
     """Let go of the memory of a tensor that is not read again; of a mapped file, these are pages that would count."""
-    start, end = (
-        -(-copied.data_ptr() // PAGESIZE) * PAGESIZE,
-        (copied.data_ptr() + copied.nbytes) // PAGESIZE * PAGESIZE,
-    )
+    start = -(-copied.data_ptr() // PAGESIZE) * PAGESIZE
+    end = (copied.data_ptr() + copied.nbytes) // PAGESIZE * PAGESIZE
     if sys.platform == "linux" and start < end:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
@@ -280,9 +271,7 @@ def release(copied: Tensor) -> None:
 
 def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[str, Any]:
     """The sizes of a family, then those that the checkpoint states, then the user's `arch`, where null says nothing.
-
-    Raises InputError for an unknown section, for a prediction that the checkpoint contradicts, and for none.
-    """
+    Raises InputError for an unknown section, for a prediction that the checkpoint contradicts, and for none."""
     arch, config = {name: values for name, values in (arch or {}).items() if values is not None}, {"schedule": {}}
     if arch.get("prediction", said := stated.get("prediction")) != said and said:
         raise InputError(f"arch.prediction is {arch['prediction']}, and the checkpoint says {said}")
@@ -325,8 +314,7 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
         "num_heads": network.get("num_attention_heads") or network["attention_head_dim"],
     }
     if (path / "model_index.json").exists() and "text_2" in stated:
-        index = read_config(path, "model_index.json")
-        stated["empty_is_zero"] = index.get("force_zeros_for_empty_prompt", True)
+        stated["empty_is_zero"] = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
     return stated | {"prediction": PREDICTIONS[prediction]}
 
 

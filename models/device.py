@@ -11,13 +11,10 @@ from errors import InputError
 
 def choose_device(name: str) -> torch.device:
     """auto: CUDA where there is a device for it, else the CPU. Under torchrun, auto and cuda are this process's own
-    card: the cards are dealt out in turn, by LOCAL_RANK.
-
-    Raises InputError for a device that is not there, and for other kinds of torch's (mps, xpu, meta).
-    """
+    card: the cards are dealt out in turn, by LOCAL_RANK. Raises InputError for a device that is not there, and for
+    other kinds of torch's (mps, xpu, meta)."""
     count = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if count else "cpu"
+    name = ("cuda" if count else "cpu") if name == "auto" else name
     known = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d*))?", str(name))
     if not known:
         raise InputError(f"device={name} is unknown: auto, cpu, cuda or cuda:N")
@@ -31,10 +28,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device, large: bool = False) -> torch.dtype:
     """float32, bfloat16 or float16. auto: bfloat16, where the device has instructions for it; else float16 on CUDA and
-    float32 on a CPU. On a CPU, networks that are not `large` are as fast in float32, and stay in it.
-
-    Raises InputError for another name, and for half precision that a CPU has no instructions for.
-    """
+    float32 on a CPU. On a CPU, networks that are not `large` are as fast in float32, and stay in it. Raises InputError
+    for another name, and for half precision that a CPU has no instructions for."""
     if name == "auto":
         cuda = device.type == "cuda"
         half = (cuda or large) and computes_in("bfloat16", device)
@@ -56,12 +51,8 @@ def computes_in(name: str, device: torch.device) -> bool:
 
 
 def choose_channels_last(name: str | bool, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether feature maps lie channels last. auto: on CUDA in half precision, whose convolutions want it.
-
-    Raises InputError for another name.
-    """
-    if name == "auto":
-        return device.type == "cuda" and dtype != torch.float32
-    if not isinstance(name, bool):
+    """Whether feature maps lie channels last. auto: on CUDA in half precision, whose convolutions want it. Raises
+    InputError for another name."""
+    if name not in ("auto", True, False):
         raise InputError(f"channels_last={name} is unknown: auto, true or false")
-    return name
+    return name if name != "auto" else device.type == "cuda" and dtype != torch.float32

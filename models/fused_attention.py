@@ -9,8 +9,7 @@ log-sum-exp of each row; the backward pass makes the weights again from it.
   joining the heads is a view.
 - A head is padded on the chip to a power of two, since Triton's blocks have no other size.
 
-The grid of every kernel is (blocks of rows, heads, batch).
-"""
+The grid of every kernel is (blocks of rows, heads, batch)."""
 
 from __future__ import annotations
 
@@ -32,9 +31,6 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-# --- kernels -------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """a b, plus acc if that is not None; float32. a is rounded to b's type."""
@@ -47,7 +43,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _head(base, stride_b, stride_h, UNIT: tl.constexpr):
-    """Where this program's head of its batch row begins. Strides count UNIT elements; `_strides` says why."""
+    """Where this program's head of its batch row begins. Strides count UNIT elements; `_plan` says why."""
     return base + (tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_h) * UNIT
 
 
@@ -165,15 +161,11 @@ def _backward_kv_kernel(
     _store(_head(dv, M * heads, 1, D), keys, heads * D, M, v_acc, D, WIDTH)
 
 
-# --- launching them ------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _blocks(width: int, dtype: torch.dtype, precision: str, held: int, device: torch.device) -> tuple[int, ...]:
     """Rows that a program holds, rows of each block that it streams, warps, stages: the first choice that fits.
 
-    A program holds `held` matrices of `width` channels (forward q; backward two) and streams two.
-    """
+    A program holds `held` matrices of `width` channels (forward q; backward two) and streams two."""
     shared = 99 * 1024  # bytes, of the smaller GPUs of compute capability 8.0 or more
     if device.type == "cuda":
         if dtype == torch.float32 and precision == "ieee":  # without tensor cores, unrolled: large blocks spill
@@ -193,15 +185,17 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """A unit, and in it the strides of batch, head and row of each tensor.
+def _plan(q: Tensor, k: Tensor, v: Tensor, held: int) -> tuple[tuple, int, int, dict[str, int]]:
+    """What all kernels take, from N to PRECISION; and `_blocks`'s rows held, rows streamed, and options of Triton.
 
-    With a unit of 8 the compiler sees that rows begin at multiples of 16 bytes and reads 16 bytes at a time. Without,
-    it would not of a stride of 40: it looks only for multiples of 16.
-    """
-    strides = [s for x in tensors for s in x.stride()[:3]]
+    Strides of batch, head and row count a unit. With a unit of 8 the compiler sees that rows begin at multiples of 16
+    bytes and reads 16 bytes at a time. Without, it would not of a stride of 40: it looks only for multiples of 16."""
+    (n, d), m, precision = q.shape[2:], k.shape[2], _precision(q.dtype)
+    strides, width = [s for x in (q, k, v) for s in x.stride()[:3]], max(16, triton.next_power_of_2(d))
     unit = math.gcd(8, *strides)
-    return unit, [s // unit for s in strides]
+    rows, streamed, warps, stages = _blocks(width, q.dtype, precision, held, q.device)
+    shared = n, m, d**-0.5, *(s // unit for s in strides), d, width, unit, precision
+    return shared, rows, streamed, {"num_warps": warps, "num_stages": stages}
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -214,16 +208,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        batch, heads, n, d = q.shape
-        m, width, precision = k.shape[2], max(16, triton.next_power_of_2(d)), _precision(q.dtype)
+        (batch, heads, n, _), m = q.shape, k.shape[2]
         o, lse = _empty(q), q.new_empty(batch, heads, n, dtype=torch.float32)  # lse in base 2
-        unit, strides = _strides(q, k, v)
-        rows, streamed, warps, stages = _blocks(width, q.dtype, precision, 1, q.device)
+        shared, rows, streamed, options = _plan(q, k, v, 1)
         with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
             _forward_kernel[(triton.cdiv(n, rows), heads, batch)](
-                q, k, v, o, lse, n, m, d**-0.5, *strides, d, width, unit, precision,
-                rows, streamed, m % streamed == 0, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+                q, k, v, o, lse, *shared, rows, streamed, m % streamed == 0, **options
+            )
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -232,20 +223,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, o, lse = ctx.saved_tensors
         do, o = do.transpose(1, 2).contiguous(), o.transpose(1, 2)
-        batch, heads, n, d = q.shape
-        m, width, precision = k.shape[2], max(16, triton.next_power_of_2(d)), _precision(q.dtype)
+        (batch, heads, n, _), m = q.shape, k.shape[2]
         dq, dk, dv, delta = _empty(q), _empty(k), _empty(v), torch.empty_like(lse)
-        unit, strides = _strides(q, k, v)
-        rows, streamed, warps, stages = _blocks(width, q.dtype, precision, 2, q.device)
+        shared, rows, streamed, options = _plan(q, k, v, 2)
         with torch.cuda.device_of(q):
             _backward_q_kernel[(triton.cdiv(n, rows), heads, batch)](
-                q, k, v, o, do, lse, delta, dq, n, m, d**-0.5, *strides, d, width, unit, precision,
-                rows, streamed, m % streamed == 0, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+                q, k, v, o, do, lse, delta, dq, *shared, rows, streamed, m % streamed == 0, **options
+            )
             _backward_kv_kernel[(triton.cdiv(m, rows), heads, batch)](
-                q, k, v, do, lse, delta, dk, dv, n, m, d**-0.5, *strides, d, width, unit, precision,
-                streamed, rows, n % streamed == 0, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+                q, k, v, do, lse, delta, dk, dv, *shared, streamed, rows, n % streamed == 0, **options
+            )
         return dq, dk, dv
 
 
@@ -256,8 +243,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
     `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises InputError for another type, ValueError for shapes or types
-    that do not fit together. It does not ask whether the device can run it.
-    """
+    that do not fit together. It does not ask whether the device can run it."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise InputError(f"fused attention takes float16, bfloat16 or float32, not {q.dtype}; use attention=sdpa")
     batch, heads, _, d = q.shape

@@ -26,8 +26,7 @@ class StepGraph:
     A step is captured at the second call with the same projected text and shape, so that texts which serve once, such
     as those of null-text inversion, cost nothing. The latest step alone is kept, since a graph holds the memory of a
     step. Calls with gradients, with hooks or with a text that is not projected run eagerly. Weights may change, in
-    place.
-    """
+    place."""
 
     def __init__(self, network: nn.Module, capture: Callable = captured):
         self.network, self.eager, self.capture = network, network.forward, capture

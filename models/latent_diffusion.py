@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 from models.autoencoder import Autoencoder
-from models.mmdit import EmbeddedText, MMDiT
+from models.mmdit import MMDiT
 from models.t5 import T5
 from models.text import Clip, TextEncoder, TextTowers, build_clip, build_text
 from models.unet import ProjectedContext, UNet
@@ -36,10 +36,8 @@ class LatentDiffusion(nn.Module):
         clip: Clip | None = None,  # holds the very same text encoder as the towers
     ):
         super().__init__()
-        if prediction not in ("epsilon", "v", "flow"):
-            raise InputError(f"prediction is {prediction!r}: choose epsilon, v or flow")
-        if (prediction == "flow") != isinstance(schedule, FlowSchedule):
-            raise InputError(f"prediction is {prediction!r}: flow, and no other, goes with schedule.kind=flow")
+        if prediction not in (("flow",) if isinstance(schedule, FlowSchedule) else ("epsilon", "v")):
+            raise InputError(f"prediction is {prediction!r}: choose epsilon or v, or with schedule.kind=flow, flow")
         if prediction == "epsilon" and schedule.zero_snr:
             raise InputError("a schedule of zero terminal SNR ends in pure noise, which only prediction=v can use")
         self.unet, self.autoencoder, self.towers = unet, autoencoder, towers
@@ -94,18 +92,13 @@ class LatentDiffusion(nn.Module):
         """Prompts -> one row each, in the model's dtype; the empty prompt by the family's rule."""
         return self.towers(prompts).map(lambda x: x.to(self.dtype))
 
-    def project(self, conditioning: Conditioning) -> ProjectedContext | EmbeddedText:
+    def project(self, conditioning: Conditioning) -> ProjectedContext:
         """Keys and values of the text for every layer of the UNet, to be reused over steps, and its vector."""
         return self.unet.project_context(conditioning.states, conditioning.vector)
 
-    def predict(
-        self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext | EmbeddedText
-    ) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | float, conditioning: Conditioning | ProjectedContext) -> Tensor:
         """The schedule's own prediction, epsilon or a velocity (B, c, h, w), for noisy latents x at timestep t (a
-        number or (B,)).
-
-        The network works in its own precision; the prediction is computed, and returned, in that of x.
-        """
+        number or (B,)). The network works in its own precision; the prediction is computed in that of x."""
         if isinstance(conditioning, Conditioning):
             conditioning = self.project(conditioning.expand(len(x)))
         self.evaluations += len(x)

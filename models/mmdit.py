@@ -2,13 +2,11 @@
 
 Text and image are two sequences with weights of their own, which meet in one attention. The timestep and the pooled
 text act by modulation: adaptive layer norms (Peebles & Xie 2023, arXiv 2212.09748). Stable Diffusion 3.5 adds norms of
-queries and keys, and in its medium size a second attention of the image alone. The named sizes stand at the end.
-"""
+queries and keys, and in its medium size a second attention of the image alone. The named sizes stand at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
 from models.attention import Attention
-from models.unet import timestep_embedding
+from models.unet import ProjectedContext, mlp, timestep_embedding
 
 HEAD = 64  # channels per head
-
-
-@dataclass
-class EmbeddedText:
-    """A text as the blocks take it, which depends on neither x nor t; see `MMDiT.project_context`."""
-
-    tokens: Tensor  # (B, L, dim)
-    vector: Tensor  # (B, dim)
-
-
-def mlp(n_in: int, n_hidden: int, n_out: int, activation: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(n_in, n_hidden), activation, nn.Linear(n_hidden, n_out))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -62,8 +48,7 @@ class Branch(nn.Module):
         x = x + gate attention(modulate(x)) [+ gate' attention'(modulate'(x)), where `dual`]
         x = x + gate MLP(modulate(x))
 
-    The text's branch of the last block only gives keys and values (`last`): nothing reads the text after it.
-    """
+    The text's branch of the last block only gives keys and values (`last`): nothing reads the text after it."""
 
     def __init__(self, dim: int, qk_norm: bool, dual: bool = False, last: bool = False):
         super().__init__()
@@ -106,8 +91,7 @@ class MMDiT(nn.Module):
     """x (B, in_channels, h, w), t (B,) or a scalar in [0, 1000], the text -> the velocity (B, in_channels, h, w).
 
     h and w must be multiples of `patch`, up to patch * max_positions; InputError beyond. The embeddings of positions
-    come with the weights. The switch `gradient_checkpointing` and `attention` are those of the UNet.
-    """
+    come with the weights. The switch `gradient_checkpointing` and `attention` are those of the UNet."""
 
     def __init__(
         self,
@@ -136,9 +120,9 @@ class MMDiT(nn.Module):
         modulation, linear = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim)), nn.Linear(dim, patch**2 * in_channels)
         self.final_layer = nn.ModuleDict({"adaLN_modulation": modulation, "linear": linear})
 
-    def project_context(self, states: Tensor, vector: Tensor) -> EmbeddedText:
+    def project_context(self, states: Tensor, vector: Tensor) -> ProjectedContext:
         """Text states (B, L, context_dim) and pooled text (B, vector_dim) -> what each step needs of them."""
-        return EmbeddedText(self.context_embedder(states), self.vector_embed(vector))
+        return ProjectedContext(self.context_embedder(states), self.vector_embed(vector))
 
     def positions(self, h: int, w: int) -> Tensor:
         """The embeddings of h x w patches, cut from the centre of the square: (1, h w, dim)."""
@@ -149,12 +133,12 @@ class MMDiT(nn.Module):
         square = rearrange(self.pos_embed, "1 (h w) c -> 1 h w c", h=side)
         return square[:, top : top + h, left : left + w].flatten(1, 2)
 
-    def forward(self, x: Tensor, t: Tensor | float, text: EmbeddedText, pixels: object = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, text: ProjectedContext, pixels: object = None) -> Tensor:
         h, w = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         c = self.time_embed(timestep_embedding(t, 256).to(x.dtype)) + text.vector
         image = rearrange(self.x_embedder(x), "b c h w -> b (h w) c") + self.positions(h, w)
-        context = text.tokens
+        context = text.states
         for block in self.joint_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 context, image = checkpoint(block, context, image, c, use_reentrant=False, preserve_rng_state=False)

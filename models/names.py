@@ -4,8 +4,7 @@ Two layouts are in use: the original release's single file, and the model hub's 
 network. No key means one thing in one and another in the other, so a table has the rules of both. A rule is a regular
 expression and its replacement; a key, less its prefix, passes through all rules of its table, in order. A name of ours
 begins with the part that stores it. A new family has named sizes at the end of its networks' files, prefixes and rules
-here, and an entry in `FAMILIES`.
-"""
+here, and an entry in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -24,9 +23,8 @@ from models.unet import SD1, SD2, SDXL
 NETWORK = [  # MMDiT and UNet
     (r"^x_embedder\.proj\.|^pos_embed\.proj\.", "x_embedder."),
     (r"^pos_embed\.pos_embed", "pos_embed"),
-    (r"^t_embedder\.mlp\.|^time_text_embed\.timestep_embedder\.", "time_embed."),
+    (r"^t_embedder\.mlp\.|^time_text_embed\.timestep_embedder\.|^time_embedding\.", "time_embed."),
     (r"^y_embedder\.mlp\.|^time_text_embed\.text_embedder\.|^label_emb\.0\.|^add_embedding\.", "vector_embed."),
-    (r"^time_embedding\.", "time_embed."),
     (r"_embed\.linear_1\.", "_embed.0."),
     (r"_embed\.linear_2\.", "_embed.2."),
     (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
@@ -62,8 +60,7 @@ AUTOENCODER = [
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
     (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
     (r"\.attn_1\.(to_out\.0|proj_attn|proj_out)\.", ".attn_1.to_out."),
-    (r"\.attn_1\.(q)uery\.|\.attn_1\.(k)ey\.|\.attn_1\.(v)alue\.", r".attn_1.to_\1\2\3."),  # until 2023
-    (r"\.attn_1\.(q|k|v)\.", r".attn_1.to_\1."),
+    (r"\.attn_1\.(q(?=uery)|k(?=ey)|v(?=alue)|[qkv](?=\.))\w*\.", r".attn_1.to_\1."),  # query, key, value until 2023
     (r"\.down_blocks\.(\d+)\.", r".down.\1."),
     (r"\.resnets\.", ".block."),
     (r"\.(down|up)sample(\.|rs\.0\.)conv\.", ".resample.conv."),
@@ -165,8 +162,7 @@ def renamed(key: str, sizes: Mapping[str, Any]) -> str | None:
     """Our name for a key of a single file, or "FOLDER/KEY" of a hub folder; None for one outside the networks.
 
     `sizes` of the whole model: a hub folder numbers blocks within levels, and its decoder's levels from the coarsest;
-    ours are numbered one after the other, and from the finest.
-    """
+    ours are numbered one after the other, and from the finest."""
     prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
     if prefix is None or re.search(NO_WEIGHTS, key):
         return None
@@ -242,10 +238,7 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it. A
-    Stable Diffusion 3 needs none."""
-    if any(key.startswith("model.diffusion_model.joint_blocks.") for key in tensors):
-        return {}
+    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it."""
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
     alpha_bars = tensors.get("alphas_cumprod")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from errors import InputError
 
-END, PADDING = 1, 0
+BUCKETS, FURTHEST = 32, 128  # of the distances between tokens
 
 
 class Block(nn.Module):
@@ -43,8 +43,7 @@ class T5(nn.Module):
     """Prompts to states (B, context_length, width), padding included: Stable Diffusion 3 masks nothing.
 
     float16 overflows in it; it works in bfloat16 or float32. `tokenizer` is a sentencepiece model, needed for prompts
-    but not for ids.
-    """
+    but not for ids."""
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class T5(nn.Module):
         super().__init__()
         self.width, self.context_length, self.tokenizer = width, context_length, None
         self.token_embedding = nn.Embedding(vocab_size, width)
-        self.position_bias = nn.Embedding(32, heads)  # by buckets of distance; all layers share it
+        self.position_bias = nn.Embedding(BUCKETS, heads)  # by buckets of distance; all layers share it
         self.blocks = nn.ModuleList(Block(width, heads, head_width, hidden) for _ in range(layers))
         self.norm_out = nn.RMSNorm(width, eps=1e-6)
 
@@ -68,17 +67,16 @@ class T5(nn.Module):
         there is no tokenizer, or no library for it."""
         if self.tokenizer is None:
             raise InputError("T5 has no tokenizer: give model.tokenizer=PATH, the spiece.model of a hub folder")
-        ids = torch.full((len(prompts), self.context_length), PADDING)
+        ids = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = [*self.tokenizer.encode(prompt)[: self.context_length - 1], END]
+            tokens = [*self.tokenizer.encode(prompt)[: self.context_length - 1], 1]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Ids (B, L) -> states (B, L, width)."""
         x = self.token_embedding(ids.to(self.token_embedding.weight.device))
-        bias = self.position_bias(relative_buckets(ids.shape[1], x.device))
-        bias = rearrange(bias, "i j h -> 1 h i j").contiguous()
+        bias = self.position_bias(relative_buckets(ids.shape[1], x.device)).permute(2, 0, 1)[None].contiguous()
         for block in self.blocks:
             x = block(x, bias)
         return self.norm_out(x)
@@ -87,13 +85,13 @@ class T5(nn.Module):
         return self.encode_tokens(self.tokenize(prompts))
 
 
-def relative_buckets(length: int, device: torch.device | None = None, buckets: int = 32, furthest: int = 128) -> Tensor:
+def relative_buckets(length: int, device: torch.device) -> Tensor:
     """The bucket of each key j's distance from each query i, (length, length). Half of the buckets are for keys behind
-    (j > i); in each half, one for each of the first 8 distances, then ever wider ones up to `furthest`."""
+    (j > i); in each half, one for each of the first 8 distances, then ever wider ones up to `FURTHEST`."""
     places = torch.arange(length, device=device)
-    distance, half = places[None] - places[:, None], buckets // 2
+    distance, half = places[None] - places[:, None], BUCKETS // 2
     exact, far = half // 2, distance.abs().clamp(min=1).float()
-    wide = exact + (far / exact).log() / math.log(furthest / exact) * (half - exact)
+    wide = exact + (far / exact).log() / math.log(FURTHEST / exact) * (half - exact)
     near = distance.abs() < exact
     return half * (distance > 0) + torch.where(near, distance.abs(), wide.long().clamp(max=half - 1))
 

@@ -1,8 +1,7 @@
 """Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer.
 
 `TextEncoder` turns prompts into the hidden states that condition the network; `TextTowers` joins those of a family that
-has several. `Clip` adds the image tower, for the contrastive training of both, for losses and for scores.
-"""
+has several. `Clip` adds the image tower, for the contrastive training of both, for losses and for scores."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ class TextEncoder(nn.Module):
     one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that a small model
     carries no rows that were never trained. Without one, a tower of n embeddings knows the first n - 514 of the
     tokenizer's merges, and begins and ends prompts with n - 2 and n - 1. `added_tokens` are words of their own, such as
-    textual inversion learns, and their ids, which follow the others.
-    """
+    textual inversion learns, and their ids, which follow the others."""
 
     def __init__(
         self,
@@ -70,8 +68,11 @@ class TextEncoder(nn.Module):
             self._tokenizer.bpe_ranks = {pair: rank for pair, rank in ranks.items() if rank < self.begin - 512}
         ids = torch.full((len(prompts), self.context_length), self.pad_token, dtype=torch.long)
         room = self.context_length - 2
+        added = "|".join(map(re.escape, sorted(self.added_tokens, key=len, reverse=True)))  # "<cat>_1" before "<cat>"
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self._encode(prompt)
+            tokens = []
+            for piece in re.split(f"({added or '(?!)'})", prompt):
+                tokens += [self.added_tokens[piece]] if piece in self.added_tokens else self._tokenizer.encode(piece)
             if len(tokens) > room:
                 warnings.warn(f"the prompt has {len(tokens)} tokens and is cut to {room}: {prompt!r}", stacklevel=2)
                 tokens = tokens[:room]
@@ -81,13 +82,6 @@ class TextEncoder(nn.Module):
             row[: len(tokens) + 2] = torch.tensor([self.begin, *tokens, self.end])
         return ids
 
-    def _encode(self, prompt: str) -> list[int]:
-        """The prompt's ids, without begin and end."""
-        added = sorted(self.added_tokens, key=len, reverse=True)  # "<cat>_1" before "<cat>"
-        pieces = re.split(f"({'|'.join(map(re.escape, added))})", prompt) if added else [prompt]
-        ids = ([self.added_tokens[p]] if p in self.added_tokens else self._tokenizer.encode(p) for p in pieces)
-        return [token for piece in ids for token in piece]
-
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Tokenizer ids (B, L) -> hidden states (B, L, C)."""
         return self.condition(ids).states
@@ -95,9 +89,8 @@ class TextEncoder(nn.Module):
     def condition(self, ids: Tensor) -> Conditioning:
         """Tokenizer ids (B, L) -> hidden states (B, L, C), and the vector (B, D) or None."""
         tower = self.tower
-        rows = ids = ids.to(tower.positional_embedding.device)
-        if self.vocabulary is not None:
-            rows = compact(ids, self.vocabulary)
+        ids = ids.to(tower.positional_embedding.device)
+        rows = ids if self.vocabulary is None else compact(ids, self.vocabulary)
         last = tower.token_embedding(rows) + tower.positional_embedding[: ids.shape[1]]
         mask = tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(last.dtype)
         for block in tower.transformer.resblocks:
@@ -119,9 +112,7 @@ class TextEncoder(nn.Module):
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """CLIP's text feature: the state at the end token, projected and normalised. (B, L, C), (B, L) -> (B, D).
-
-        Raises InputError where the tower has no projection or conditions on another layer than CLIP's own.
-        """
+        Raises InputError where the tower has no projection or conditions on another layer than CLIP's own."""
         projection = getattr(self.tower, "text_projection", None)
         if projection is None or self.hidden_layer != "last":
             raise InputError("this model has no CLIP text projection: set the weight of the CLIP term to 0")
@@ -143,16 +134,13 @@ class TextTowers(nn.ModuleDict):
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         given = [tower(prompts) for name, tower in self.items() if name != "t5"]
         vectors = [each.vector for each in given if each.vector is not None]
-        joined = Conditioning(
-            torch.cat([each.states for each in given], -1), torch.cat(vectors, -1) if vectors else None
-        )
+        states = torch.cat([each.states for each in given], -1)
         if self.width:
-            states = F.pad(joined.states, (0, self.width - joined.states.shape[-1]))
+            states = F.pad(states, (0, self.width - states.shape[-1]))
             more = self["t5"](prompts).to(states) if "t5" in self else states.new_zeros(len(states), 256, self.width)
-            return Conditioning(torch.cat([states, more], dim=1), joined.vector)
-        if not self.zeros:
-            return joined
-        empty = torch.tensor([not prompt.strip() for prompt in prompts], device=joined.states.device)
+            states = torch.cat([states, more], dim=1)
+        empty = torch.tensor([self.zeros and not prompt.strip() for prompt in prompts], device=states.device)
+        joined = Conditioning(states, torch.cat(vectors, -1) if vectors else None)
         return joined.map(lambda x: x.masked_fill(empty.view(-1, *[1] * (x.ndim - 1)), 0))
 
 
@@ -212,15 +200,11 @@ def build_text(
     **how: Any,
 ) -> TextEncoder:
     """A text encoder of the given sizes; `how` it encodes is explained there."""
-    from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
+    from open_clip.transformer import QuickGELU, TextTransformer
 
-    tower = TextTransformer(
-        vocab_size=vocab_size if vocabulary is None else len(vocabulary) + 2,
-        output_dim=embed_dim,
-        act_layer=QuickGELU if quick_gelu else nn.GELU,
-        norm_layer=LayerNorm,
-        **dict(width=width, heads=heads, layers=layers, context_length=context_length),
-    )
+    size = vocab_size if vocabulary is None else len(vocabulary) + 2
+    activation = QuickGELU if quick_gelu else nn.GELU
+    tower = TextTransformer(context_length, size, width, heads, layers, output_dim=embed_dim, act_layer=activation)
     with torch.device("cpu"):  # even while the weights are on the meta device: no file will bring the mask
         tower.attn_mask = tower.build_causal_mask()
     return TextEncoder(tower, vocabulary=vocabulary, **how)
@@ -228,16 +212,13 @@ def build_text(
 
 def build_clip(text: TextEncoder, embed_dim: int, image_size: int, patch: int, **sizes: int) -> Clip:
     """`text` beside an open_clip vision transformer of the given sizes: `width`, `heads`, `layers`."""
-    from open_clip.transformer import LayerNorm, VisionTransformer
+    from open_clip.transformer import VisionTransformer
 
-    visual = VisionTransformer(image_size, patch, mlp_ratio=4.0, output_dim=embed_dim, norm_layer=LayerNorm, **sizes)
-    return Clip(visual, text, image_size)
+    return Clip(VisionTransformer(image_size, patch, mlp_ratio=4.0, output_dim=embed_dim, **sizes), text, image_size)
 
 
-# Named sizes: the text tower of OpenAI's CLIP ViT-L/14 (Stable Diffusion 1.x), and OpenCLIP's ViT-H/14 without its last
-# layer (2.x), which has no part in the states of the second-to-last one; and SDXL's two (Podell et al., 2023), of which
-# the second is OpenCLIP's ViT-bigG/14. Later families go below.
-
+# Named sizes: the text tower of OpenAI's CLIP ViT-L/14 (Stable Diffusion 1.x); OpenCLIP's ViT-H/14 without its last
+# layer (2.x), which has no part in the states of the second-to-last one; SDXL's two, the second OpenCLIP's ViT-bigG/14.
 CLIP_L = dict(width=768, heads=12, layers=12, quick_gelu=True, hidden_layer="last", pad_token="end")
 OPEN_CLIP_H = dict(width=1024, heads=16, layers=23, quick_gelu=False, hidden_layer="last", pad_token=0)
 SDXL_CLIP_L = CLIP_L | dict(hidden_layer="penultimate", final_norm=False)

@@ -1,8 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x, 2.x and XL are sizes.
 
 Module names follow the released checkpoints, so that the few rules in `models/names.py` carry weights over. The named
-sizes stand at the end.
-"""
+sizes stand at the end."""
 
 from __future__ import annotations
 
@@ -25,10 +24,11 @@ SIZE_CHANNELS = 256  # sinusoids of each of the picture's sizes
 
 @dataclass
 class ProjectedContext:
-    """The text's keys and values for every cross-attention layer, in the layers' order; see `project_context`."""
+    """What a network's steps need of a text, which depends on neither x nor t; see `project_context`."""
 
-    kv: list[tuple[Tensor, Tensor]]  # each (B, heads, L, d)
-    vector: Tensor | None = None  # (B, D), of a network that has `vector_dim`
+    states: list[tuple[Tensor, Tensor]] | Tensor  # keys and values of each cross-attention, in the layers' order, each
+    # (B, heads, L, d); or an MMDiT's tokens (B, L, dim)
+    vector: Tensor | None = None  # (B, D), of a network that takes one
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -46,8 +46,8 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=eps)
+def mlp(n_in: int, n_hidden: int, n_out: int, activation: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_in, n_hidden), activation, nn.Linear(n_hidden, n_out))
 
 
 class ResBlock(nn.Module):
@@ -56,10 +56,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None = None, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = group_norm(in_channels, eps)
+        self.norm1 = nn.GroupNorm(32, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels) if time_dim else None
-        self.norm2 = group_norm(out_channels, eps)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -131,8 +131,8 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_dim: int, depth: int, attention: Attention, slot: int):
         super().__init__()
-        self.slot = slot  # place of the first block's keys and values in ProjectedContext.kv; the others follow
-        self.norm = group_norm(channels, eps=1e-6)
+        self.slot = slot  # place of the first block's keys and values in ProjectedContext.states; the others follow
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, channels // heads, context_dim, attention) for _ in range(depth)
@@ -142,7 +142,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
         y = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for i, block in enumerate(self.transformer_blocks):
-            y = block(y, context.kv[self.slot + i])
+            y = block(y, context.states[self.slot + i])
         return x + rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=x.shape[-2])
 
 
@@ -168,8 +168,7 @@ class UNet(nn.Module):
     shared by all attention layers. Raises InputError where the widths cannot be split into the heads.
 
     With `vector_dim`, the text's vector and six sizes of the picture are embedded and added to the time's embedding
-    (Podell et al., 2023, arXiv 2307.01952, section 2.2): `pixels`, the picture's (height, width), and no crop.
-    """
+    (Podell et al., 2023, arXiv 2307.01952, section 2.2): `pixels`, the picture's (height, width), and no crop."""
 
     def __init__(
         self,
@@ -186,7 +185,7 @@ class UNet(nn.Module):
         vector_dim: int | None = None,  # width of the text's vector, plus 6 * SIZE_CHANNELS (SDXL); None: takes none
     ):
         super().__init__()
-        levels = len(channel_mult)
+        levels, widths = len(channel_mult), [mult * model_channels for mult in channel_mult]
         attention_levels = range(levels - 1) if attention_levels is None else attention_levels
         self.model_channels = model_channels
         self.downsampling = 2 ** (levels - 1)
@@ -203,46 +202,38 @@ class UNet(nn.Module):
             slot = sum(isinstance(m, CrossAttention) for m in self.modules())
             return SpatialTransformer(c, heads, context_dim, depth, self.attention, slot)
 
-        def embedding(dim: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        def blocks(before: int, level: int) -> list[nn.Module]:
+            layers = [ResBlock(before, widths[level], time_dim)]
+            return [*layers, transformer(widths[level], level)] if level in attention_levels else layers
 
-        self.time_embed = embedding(model_channels)
-        self.vector_embed = embedding(vector_dim) if vector_dim else None
+        self.time_embed = mlp(model_channels, time_dim, time_dim, nn.SiLU())
+        self.vector_embed = mlp(vector_dim, time_dim, time_dim, nn.SiLU()) if vector_dim else None
 
-        channels = model_channels
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
-        skips = [channels]
-        for level, mult in enumerate(channel_mult):
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
+        skips = [model_channels]
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers = [ResBlock(channels, mult * model_channels, time_dim)]
-                channels = mult * model_channels
-                if level in attention_levels:
-                    layers.append(transformer(channels, level))
-                self.input_blocks.append(Stage(*layers))
-                skips.append(channels)
+                self.input_blocks.append(Stage(*blocks(skips[-1], level)))
+                skips.append(width)
             if level < levels - 1:
-                self.input_blocks.append(Stage(Downsample(channels)))
-                skips.append(channels)
+                self.input_blocks.append(Stage(Downsample(width)))
+                skips.append(width)
 
         self.middle_block = Stage(
-            ResBlock(channels, channels, time_dim),
-            transformer(channels, levels - 1),
-            ResBlock(channels, channels, time_dim),
+            ResBlock(width, width, time_dim), transformer(width, levels - 1), ResBlock(width, width, time_dim)
         )
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level in reversed(range(levels)):
             for i in range(num_res_blocks + 1):
-                layers = [ResBlock(channels + skips.pop(), mult * model_channels, time_dim)]
-                channels = mult * model_channels
-                if level in attention_levels:
-                    layers.append(transformer(channels, level))
+                layers = blocks(width + skips.pop(), level)
+                width = widths[level]
                 if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(channels))
+                    layers.append(Upsample(width))
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            group_norm(channels, eps=1e-5), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, width, eps=1e-5), nn.SiLU(), zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
         )
 
     def project_context(self, context: Tensor, vector: Tensor | None = None) -> ProjectedContext:

@@ -76,7 +76,9 @@ def test_output_and_gradients_agree_with_float64(shape, layout, dtype):
 def test_q_k_and_v_of_one_projection_are_read_as_they_lie_and_heads_join_without_a_copy():
     projection = torch.randn(2, 20, 3 * 2 * 40, device=DEVICE)
     q, k, v = rearrange(projection, "b n (three h d) -> three b h n d", three=3, h=2)
-    assert fused._strides(q, k, v)[0] == 8  # rows that the compiler knows to begin at multiples of 16 bytes
+    assert (
+        fused._plan(q, k, v, 1)[0][-2] == 8
+    )  # the unit: rows that the compiler knows to begin at multiples of 16 bytes
     o = fused.fused_attention(q, k, v)
     assert rearrange(o, "b h n d -> b n (h d)").data_ptr() == o.data_ptr()
     assert torch.equal(o, fused.fused_attention(q.contiguous(), k.contiguous(), v.contiguous()))

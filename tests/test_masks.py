@@ -24,10 +24,10 @@ class Mine(Method):
     def edit(self, model, task, z, run):
         trajectory = self.sampler.trajectory(model.schedule).tail(0.5)
         x = model.schedule.add_noise(z, noise_like(z, run.noise("start")), int(trajectory.timesteps[0]))
-        yield {}, ddim.sample(guided(model, task.prompt, 2.0), x, trajectory, eta=1.0, generator=run.noise("sampling"))
+        yield {}, self.sampler.sample(guided(model, task.prompt, 2.0), x, trajectory, run.noise("sampling"))
 
 
-ALL = METHODS | {"mine": Mine(DDIM)}
+ALL = METHODS | {"mine": Mine(replace(DDIM, eta=1.0))}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods.base import OPTIMIZERS, Method, Run, minimise
+from methods.base import OPTIMIZERS, Run, minimise
 from methods.ddim_inversion import DDIMInversion
 from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
@@ -18,11 +18,6 @@ from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit
 from samplers import Sampler
-
-
-def descend(loss, params, *how):
-    """Minimise one term; `how` is steps, learning rate and perhaps more."""
-    return minimise(lambda: {"term": loss()}, params, Run(), "fit", *how)["loss"]
 
 
 def fit(dtype, optimizer, lean):
@@ -61,7 +56,8 @@ def test_the_optimisers_update_rules():
 
     def run(optimizer, steps, lr, dtype=torch.float32):
         x = torch.tensor([2.0], dtype=dtype)
-        return descend(lambda: (x**2).sum(), [x], steps, lr, optimizer), float(x.detach())
+        curves = minimise(lambda: {"square": (x**2).sum()}, [x], Run(), "fit", steps, lr, optimizer)
+        return curves["loss"], float(x.detach())
 
     assert run("sgd", 5, 0.1)[0] == pytest.approx(losses, rel=1e-5) and run("sgd", 5, 0.1)[1] == pytest.approx(p)
     assert run("adam", 1, 0.1)[1] == pytest.approx(1.9, rel=1e-5)  # Adam's first step is lr long
@@ -74,7 +70,7 @@ def test_the_optimisers_update_rules():
 def test_no_parameter_moves_for_a_loss_that_is_not_finite(lean, value):
     p = torch.ones(3)
     with pytest.raises(InputError, match="'fit' at step 0"):
-        descend(lambda: p.sum() * value, [p], 3, 0.1, "adam", lean)
+        minimise(lambda: {"loss": p.sum() * value}, [p], Run(), "fit", 3, 0.1, "adam", lean)
     assert torch.equal(p, torch.ones(3)) and p.grad is None and not p._post_accumulate_grad_hooks
 
 
@@ -84,17 +80,12 @@ def test_noise_depends_on_seed_and_stage_alone():
     assert torch.equal(draws[0], torch.randn(4, generator=Run(0).noise("a")))
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_picture_that_is_not_finite_is_refused(tiny_model, task, edit, monkeypatch, value):
+def test_a_picture_that_is_not_finite_is_refused(tiny_model, task, edit, monkeypatch):
     """Clamped first, an infinite one would pass for white."""
-
-    class Nothing(Method):
-        def edit(self, model, task, z, run):
-            yield {}, z
-
-    monkeypatch.setattr(tiny_model, "decode_latents", lambda z: torch.full((1, 3, 4, 4), value))
-    with pytest.raises(InputError, match="NaN or infinite"):
-        edit(Nothing(), tiny_model, task)
+    for value in (math.inf, math.nan):
+        monkeypatch.setattr(tiny_model, "decode_latents", lambda z, value=value: torch.full((1, 3, 4, 4), value))
+        with pytest.raises(InputError, match="NaN or infinite"):
+            edit(SDEdit(Sampler(steps=1)), tiny_model, task)
 
 
 KINDS = [Imagic, DirectInversion, SDEdit, DDIMInversion, DDPMInversion, PromptToPrompt, MasaCtrl, PlugAndPlay, NullText]

@@ -103,7 +103,7 @@ def test_unet_topologies(heads):
                 transformer_depth=2, attention_levels=[0, 2])  # fmt: skip
     out = unet(torch.randn(2, 4, 8, 12), torch.tensor([1, 2]), torch.randn(2, 5, 16))
     assert out.shape == (2, 4, 8, 12) and not out.any()
-    assert len(unet.project_context(torch.randn(1, 5, 16)).kv) == 2 * (2 + 2 + 1 + 3 + 3)
+    assert len(unet.project_context(torch.randn(1, 5, 16)).states) == 2 * (2 + 2 + 1 + 3 + 3)
 
 
 def test_autoencoder_shapes_scale_and_posterior(tiny_model):
