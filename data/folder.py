@@ -19,8 +19,6 @@ from data.images import FITS, read_image
 from data.tables import read_rows, read_text
 from errors import InputError
 
-SPLITS = ("train", "heldout")
-
 
 class Folder:
     """Every epoch is another permutation of the pictures; item i depends on (split, size, seed, i) alone. `held_out` is
@@ -31,20 +29,20 @@ class Folder:
     def __init__(self, path: str | Path, split="train", size: int = 64, seed: int = 0, fit="crop", held_out=0.0):
         if fit not in FITS or not 0 <= held_out < 1:
             raise InputError(f"data.fit={fit} must be one of {', '.join(FITS)}; data.held_out={held_out} in [0, 1)")
-        self.size, self.seed, self.fit, self.split = size, seed, fit, split
+        self.size, self.seed, self.fit, self.heldout = size, seed, fit, split == "heldout"
         self.folder = Path(str(path)).expanduser()
         self.captions = read_captions(self.folder)
         self.names = sorted(self.captions)
         if held_out:
             by_hash = sorted(self.names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
             count = min(max(round(len(by_hash) * held_out), 1), len(by_hash) - 1)
-            self.names = sorted(by_hash[:count] if split == "heldout" else by_hash[count:])
+            self.names = sorted(by_hash[:count] if self.heldout else by_hash[count:])
         if not self.names:
             raise InputError(f"data.path={path}: one captioned picture is too few to hold any out; data.held_out=0")
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         epoch, place = divmod(i, len(self.names))
-        order = np.random.default_rng([self.seed, SPLITS.index(self.split), epoch]).permutation(len(self.names))
+        order = np.random.default_rng([self.seed, int(self.heldout), epoch]).permutation(len(self.names))
         name = self.names[order[place]]
         image = read_image(self.folder / name, self.size, self.fit)[0]
         return {"image": ((image + 1) * 127.5).round().to(torch.uint8), "caption": self.captions[name]}
