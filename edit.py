@@ -43,7 +43,6 @@ def edit(
 
     import models
     from data.images import find
-    from data.tasks import Entry
     from evaluation import runner
     from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
@@ -97,7 +96,7 @@ def edit(
     kernels = [cfg.attention, channels_last, cfg.compile, cfg.deterministic]
     editor = runner.Editor(model, method, choices.method, metrics, cache, logger, kernels, fingerprint)
 
-    def edit_one(entry: Entry, place: Path, seed: int) -> tuple[list[dict], dict]:
+    def edit_one(entry, place: Path, seed: int) -> tuple[list[dict], dict]:
         task = source.load(entry, size, multiple).to(device)
         task.feather = cfg.mask_feather if cfg.mask_pixels else None
         return editor.edit_task(task, place, seed, alone=source.single)

@@ -20,15 +20,12 @@ PIE_TYPES = (
     "random", "change_object", "add_object", "delete_object", "change_content", "change_pose", "change_color",
     "change_material", "change_background", "change_style",
 )  # fmt: skip
-FIELDS = (
-    "image", "prompt", "source_prompt", "negative_prompt", "blend_word", "mask", "truth", "category", "name",
-)  # fmt: skip
 
 
 class ListOfEdits(Tasks):
     """The user's own list: a .csv file with a header, or .jsonl with one object a line. Each edit has an `image` and a
-    `prompt`, and others of the FIELDS; conf/task/folder.yaml explains them. Raises InputError, naming the line, for a
-    list that is broken."""
+    `prompt`, and others of an Entry's fields; conf/task/folder.yaml explains them. Raises InputError, naming the line,
+    for a list that is broken."""
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         file = Path(str(path or "")).expanduser()
@@ -37,8 +34,8 @@ class ListOfEdits(Tasks):
         entries = {}
         for i, (place, row) in enumerate(read_rows(file)):
             for name, value in row.items():
-                if name not in FIELDS or isinstance(value, (list, dict)):
-                    raise InputError(f"{place}: {name} must be one text, and one of {', '.join(FIELDS)}")
+                if name not in Entry.__annotations__ or isinstance(value, (list, dict)):
+                    raise InputError(f"{place}: {name} must be one text, and one of {', '.join(Entry.__annotations__)}")
             texts = {name: str(value).strip() for name, value in row.items() if value not in (None, "")}
             if not texts.keys() >= {"image", "prompt"}:
                 raise InputError(f"{place}: image and prompt are needed")

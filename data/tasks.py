@@ -58,23 +58,15 @@ class Entry:
 class Tasks:
     """The chosen `entries`, and the `share` of them that this process edits.
 
-    `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
-    counted from 0; by default the processes of torchrun get one each. With `confine` the masks hold the edits, and do
-    not only serve metrics. Raises InputError for a wrong setting, where no task is left, and for a picture that is
-    missing or of another shape than its image.
-    """
+    `fit` crops, pads or stretches pictures to a square, or keeps their shape. `categories`, one or a list, keeps some
+    kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0; by default the
+    processes of torchrun get one each. With `confine` the masks hold the edits, and do not only serve metrics. Raises
+    InputError for a wrong setting, where no task is left, and for a picture that is missing or of another shape than
+    its image."""
 
     single = False  # True for one picture: its files go to the run's own folder
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        fit: str = "crop",  # crop, pad or stretch to a square, or keep the shape
-        categories: str | Sequence[str] | None = None,
-        limit: int | None = None,
-        shard: str | None = None,
-        confine: bool = False,
-    ):
+    def __init__(self, entries: Sequence[Entry], fit="crop", categories=None, limit=None, shard=None, confine=False):
         if fit not in (*FITS, "keep"):
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -94,12 +86,10 @@ class Tasks:
         for entry in self.entries:
             paths = {name: getattr(entry, name) for name in ("image", "mask", "truth")}
             check_shapes(entry, {name: size_of(path) for name, path in paths.items() if path})
-        index, count = 0, 1
-        if shard is not None:
-            parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
-            if not parts or not int(parts[1]) < int(parts[2]):
-                raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
-            index, count = map(int, parts.groups())
+        parts = re.fullmatch(r"(\d+)/(\d+)", "0/1" if shard is None else str(shard))
+        if not parts or not int(parts[1]) < int(parts[2]):
+            raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
+        index, count = map(int, parts.groups())
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
         self.share = self.entries[index::count][rank::world]
 

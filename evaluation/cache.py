@@ -54,10 +54,9 @@ class TuningCache:
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
-
         `determined_by`, in JSON's types, names all that the tensors depend on. Notes, in JSON's types too, are stored
-        beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be made.
-        """
+        beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be
+        made."""
         path = self.folder / f"{digest(json.dumps(determined_by, sort_keys=True))}.tuning.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,7 @@ from evaluation.config import CLONE
 # Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
 TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")
 
-LESS_IS_BETTER = (
-    "mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb",
-)  # fmt: skip
+LESS_IS_BETTER = ("mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -34,9 +34,7 @@ class Metrics:
     @torch.no_grad()
     def measure(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
         """Return every finite metric of an edited image (1, 3, H, W) for which the task and the model have the means.
-
-        Those `_to_truth` and `change_error` need a true result, those `_kept` a mask; `clip_metrics` says the rest.
-        """
+        Those `_to_truth` and `change_error` need a true result, those `_kept` a mask; `clip_metrics` says the rest."""
         others = {name: x.to(image) for name, x in (("input", task.image), ("truth", task.truth)) if x is not None}
         inside = None if task.mask is None else task.mask.to(image.device) > 0.5
         regions = {"": None} if inside is None or inside.all() else {"": None, "_kept": ~inside}
@@ -65,11 +63,9 @@ class Metrics:
 
 
 def change_error(image: Tensor, source: Tensor, truth: Tensor) -> float:
-    """Root-mean-square distance of an edit to the true result, over that of the input, within the changed region.
-
-    0 is the true result, 1 the input itself; NaN where the true result equals the input. The changed region is where
-    any channel of the two differs by more than rounding, 1.5 of 255 grey levels.
-    """
+    """Root-mean-square distance of an edit to the true result, over that of the input, within the changed region. 0 is
+    the true result, 1 the input itself; NaN where the true result equals the input. The changed region is where any
+    channel of the two differs by more than rounding, 1.5 of 255 grey levels."""
     changed = (truth - source).abs().amax(dim=1, keepdim=True) > 3 / 255
     return math.sqrt(mse(image, truth, changed) / mse(source, truth, changed)) if changed.any() else math.nan
 

@@ -32,11 +32,9 @@ HEADLINE = {  # the columns of tables, and their formats
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Read the rows of every run in or below `folder`.
-
-    `job` is the run's folder, "" for `folder` itself, and files are relative to `folder`. A failure counts only while
-    its task has no edit. A job that failed as a whole, or did not finish, is a row without a task.
-    """
+    """Read the rows of every run in or below `folder`. `job` is the run's folder, "" for `folder` itself, and files are
+    relative to `folder`. A failure counts only while its task has no edit. A job that failed as a whole, or did not
+    finish, is a row without a task."""
     found = {path.parent for path in folder.rglob("rows*.jsonl")}
     found |= {path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")}
     table = []
@@ -160,11 +158,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = None) -> str:
-    """Write the report on `rows` into `folder`, and return the text to print.
-
-    Any run gets results.csv, sheet.png and plots/; several `tasks` or jobs also table.md and index.html. `curves` are
-    the losses of tuning, {stage: {name: one value for each step}}.
-    """
+    """Write the report on `rows` into `folder`, and return the text to print. Any run gets results.csv, sheet.png and
+    plots/; several `tasks` or jobs also table.md and index.html. `curves` are the losses of tuning, {stage: {name: one
+    value for each step}}."""
     rows = labelled(rows)
     edited = rows["error"].isna()
     done, failed = rows["task"][edited].nunique(), rows["task"][~edited].nunique()

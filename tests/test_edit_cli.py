@@ -93,7 +93,6 @@ def test_one_picture(user):
     edits = {"edits/00_eta-0.4_sample-0.png", "edits/01_eta-0.8_sample-0.png"}
     files = {"input.png", "reconstruction.png", "tensors.safetensors", "rows.jsonl", "results.csv", "sheet.png"}
     assert files_of(folder) >= files | edits | {"plots/loss.png"}
-    assert all(Image.open(folder / name).size == (32, 32) for name in edits | {"input.png", "reconstruction.png"})
     assert Image.open(folder / "input.png").getpixel((16, 1)) == (255, 255, 255)  # a bar of fit=pad
     rows = rows_of(folder)
     assert [(row["edit.eta"], row["file"]) for row in rows] == [(0.4, min(edits)), (0.8, max(edits))]
@@ -138,14 +137,8 @@ def test_two_processes_share_a_list(user):
         run_here(user, folder, *shared, "seed=1")
 
 
-def test_a_mistake_is_one_line(user):
-    code, out, err = edit(user, *PHOTO, "method=imagick", "hydra.run.dir=wrong")
-    assert (code, out, len(err)) == (1, "", 1) and err[0].startswith("error: ") and "ddim_inversion" in err[0], err
-
-
-def test_more_mistakes_in_one_line(user, tmp_path):
-    """The same in one process, for speed: each is explained by a line that names the setting, before anything is
-    written."""
+def test_a_mistake_is_one_line(user, tmp_path):
+    """In one process, for speed: each is explained by a line that names the setting, before anything is written."""
     wrong = [
         "prompt=", "image=missing.png", "method.eta=1.5", "method.tuning_lr=abc", "sampler.steps=0", "fit=squash",
         "size=31", "seed=-1", "dtype=int8", "channels_last=maybe", "compile=fast", "deterministic=2", "device=tpu0",
@@ -237,6 +230,7 @@ def test_mistakes_are_told_from_defects():
     ("arguments", "words"),
     [
         (["dog.png", "a cat"], ["image=", "prompt="]),
+        ([*PHOTO, "method=imagick"], ["error: ", "ddim_inversion"]),
         (["prompt=a\udcff"], ["UTF-8"]),
         ([*PHOTO, "hydra.run.dir=/proc/none"], ["/proc/none"]),
         (["image=" + "n" * 300, "prompt=a cat"], ["nnn"]),
@@ -244,7 +238,7 @@ def test_mistakes_are_told_from_defects():
         ([*PHOTO, "cache.dir=photo.jpg/x"], ["photo.jpg"]),
     ],
 )
-def test_the_systems_errors_are_one_line(user, arguments, words):
+def test_any_error_is_one_line(user, arguments, words):
     if not (user / "pipe").exists():
         os.mkfifo(user / "pipe")
     code, out, err = edit(user, *arguments, *SHORT, "logger.mode=disabled")

@@ -27,11 +27,10 @@ def test_psnr_and_mse_in_closed_form():
     assert math.isnan(m.psnr(a * math.nan, a))
 
 
-@pytest.mark.parametrize("amount", [0.0, 0.1, 1.0])
-def test_ssim_is_that_of_torchmetrics(amount):
+def test_ssim_is_that_of_torchmetrics():
     reference = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
     a = F.interpolate(noise(0, 8), (24, 40), mode="bilinear")
-    b = (a + amount * F.interpolate(noise(1), (24, 40))).clamp(-1, 1)
+    b = (a + 0.1 * F.interpolate(noise(1), (24, 40))).clamp(-1, 1)
     expected = reference((a.double() + 1) / 2, (b.double() + 1) / 2, data_range=1.0).item()
     assert m.ssim(a, b) == pytest.approx(expected, abs=1e-6)
 
