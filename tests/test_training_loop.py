@@ -93,14 +93,6 @@ def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
         torch.testing.assert_close(whole, cut, atol=0, rtol=0)
 
 
-def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
-    _, lines = run(tmp_path, replace(SETTINGS, steps=300, log_every=1))
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 300 and sum(losses[-20:]) < 0.5 * sum(losses[:20])
-    assert {"loss", "abs", "lr", "grad_norm"} < lines[0].keys()
-    assert all(isinstance(value, int | float) for line in lines for value in line.values())
-
-
 def test_accumulation_equals_one_large_batch(tmp_path):
     run(tmp_path / "one", objective=Regression(noise=0))  # micro-batches draw their noise in other pieces
     run(tmp_path / "four", replace(SETTINGS, accumulate=4), Regression(noise=0))
@@ -122,6 +114,7 @@ def test_minutes_end_a_run_and_bend_its_cosine(tmp_path, monkeypatch):
     _, lines = run(tmp_path / "whole", settings, Regression(before=tick))
     rates = [line["lr"] for line in lines if "lr" in line]
     seconds = [0, *range(10)]  # at the start of each step
+    assert {"loss", "abs", "grad_norm"} < lines[0].keys()
     assert rates == pytest.approx([0.01 * (0.6 + 0.4 * math.cos(math.pi * s / 10)) for s in seconds])
     assert state(tmp_path / "whole")["step"] == 11
 
