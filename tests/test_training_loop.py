@@ -165,7 +165,7 @@ def test_numbers_out_of_range_are_refused(name):
     for value in (math.nan, math.inf, -1, "x"):
         with pytest.raises(InputError, match=rf"training\.{name}"):
             replace(SETTINGS, **{name: (0.9, value) if name == "betas" else value})
-    for setting in ({"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}, {"compile": 1}):
+    for setting in ({"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}, {"betas": (0.9, 1)}):
         with pytest.raises(InputError, match=next(iter(setting))):
             replace(SETTINGS, **setting)
 
@@ -189,6 +189,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_learning_rate_and_average_are_their_formulas():
+    assert replace(SETTINGS, minutes=0.0).progress(1, 0.1) == 1  # no time is no error
     s = replace(SETTINGS, steps=100, lr=2.0, warmup=10, min_lr=0.1)
     assert s.learning_rate(0, 0) == pytest.approx(0.2)
     assert s.learning_rate(50, 0) == pytest.approx(2.0 * 0.55)
