@@ -275,7 +275,7 @@ def run(folder, spiece, *arguments):
         cfg = hydra.compose("edit", ["model=sd35_medium", *files, "cache.enabled=false", *given, *arguments])
     with open_dict(cfg):
         cfg.model.arch = WITH_T5
-    assert command.edit(cfg, folder, "a method")[1] == 0
+    assert command.edit(cfg, folder, types.SimpleNamespace(method="a method", family=None))[1] == 0
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 from pathlib import Path
 
 import hydra
@@ -148,7 +149,7 @@ def test_every_method_edits_with_it(tmp_path, monkeypatch):
             name, out = method.removeprefix("method="), tmp_path / str(number)
             cfg = hydra.compose("edit", ["model=sdxl", method, *given, *own, *few.get(name, [])])
             if name != "flowedit":  # of flow models
-                assert command.edit(cfg, out, name)[1] == 0, (method, own)
+                assert command.edit(cfg, out, types.SimpleNamespace(method=name, family=None))[1] == 0, (method, own)
                 (picture,) = out.glob("edits/*.png")
                 assert Image.open(picture).size == (40, 24)
 
