@@ -250,9 +250,6 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) 
     return state
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------
-
-
 def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[str, Any]:
     """The sizes of a family, then those that the checkpoint states, then the user's `arch`, where null says nothing.
     Raises InputError for an unknown section, for a prediction that the checkpoint contradicts, and for none."""
@@ -289,10 +286,7 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     prediction = scheduler.get("prediction_type", "epsilon")  # 1.4's has none
     if prediction not in PREDICTIONS:
         raise InputError("its scheduler is not supported: epsilon or v_prediction")
-    widths = network["block_out_channels"]
     stated["unet"] |= {
-        "model_channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
         "attention_levels": [i for i, kind in enumerate(network["down_block_types"]) if "CrossAttn" in kind],
         # "attention_head_dim" is, against its name, the number of heads, in all levels or in each.
         "num_heads": network.get("num_attention_heads") or network["attention_head_dim"],
@@ -306,12 +300,10 @@ def taken(folder: str, content: Mapping) -> dict[str, Any]:
     """Our sizes among those of a config file in the hub's sub-folder."""
     table, widths = names.HUB_SIZES[folder][1].items(), content.get("block_out_channels")
     found = {ours: content[theirs] for theirs, ours in table if content.get(theirs) is not None}
-    if folder == "vae":
-        found |= {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths]}
+    if widths:
+        first, multiples = ("ch", "ch_mult") if folder == "vae" else ("model_channels", "channel_mult")
+        found |= {first: widths[0], multiples: [width // widths[0] for width in widths]}
     return found
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -326,9 +318,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file} cannot be read ({type(error).__name__}): {why}") from None
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     return {name: t for name, t in content.items() if isinstance(t, Tensor)}
-
-
-# --- the model hub -------------------------------------------------------------------------------------------------
 
 
 def weight_files(
@@ -372,16 +361,14 @@ def fetch(repo_id: str, half: bool = False) -> Path:
         raise InputError(f"{repo_id} is no path, and {why}, or name a downloaded folder") from None
 
 
-# --- this project's folder -----------------------------------------------------------------------------------------
-
-
 def save(model: LatentDiffusion, path: str | os.PathLike, dtype: torch.dtype | None = torch.float16) -> None:
     """Write the model's folder: weights in `dtype` (None: as they are), the config last."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         save_part(part_of(model, part), path, part, dtype)
-    write_config(model.config, path)
+    with whole_file(path / "config.json") as file:
+        file.write_text(json.dumps(model.config, indent=1) + "\n")
 
 
 def part_of(model: LatentDiffusion, part: str) -> nn.Module:
@@ -407,12 +394,8 @@ def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str
     save_part(module, path, part)
     stored = read_config(path) if (path / "config.json").exists() else {}
     own = {section: model.config[section] for section in SECTIONS_OF[part] if section in model.config}
-    write_config({**model.config, **stored, **own}, path)
-
-
-def write_config(config: Mapping, path: Path) -> None:
     with whole_file(path / "config.json") as file:
-        file.write_text(json.dumps(dict(config), indent=1) + "\n")
+        file.write_text(json.dumps({**model.config, **stored, **own}, indent=1) + "\n")
 
 
 def read_config(path: Path, file: str = "config.json") -> dict:

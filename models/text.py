@@ -1,7 +1,4 @@
-"""Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer.
-
-`TextEncoder` turns prompts into the hidden states that condition the network; `TextTowers` joins those of a family that
-has several. `Clip` adds the image tower, for the contrastive training of both, for losses and for scores."""
+"""Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer."""
 
 from __future__ import annotations
 
@@ -162,8 +159,8 @@ def compact_vocabulary(texts: Sequence[str]) -> Tensor:
 
 
 class Clip(nn.Module):
-    """An image tower beside a text encoder, with the learned temperature. Features are L2-normalised, (B, D), float32
-    with weights of any precision."""
+    """An image tower beside a text encoder, with the learned temperature: for contrastive training, losses and scores.
+    Features are L2-normalised, (B, D), float32 with weights of any precision."""
 
     def __init__(self, visual: nn.Module, text: TextEncoder, image_size: int, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()

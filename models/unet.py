@@ -285,8 +285,7 @@ class UNet(nn.Module):
 
 # Named sizes: of Stable Diffusion 1.x and of 2.x (Rombach et al., 2022), and of SDXL. Later families go below.
 
-LEVELS = dict(model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=2)
-SD1 = dict(**LEVELS, num_heads=8, context_dim=768)
-SD2 = dict(**LEVELS, num_head_channels=64, context_dim=1024)
+SD1 = dict(model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=2, num_heads=8, context_dim=768)
+SD2 = dict(model_channels=320, channel_mult=[1, 2, 4, 4], num_res_blocks=2, num_head_channels=64, context_dim=1024)
 SDXL = dict(model_channels=320, channel_mult=[1, 2, 4], num_res_blocks=2, attention_levels=[1, 2], num_head_channels=64,
             transformer_depth=[0, 2, 10], context_dim=2048, vector_dim=1280 + 6 * SIZE_CHANNELS)  # fmt: skip

@@ -123,25 +123,25 @@ def test_float8_with_its_scales(kind, tmp_path):
     assert not torch.equal(first, exact.unet.joint_blocks[0].x_block.mlp[0].weight)
 
 
-def test_half_precision_keeps_t5_out_of_float16(tmp_path):
-    for dtype, wide in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
-        model = models.load(SINGLE, arch=WITH_T5, text=T5, dtype=dtype)
-        assert {p.dtype for p in model.towers["t5"].parameters()} == {wide} and model.dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_t5_out_of_float16(dtype):
+    model = tiny("sd3_tiny", dtype=dtype)
+    assert {p.dtype for p in model.towers["t5"].parameters()} == {torch.bfloat16} and model.dtype == dtype
 
 
 def test_t5_reads_prompts_by_its_sentencepiece_model(model, spiece, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"model\.tokenizer"):
         model.encode_text(["a cat"])
-    t5 = models.load(SINGLE, arch=WITH_T5, text=T5, tokenizer=spiece).towers["t5"]
+    t5 = tiny("sd3_tiny", tokenizer=spiece).towers["t5"]
     ids = t5.tokenize(["a red heart", "", "cat " * 300])
     assert t5.tokenizer.decode(ids[0][ids[0] > 1].tolist()) == "a red heart" and ids.shape == (3, 256)
     assert ids[1].tolist() == [1] + [0] * 255 and ids[2, -1] == 1 and (ids[2] > 0).all()
     (tmp_path / "spiece.model").write_text("none")
     with pytest.raises(InputError, match="sentencepiece model"):
-        models.load(SINGLE, arch=WITH_T5, text=T5, tokenizer=tmp_path / "spiece.model")
+        tiny("sd3_tiny", tokenizer=tmp_path / "spiece.model")
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(InputError, match=r"\[t5\]"):
-        models.load(SINGLE, arch=WITH_T5, text=T5, tokenizer=spiece)
+        tiny("sd3_tiny", tokenizer=spiece)
 
 
 # Methods
