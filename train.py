@@ -64,11 +64,10 @@ def run(cfg: DictConfig) -> bool:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    rank = int(os.environ.get("RANK", 0))
+    rank, settings = int(os.environ.get("RANK", 0)), OmegaConf.to_container(cfg, resolve=True)
     if rank > 0:
         logger.mode = "disabled"  # the first process logs the whole run
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    if rank == 0:
+    else:
         with whole_file(out / "training" / "run.json") as temporary:
             temporary.write_text(json.dumps(cli.provenance() | {"settings": settings}, indent=1) + "\n")
     with logger.run(out, settings):

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
-from errors import check as check  # which methods import from here
+from errors import InputError, check
 
 RECONSTRUCTION = "reconstruction"  # in the place of settings: the input as the method gives it back
 
@@ -128,8 +127,9 @@ def check_samples(method: Any, differ: bool) -> None:
         raise InputError(f"method.num_samples={method.num_samples} gives equal pictures: set sampler.eta above 0")
 
 
-def check_invertible(method: Any) -> None:
-    """Raise InputError unless the sampler is DDIM without noise, whose path alone can be walked both ways."""
+def check_invertible(method: Any, **ranges: Any) -> None:
+    """`check`, and raise InputError unless the sampler is DDIM without noise, which alone can be walked both ways."""
+    check(method, **ranges)
     if method.sampler.kind != "ddim" or method.sampler.eta != 0:
         raise InputError("this method walks its path both ways, which takes sampler.kind=ddim and sampler.eta=0")
 

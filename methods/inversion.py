@@ -163,7 +163,7 @@ class NullText(Inversion):
                     eps_null = guided(model, Conditioning(states.to(null.states), null.vector))(z, t)
                     lower = trajectory.step(z, eps_null + w * (eps_source - eps_null), i, i + 1)
                     loss = (pivot - lower).square().sum()
-                error = float(loss) / z.numel()
+                error = loss.item() / z.numel()
                 if not math.isfinite(error):
                     raise InputError(f"the loss of the null text is not finite at step {i}: lower inversion.null_lr")
                 if n == self.inner_steps or error < self.stop_loss + i * 2e-5:

@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from models.attention import Hook, attention
 from samplers import Sampler
@@ -29,7 +29,6 @@ class MasaCtrl(Method):
     start_layer: int = 3  # [L] the first self-attention layer, counted from 0 in the order of execution
 
     def __post_init__(self) -> None:
-        check(self)
         check_invertible(self)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:

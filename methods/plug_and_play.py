@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from models.attention import attention
 from samplers import Sampler
@@ -31,8 +31,7 @@ class PlugAndPlay(Method):
     attention_share: float = 0.5  # [tau_A] share of the steps in which queries and keys are the source's
 
     def __post_init__(self) -> None:
-        check(self, shares=["feature_share", "attention_share"])
-        check_invertible(self)
+        check_invertible(self, shares=["feature_share", "attention_share"])
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         away = model.encode_text([task.negative_prompt or self.negative_prompt])

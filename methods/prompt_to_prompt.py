@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from methods.local_blend import LocalBlend
 from methods.words import Tokens, places, tokenise, word_factors, word_map
@@ -44,8 +44,7 @@ class PromptToPrompt(Method):
 
     def __post_init__(self) -> None:
         shares = ["cross_replace", "self_replace", "blend_start", "blend_threshold"]
-        check(self, shares=shares, words=["replace", "refine"])
-        check_invertible(self)
+        check_invertible(self, shares=shares, words=["replace", "refine"])
         if self.guidance_scale == 0:
             raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")
         factors = self.reweight or {}

@@ -81,17 +81,11 @@ def sample(
 
 @dataclass
 class Inversion:
-    """An inversion, step by step.
+    """An inversion, step by step."""
 
-    latents:   (steps + 1, B, ...); latents[i] is at trajectory.levels[i], latents[-1] is the given x0.
-    eps:       (steps, B, ...); the prediction eps[i] belongs to timesteps[i] and leads from latents[i + 1] up to
-               latents[i]. Under a flow schedule it is a velocity.
-    timesteps: (steps,) descending, those of the trajectory.
-    """
-
-    latents: Tensor
-    eps: Tensor
-    timesteps: Tensor
+    latents: Tensor  # (steps + 1, B, ...); latents[i] is at trajectory.levels[i], latents[-1] is the given x0
+    eps: Tensor  # (steps, B, ...); prediction eps[i] belongs to timesteps[i], and led from latents[i + 1] to latents[i]
+    timesteps: Tensor  # (steps,) descending, those of the trajectory
 
     @property
     def latent(self) -> Tensor:

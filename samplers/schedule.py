@@ -25,19 +25,12 @@ VARIANCE_PRESERVING = (
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One grid, walked down by sampling and up by inversion, so the two can never disagree.
+    """One grid, walked down by sampling and up by inversion, so the two can never disagree."""
 
-    timesteps: (steps,) descending, for the network; int64, of a flow float64.
-    levels:    (steps + 1,) float64: alpha_bars, of a flow sigmas. levels[i] belongs to timesteps[i]; step i goes from
-               levels[i] down to levels[i + 1], and levels[-1] is the clean end.
-    flow:      whether x = (1 - sigma) x0 + sigma noise and predictions are velocities, noise - x0.
-    kept:      None, or (z, inside): see `Schedule.confined`.
-    """
-
-    timesteps: Tensor
-    levels: Tensor
-    flow: bool = False
-    kept: tuple[Tensor, Tensor] | None = None
+    timesteps: Tensor  # (steps,) descending, for the network; int64, of a flow float64
+    levels: Tensor  # (steps + 1,) float64: alpha_bars, of a flow sigmas; step i leads from levels[i] to levels[i + 1]
+    flow: bool = False  # whether x = (1 - sigma) x0 + sigma noise and predictions are velocities, noise - x0
+    kept: tuple[Tensor, Tensor] | None = None  # (z, inside): see `Schedule.confined`
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -96,24 +89,18 @@ class Schedule:
 
 @dataclass
 class NoiseSchedule(Schedule):
-    """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's.
-
-    kind:             "linear" betas (Ho et al.); "scaled_linear", linear in their square root (Stable Diffusion); or
-                      "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17), without beta_start and beta_end.
-    steps_offset:     added to every timestep of a "leading" grid; Stable Diffusion uses 1.
-    zero_snr:         rescaled such that the last alpha_bar is zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1). It
-                      is 2 ** -24 here: at zero, epsilon is x itself, and a step along it would divide by zero.
-    final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", without noise.
-    """
+    """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's."""
 
     group = "schedule"
 
-    kind: str = "scaled_linear"
+    kind: str = "scaled_linear"  # betas: linear (Ho et al.) | scaled_linear, linear in their square root | cosine
     timesteps: int = 1000
-    beta_start: float = 0.00085
+    beta_start: float = 0.00085  # cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17) has no ends
     beta_end: float = 0.012
-    steps_offset: int = 1
-    final_alpha_bar: str = "first"
+    steps_offset: int = 1  # added to every timestep of a "leading" grid
+    final_alpha_bar: str = "first"  # where a walk ends: first, on alpha_bar_0 | one, without noise
+    # Rescaled so that the last alpha_bar is zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1), or rather 2 ** -24,
+    # since at zero epsilon is x itself, and a step along it would divide by zero.
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
@@ -190,14 +177,12 @@ class NoiseSchedule(Schedule):
 class FlowSchedule(Schedule):
     """Flow matching (Lipman et al. 2023, arXiv 2210.02747) along the straight paths of rectified flow (Liu et al. 2023,
     arXiv 2209.03003): x = (1 - sigma) x0 + sigma noise, sigma from 1 (noise) to 0 (clean), and the network predicts
-    the velocity noise - x0. Its timestep is `timesteps` sigma, a float.
-
-    shift: s of sigma <- s sigma / (1 + (s - 1) sigma), which spends more of the path at high noise (Esser et al. 2024,
-           arXiv 2403.03206, eq. 23). Stable Diffusion 3 has 3; 1 is without.
-    """
+    the velocity noise - x0. Its timestep is `timesteps` sigma, a float."""
 
     kind: str = "flow"
     timesteps: int = 1000
+    # s of sigma <- s sigma / (1 + (s - 1) sigma), which spends more of the path at high noise (Esser et al. 2024, arXiv
+    # 2403.03206, eq. 23). 1 is without.
     shift: float = 3.0
 
     def shifted(self, sigma: Tensor) -> Tensor:

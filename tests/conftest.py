@@ -43,14 +43,33 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 def fixture_arch(name):
     """The sizes of a checkpoint in `FIXTURES`, for `models.load`."""
     arch = json.loads((FIXTURES / name / "arch.json").read_text())
-    return {section: values for section, values in arch.items() if section != "guidance_scale"}
+    return {section: values for section, values in arch.items() if section not in ("guidance_scale", "flowedit")}
+
+
+def tiny(name, **options):
+    """The single file of a checkpoint in `FIXTURES` as a model, that of Stable Diffusion 3 with T5."""
+    t5 = [file] if (file := FIXTURES / name / "t5.safetensors").exists() else None
+    return models.load(FIXTURES / name / "model.safetensors", **({"arch": fixture_arch(name), "text": t5} | options))
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 def hub_folder(path, ending=".safetensors", prediction=None, name="sd1_tiny"):
     """A fixture in the hub's layout: its configs, and the single file's tensors under the names of its hub folder. A
     tensor is all of another, a third of it (0, 1, 2), its transpose (T), or has its halves exchanged (swap)."""
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-    scheduler = betas | ({"prediction_type": prediction} if prediction else {})  # 1.4 states none
+    scheduler = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+    }
+    scheduler = {"shift": 3.0} if name == "sd3_tiny" else scheduler
+    scheduler |= {"prediction_type": prediction} if prediction else {}  # 1.4 states none
     (path / "scheduler").mkdir(parents=True)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     source = FIXTURES / name
@@ -100,6 +119,21 @@ def tiny_config():
 def tiny_model():
     """A model with random weights: 32x32 pixels, 8x8 latents, predicting v. Tests must leave it as it is."""
     return randomised(models.build(TINY, seed=0))
+
+
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory):
+    """A small sentencepiece model with T5's special tokens."""
+    from sentencepiece import SentencePieceTrainer
+
+    file = tmp_path_factory.mktemp("t5") / "spiece.model"
+    lines = ["a photo of a cat", "a red heart", "the quick brown fox jumps over the lazy dog"]
+    sizes = dict(vocab_size=50, hard_vocab_limit=False, minloglevel=2)
+    with open(file, "wb") as out:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=out, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, **sizes
+        )
+    return file
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
 from errors import InputError
-from methods.inversion import Inversion, NullText, PnP
+from methods.inversion import Inversion, NullText
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.words import tokenise, word_factors, word_map
 from samplers import Sampler
-from tests.conftest import TINY, close, randomised
+from tests.conftest import close
 from tests.test_imagic import Memory
 
 BEGIN = 1  # the first word's place
@@ -90,13 +89,6 @@ def test_reweighting_changes_the_edit_and_not_the_reconstruction(tiny_model, tas
 
 
 # The inversions.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_source_branch_of_pnp_is_the_input(task, edit, dtype):
-    model = randomised(models.build(TINY, seed=0)).to(dtype)
-    _, (again, _), run = edit(made(PnP(), guidance_scale=7.5), model, task)
-    assert torch.equal(again, model.encode_image(task.image).double()) and run.metrics["reconstruction_error"] == 0
 
 
 def test_null_text_comes_closer_than_plain_guidance(tiny_model, task, edit):

@@ -1,29 +1,24 @@
-"""SDXL on the miniature: sizes, the empty prompt, every method through `edit.py`, and the files that are in use."""
+"""SDXL on the miniature: sizes, the empty prompt, and the files that are in use; see test_families.py."""
 
 import copy
 import json
-from pathlib import Path
 
-import hydra
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import edit as command
 import models
 from data.tasks import EditTask
 from errors import InputError
-from evaluation import config
 from methods.base import Run
 from methods.inversion import NullText
 from models.names import FAMILIES
 from samplers import NoiseSchedule, Sampler
-from tests.conftest import FIXTURES, close, fixture_arch, hub_folder
+from tests.conftest import FIXTURES, close, fixture_arch, hub_folder, tiny
 
 SINGLE = FIXTURES / "sdxl_tiny" / "model.safetensors"
 ARCH = fixture_arch("sdxl_tiny")
-UNET, FIRST, SECOND = "model.diffusion_model.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def model():
-    return models.load(SINGLE, arch=ARCH)
+    return tiny("sdxl_tiny")
 
 
 @pytest.fixture
@@ -55,21 +50,6 @@ def noise(*shape):
 def outputs(model):
     text = model.encode_text(["a red heart"])
     return text.states, text.vector, model.predict(noise(1, 4, 16, 16), 500, text)
-
-
-def test_named_sizes_have_the_published_numbers_of_parameters():
-    model = models.build({"schedule": {}} | FAMILIES["conditioner.embedders.1."], meta=True)
-    counts = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model.autoencoder, model.towers)]
-    assert counts == [2_567_463_684, 83_653_863, 123_060_480 + 694_659_840]
-
-
-def test_both_layouts_and_a_saved_folder_are_one_model(model, tmp_path):
-    for again in (models.load(hub_folder(tmp_path / "hub", name="sdxl_tiny")), model):
-        models.save(again, tmp_path / "own", dtype=None)
-        for other in (again, models.load(tmp_path / "own")):
-            found, wanted = other.state_dict(), model.state_dict()
-            assert found.keys() == wanted.keys() and all(torch.equal(t, wanted[name]) for name, t in found.items())
-            assert other.towers.zeros and other.image_size == 32
 
 
 @pytest.mark.parametrize("change", [-1, 1])
@@ -123,42 +103,9 @@ def test_null_text_begins_with_the_zeros_of_the_empty_prompt(model):
 def test_a_folder_says_whether_the_empty_prompt_is_encoded(tmp_path):
     folder = hub_folder(tmp_path, name="sdxl_tiny")
     (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": False}))
-    empty, blank = (
-        models.load(folder).encode_text(["", "a"]),
-        models.load(folder, arch={"empty_is_zero": True}),
-    )
-    assert empty.states[0].any() and empty.vector[0].any()
-    assert not blank.encode_text(["", "a"]).states[0].any() and blank.encode_text(["a"]).vector.any()
-
-
-def test_every_method_edits_with_it(tmp_path, monkeypatch):
-    """As `python edit.py model=sdxl`, with its presets; not square."""
-    folder, clone = hub_folder(tmp_path / "hub", name="sdxl_tiny"), Path(command.__file__).parent
-    config.register()
-    names = {choice.name: choice.group for choice in config.choices() if choice.name != "flowedit"}  # of flow models
-    plain = [name for name in names if names[name] == "method" and name not in ("imagic", "prompt_to_prompt")]
-    cases = [[f"method={name}"] for name in plain]
-    cases += [["method=imagic", f"method.tune={tune}"] for tune in ("all", "attention", "lora")]
-    cases += [["method=prompt_to_prompt", f"inversion={name}"] for name in names if names[name] == "inversion"]
-    given = [f"model.weights={folder}", "model.arch.unet.context_dim=80", "model.arch.image_size=32", "fit=keep",
-             f"image={tmp_path}/photo.png", "prompt=a cat", "source_prompt=a dog", "sampler.steps=3",
-             "cache.enabled=false", "logger.mode=disabled"]  # fmt: skip
-    loaded, load = [], models.load
-
-    def once(*arguments, **options):  # methods hand the model back as it was
-        loaded.append(loaded[0] if loaded else load(*arguments, **options))
-        return loaded[0]
-
-    monkeypatch.setattr(models, "load", once)
-    Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / "photo.png")
-    few = {"imagic": ["method.embedding_steps=1", "method.tuning_steps=1"], "masactrl": ["method.start_layer=3"]}
-    with hydra.initialize_config_dir(str(clone / "conf"), version_base="1.3"):
-        for number, (method, *own) in enumerate(cases):
-            name, out = method.removeprefix("method="), tmp_path / str(number)
-            cfg = hydra.compose("edit", ["model=sdxl", method, *given, *own, *few.get(name, [])])
-            assert command.edit(cfg, out, name)[1] == 0, (method, own)
-            (picture,) = out.glob("edits/*.png")
-            assert Image.open(picture).size == (40, 24)
+    empty = models.load(folder).encode_text([""])
+    blank = models.load(folder, arch={"empty_is_zero": True}).encode_text(["", "a"])
+    assert empty.states.any() and empty.vector.any() and not blank.states[0].any() and blank.vector[1].any()
 
 
 # Files of the wild
@@ -215,22 +162,8 @@ def test_files_of_other_trainers(state, loaded, model, tmp_path):
             close(mine, theirs)
 
 
-def test_relatives_are_refused_or_accepted_in_one_line(state, loaded, tmp_path):
-    refiner = {key.replace("embedders.1", "embedders.0"): t for key, t in state.items() if not key.startswith(FIRST)}
-    stem = f"{UNET}input_blocks.0.0.weight"
-    for word, tensors in {
-        "refiner": refiner,
-        "inpainting": state | {stem: torch.cat([state[stem], state[stem], state[stem][:, :1]], dim=1)},
-        "LoRA": {"lora_unet_input_blocks_4.lora_up.weight": torch.zeros(2), **state},
-    }.items():
-        with pytest.raises(InputError, match=word) as error:
-            loaded(tensors)
-        assert "\n" not in str(error.value)
-    folder = hub_folder(tmp_path / "refiner", name="sdxl_tiny")
-    (folder / "text_encoder").rename(tmp_path / "gone")
-    with pytest.raises(InputError, match="refiner"):
-        models.load(folder)
-    for name in ("sd_xl_turbo_1.0_fp16", "SDXL_Lightning_4step"):
-        with pytest.warns(UserWarning, match="few steps") as said:
-            loaded(state, name=name)
-        assert len(said) == 1
+@pytest.mark.parametrize("name", ["sd_xl_turbo_1.0_fp16", "SDXL_Lightning_4step"])
+def test_models_of_few_steps_say_so(state, loaded, name):
+    with pytest.warns(UserWarning, match="few steps") as said:
+        loaded(state, name=name)
+    assert len(said) == 1

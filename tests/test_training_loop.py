@@ -93,14 +93,6 @@ def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
         torch.testing.assert_close(whole, cut, atol=0, rtol=0)
 
 
-def test_training_lowers_the_loss_and_logs_every_step(tmp_path):
-    _, lines = run(tmp_path, replace(SETTINGS, steps=300, log_every=1))
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 300 and sum(losses[-20:]) < 0.5 * sum(losses[:20])
-    assert {"loss", "abs", "lr", "grad_norm"} < lines[0].keys()
-    assert all(isinstance(value, int | float) for line in lines for value in line.values())
-
-
 def test_accumulation_equals_one_large_batch(tmp_path):
     run(tmp_path / "one", objective=Regression(noise=0))  # micro-batches draw their noise in other pieces
     run(tmp_path / "four", replace(SETTINGS, accumulate=4), Regression(noise=0))
@@ -122,6 +114,7 @@ def test_minutes_end_a_run_and_bend_its_cosine(tmp_path, monkeypatch):
     _, lines = run(tmp_path / "whole", settings, Regression(before=tick))
     rates = [line["lr"] for line in lines if "lr" in line]
     seconds = [0, *range(10)]  # at the start of each step
+    assert {"loss", "abs", "grad_norm"} < lines[0].keys()
     assert rates == pytest.approx([0.01 * (0.6 + 0.4 * math.cos(math.pi * s / 10)) for s in seconds])
     assert state(tmp_path / "whole")["step"] == 11
 
@@ -172,7 +165,7 @@ def test_numbers_out_of_range_are_refused(name):
     for value in (math.nan, math.inf, -1, "x"):
         with pytest.raises(InputError, match=rf"training\.{name}"):
             replace(SETTINGS, **{name: (0.9, value) if name == "betas" else value})
-    for setting in ({"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}, {"compile": 1}):
+    for setting in ({"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}, {"betas": (0.9, 1)}):
         with pytest.raises(InputError, match=next(iter(setting))):
             replace(SETTINGS, **setting)
 
@@ -196,6 +189,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_learning_rate_and_average_are_their_formulas():
+    assert replace(SETTINGS, minutes=0.0).progress(1, 0.1) == 1  # no time is no error
     s = replace(SETTINGS, steps=100, lr=2.0, warmup=10, min_lr=0.1)
     assert s.learning_rate(0, 0) == pytest.approx(0.2)
     assert s.learning_rate(50, 0) == pytest.approx(2.0 * 0.55)

@@ -58,11 +58,11 @@ class Settings:
         counts = ("steps", "batch_size", "accumulate", "save_every", "validate_every", "log_every")
         check(self, shares=("min_lr", "ema_decay"), counts=counts)
         for beta in self.betas:
-            check_number("training.betas", beta, high=1)
+            check_number("training.betas", beta, high=0.999999)
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the training that is done, in [0, 1], after `step` steps and `seconds`."""
-        return min(1.0, step / self.steps if self.minutes is None else seconds / (60 * self.minutes))
+        return min(1.0, step / self.steps if self.minutes is None else seconds / max(1e-9, 60 * self.minutes))
 
     def learning_rate(self, step: int, seconds: float) -> float:
         """A linear warm-up times half a cosine, which falls from 1 to `min_lr` with the progress."""
