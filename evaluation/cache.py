@@ -50,7 +50,7 @@ class TuningCache:
     def __post_init__(self) -> None:
         if not isinstance(self.max_gb, int | float) or self.dir is None:
             raise InputError(f"cache.dir={self.dir} must be a folder, and cache.max_gb={self.max_gb} a number")
-        self.folder, self.max_bytes = Path(self.dir).expanduser(), self.max_gb * 1e9
+        self.folder, self.max_bytes = Path(str(self.dir)).expanduser(), self.max_gb * 1e9
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
