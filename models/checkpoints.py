@@ -219,8 +219,8 @@ def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 
 def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
     """A state dict of `own`'s names, shapes and precisions from the `named` tensors, those that belong together
-    stacked. Each is cast alone, so that beside the result only pages of mapped files lie in memory, which the system can
-    drop. Raises InputError with the first three that are missing, unexpected, of another shape, or not finite."""
+    stacked. Each is cast alone, so that beside the result only pages of mapped files lie in memory, which the system
+    can drop. Raises InputError with the first three that are missing, unexpected, of another shape, or not finite."""
     state, problems, left = {}, [], dict(named)
     for name, wanted in own.items():
         members = [name] if name in left else names.members(name)
