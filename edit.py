@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from errors import InputError
+from errors import InputError, check_number
 from evaluation import cli, config
 
 config.register()
@@ -54,8 +54,7 @@ def edit(
         if value not in (True, False, others.get(name, False)):
             raise InputError(f"{name}={value} is unknown: true, false{' or graph' * (name == 'compile')}")
     for name in ("seed", "mask_feather"):
-        if not isinstance(cfg[name], int) or not 0 <= cfg[name] < 2**63:
-            raise InputError(f"{name}={cfg[name]} is out of range: a whole number, 0 or more")
+        check_number(name, cfg[name], whole=True, high=2**63 - 1)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
