@@ -10,7 +10,6 @@ import shlex
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -33,7 +32,7 @@ except ImportError:
 HYDRA = threading.Lock()  # it composes one config at a time
 
 
-def composed(overrides: Sequence[str]) -> tuple:
+def composed(overrides: list[str]) -> tuple:
     """The config of `python edit.py OVERRIDES`, the choices in it, and a function that lists the options of a group.
     Raises InputError for a value that could read the environment or call any code."""
     if any("${" in each or "_target_" in each for each in overrides):
@@ -45,8 +44,7 @@ def composed(overrides: Sequence[str]) -> tuple:
 
 
 def settings(method: str, model: str) -> dict[str, tuple]:
-    """The main settings of a method, {name: (value, meaning)}: those for which conf/suited.yaml has values of papers,
-    and all of a method that it does not know."""
+    """The main settings of a method, {name: (value, meaning)}: those that conf/suited.yaml sets, else all of them."""
     cfg = composed([f"method={method}", f"model={model}"])[0]
     about = {f"{c.target} {name}": words for c in config.choices() for name, (_, words) in c.settings.items()}
     suited = [of[method] for of in OmegaConf.load(CLONE / "conf" / "suited.yaml").values() if method in of]
@@ -64,7 +62,7 @@ def field(name: str, value, about: str) -> gr.Dropdown | gr.Textbox:
     return gr.Dropdown(options, **what) if others and what["value"] in options else gr.Textbox(**what)
 
 
-def page(given: Sequence[str]) -> gr.Blocks:
+def page(given: list[str]) -> gr.Blocks:
     """The page, which begins with the settings `given`."""
     (cfg, chosen, options), kept, edits = composed(given), {}, OpenMojiEdits("openmoji_edits_tuning", limit=1)
     examples = [[to_pil(edits.load(e, SIDE).image), e.prompt, e.source_prompt] for e in edits.share]
@@ -147,4 +145,6 @@ def page(given: Sequence[str]) -> gr.Blocks:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv}:
+        cli.end(__doc__, 0)
     cli.run(lambda: page(sys.argv[1:]).launch())

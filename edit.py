@@ -43,22 +43,19 @@ def edit(
 
     import models
     from data.images import find
-    from data.tasks import Entry
     from evaluation import runner
     from models.attention import check_backend
     from models.device import choose_channels_last, choose_device, choose_dtype
     from models.graphs import StepGraph
 
-    for name in ("deterministic", "cache.enabled", "mask_pixels", "model.ema"):
-        value = OmegaConf.select(cfg, name)
-        if not isinstance(value, bool) and (name != "model.ema" or value is not None):
-            raise InputError(f"{name}={value} is unknown: true or false")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**63:
-        raise InputError(f"seed={cfg.seed} is out of range: a whole number, 0 or more")
-    if not isinstance(cfg.mask_feather, int) or cfg.mask_feather < 0:
-        raise InputError(f"mask_feather={cfg.mask_feather} is out of range: pixels, 0 or more")
-    if cfg.compile not in (True, False, "graph"):
-        raise InputError(f"compile={cfg.compile} is unknown: true, false or graph")
+    others = {"model.ema": None, "compile": "graph"}  # beside true and false
+    for name in ("deterministic", "cache.enabled", "metrics.fetch", "mask_pixels", "task.confine", *others):
+        value = OmegaConf.select(cfg, name, default=False)
+        if value not in (True, False, others.get(name, False)):
+            raise InputError(f"{name}={value} is unknown: true, false{' or graph' * (name == 'compile')}")
+    for name in ("seed", "mask_feather"):
+        if not isinstance(cfg[name], int) or not 0 <= cfg[name] < 2**63:
+            raise InputError(f"{name}={cfg[name]} is out of range: a whole number, 0 or more")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
@@ -78,7 +75,6 @@ def edit(
     own = [name for name in texts if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
-    wanted = [cfg.objective] if isinstance(cfg.objective, str) else list(cfg.objective or [])
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     own = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
     texts = cfg.model.get("text") or []
@@ -100,7 +96,7 @@ def edit(
     kernels = [cfg.attention, channels_last, cfg.compile, cfg.deterministic]
     editor = runner.Editor(model, method, choices.method, metrics, cache, logger, kernels, fingerprint)
 
-    def edit_one(entry: Entry, place: Path, seed: int) -> tuple[list[dict], dict]:
+    def edit_one(entry, place: Path, seed: int) -> tuple[list[dict], dict]:
         task = source.load(entry, size, multiple).to(device)
         task.feather = cfg.mask_feather if cfg.mask_pixels else None
         return editor.edit_task(task, place, seed, alone=source.single)
@@ -109,7 +105,7 @@ def edit(
     if int(os.environ.get("RANK", 0)) > 0:
         logger.mode = "disabled"  # the first process of torchrun logs the whole run
     with logger.run(folder, settings):
-        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings, wanted)
+        rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings)
         logger.report(folder, rows)
     return runner.objective(cfg.objective, rows), len({row["task"] for row in rows if "error" in row})
 

@@ -6,6 +6,7 @@ Under `torchrun --nproc-per-node=N train.py ...` N processes share each batch.
 
 import atexit
 import json
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import to_pil
-from errors import InputError
+from errors import InputError, check_number
 from evaluation import cli
 from files import whole_file
 from models import build, load
@@ -28,9 +29,10 @@ from models.checkpoints import SECTIONS_OF, part_of, read_config, read_part
 from models.device import choose_device, computes_in
 from models.text import compact_vocabulary
 from training.evaluate import evaluate
-from training.loop import Objective, Settings, check_numbers, train
+from training.loop import Objective, Settings, train
 from training.losses import OBJECTIVES
 
+COUNTS = ("probes", "pictures", "samples", "steps")  # of an objective, or of the evaluation
 ConfigStore.instance().store(group="training", name="defaults", node=Settings)
 
 
@@ -45,11 +47,13 @@ def run(cfg: DictConfig) -> bool:
     """Train, or judge, the part or the parts in turn; False if a SIGTERM cut it short."""
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype={cfg.dtype} is unknown: auto, float32 or bfloat16")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise InputError(f"seed={cfg.seed} is out of range: a whole number from 0 to {2**32 - 1}")
+    check_number("seed", cfg.seed, whole=True, high=2**32 - 1)
     parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
     for part in parts:
-        check_numbers(part.objective if "objective" in part else part, f"{part.name}: ")
+        for name, value in part.get("objective", part).items():
+            if name not in ("name", "prompts"):
+                count, share = name in COUNTS, name in ("prompt_dropout", "unknown_rate")
+                check_number(f"{part.name}: {name}", value, count, int(count), 1 if share else math.inf)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)
@@ -60,11 +64,10 @@ def run(cfg: DictConfig) -> bool:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    rank = int(os.environ.get("RANK", 0))
+    rank, settings = int(os.environ.get("RANK", 0)), OmegaConf.to_container(cfg, resolve=True)
     if rank > 0:
         logger.mode = "disabled"  # the first process logs the whole run
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    if rank == 0:
+    else:
         with whole_file(out / "training" / "run.json") as temporary:
             temporary.write_text(json.dumps(cli.provenance() | {"settings": settings}, indent=1) + "\n")
     with logger.run(out, settings):

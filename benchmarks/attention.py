@@ -1,7 +1,6 @@
 """Time attention at Stable Diffusion's shapes: this project's kernels beside each of PyTorch's backends.
 
     python -m benchmarks.attention            # into benchmarks/results/attention-MACHINE.{json,md}
-    python -m benchmarks.attention --quick    # a sixteenth of the queries; prints only
 
 Every attention of Stable Diffusion 1.5 at 512x512 and the largest of 2.1 at 768x768, self and cross (77 tokens), batch
 2 (guidance's), forward and forward with backward. q, k and v are views of fused projections, as in the UNet. Each
@@ -117,17 +116,15 @@ def report(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time attention at Stable Diffusion's shapes.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, choices=["float32", "float16", "bfloat16"], help="bfloat16 on CUDA")
-    parser.add_argument("--quick", action="store_true", help="a sixteenth of the queries; writes no results")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(0)
     about = f"{machine(device)}, torch {torch.__version__}"
     rows = []
     for side, heads, d in LEVELS:
-        n = side**2 // (16 if options.quick else 1)
+        n = side**2
         for m in (n, TOKENS):
             tensors = inputs(n, m, heads, d, device, dtype)
             for name in ("forward", "forward and backward"):
@@ -135,9 +132,8 @@ def main() -> None:
                     row = {"shape": f"{n}x{m}x{d}, {heads}", "pass": name, "backend": backend}
                     rows.append(row | measure(backend, name, tensors))
                     print(rows[-1], file=sys.stderr, flush=True)
-            if not options.quick:  # now, so that an interrupted run leaves its rows
-                text = f"# Attention, {dtype}: {about}\n\n{report(rows)}"
-                keep(f"attention-{machine(device).split(' (')[0]}", text, {"machine": about, "rows": rows})
+            text = f"# Attention, {dtype}: {about}\n\n{report(rows)}"  # now, so that an interrupted run leaves its rows
+            keep(f"attention-{machine(device).split(' (')[0]}", text, {"machine": about, "rows": rows})
     print(report(rows))
     if any("wrong" in row for row in rows):
         sys.exit("some results were wrong: see above")

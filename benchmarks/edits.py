@@ -1,16 +1,14 @@
 """Time whole edits as a user starts them: each is one cold `python edit.py`, without cached tunings and without W&B.
 
-    python -m benchmarks.edits                  # both parts, into benchmarks/results/edits-MACHINE.{json,md}
-    python -m benchmarks.edits defaults --set model=sd15 model.weights=sd15.safetensors device=cuda
+    python -m benchmarks.edits                  # into benchmarks/results/edits-MACHINE.{json,md}
+    python -m benchmarks.edits model=sd15 model.weights=sd15.safetensors device=cuda
 
-defaults  the bundled example with the shipped model, each method as it comes
-growth    the same with more steps, larger pictures, larger batches
+The bundled example with the shipped model, each method as it comes, with the settings of the command line.
 
-"wall" is all of the process, from its start; "edit" is the method alone, as edit.py writes it into a row. Repeats take
-turns with those of the other rows; given are medians and ranges.
+"wall" is all of the process, from its start; "edit" is the method alone, as edit.py writes it into a row. Each is done
+three times, in turns; given are medians and ranges. Rows of earlier runs on the same machine stay.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -24,16 +22,8 @@ import torch
 from benchmarks.writing import keep, kept, machine, table
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["method=imagic", "method.tuning_steps=20"]
-PARTS = {
-    "defaults": [["method=imagic"], ["method=direct_inversion"], ["method=sdedit"]],
-    "growth": [
-        *(["method=direct_inversion", f"sampler.steps={n}"] for n in (25, 50, 100, 200)),
-        *(["method=direct_inversion", f"size={n}"] for n in (64, 128, 192, 256)),
-        *([*SHORT, "method.embedding_steps=20", f"size={n}"] for n in (64, 128, 192)),
-        *([*SHORT, "method.embedding_steps=0", f"method.tuning_batch={n}"] for n in (1, 2, 4, 8)),
-    ],
-}
+METHODS = ["method=imagic", "method=direct_inversion", "method=sdedit"]
+REPEATS = 3
 
 
 def edit(settings: list[str], folder: Path) -> dict:
@@ -48,45 +38,28 @@ def edit(settings: list[str], folder: Path) -> dict:
     return {"wall": wall} | {name: row[name] for name in ("seconds", "evaluations", "peak_memory_gb")}
 
 
-def measure(cases: list[list[str]], repeats: int, folder: Path) -> list[dict]:
-    runs: list[list[dict]] = [[] for _ in cases]
-    for i in range(repeats):
-        for j, case in enumerate(cases):
-            runs[j].append(edit(case, folder / f"{i}-{j}"))
-            print(f"{' '.join(case)}: {runs[j][-1]['wall']:.1f} s", file=sys.stderr, flush=True)
-    return [{"settings": case, "runs": found} for case, found in zip(cases, runs, strict=True)]
-
-
-def report(rows: list[dict]) -> str:
+def report(rows: dict[str, list[dict]]) -> str:
     def column(runs: list[dict], name: str) -> str:
         values = [run[name] for run in runs]
-        spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
-        return f"{statistics.median(values):.1f}{spread}"
+        return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
     names = ("wall", "seconds", "evaluations", "peak_memory_gb")
-    lines = ((f"`{' '.join(r['settings'])}`", *(column(r["runs"], name) for name in names)) for r in rows)
+    lines = ((f"`{settings}`", *(column(runs, name) for name in names)) for settings, runs in rows.items())
     return table(["settings", "wall, s", "edit, s", "evaluations", "peak, GB"], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time whole edits.")
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; none: all")
-    parser.add_argument("--repeats", type=int, default=3, help="of the defaults; the others are run once")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="more settings for every edit")
-    options = parser.parse_args()
-    if wrong := set(options.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(wrong)}: choose from {', '.join(PARTS)}")
     name = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     about, file = f"{name}, torch {torch.__version__}", f"edits-{name.split(' (')[0]}"
-    found = kept(file, about).get("parts", {})
+    cases = [[method, *sys.argv[1:]] for method in METHODS]
+    found = kept(file, about).get("rows", {}) | {" ".join(case): [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
-        for part in options.parts or PARTS:
-            cases = [[*case, *options.set] for case in PARTS[part]]
-            title = " ".join([part, *options.set])
-            found[title] = measure(cases, options.repeats if part == "defaults" else 1, Path(folder) / part)
-            text = "\n".join(f"## {title}\n\n{report(rows)}" for title, rows in found.items())
-            keep(file, f"# Edits: {about}\n\n{text}", {"machine": about, "parts": found})
-    print(text)
+        for i in range(REPEATS):
+            for j, case in enumerate(cases):
+                found[" ".join(case)].append(edit(case, Path(folder) / f"{i}-{j}"))
+                print(f"{' '.join(case)}: {found[' '.join(case)][-1]['wall']:.1f} s", file=sys.stderr, flush=True)
+    keep(file, f"# Edits: {about}\n\n{report(found)}", {"machine": about, "rows": found})
+    print(report(found))
 
 
 if __name__ == "__main__":

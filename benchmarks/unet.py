@@ -18,11 +18,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import models
 from benchmarks.writing import keep, kept, machine, table
@@ -67,35 +67,27 @@ def step_of(kind: str, unet: UNet, x: Tensor, context: Tensor) -> Iterator[Calla
     if kind == "embedding":
         yield lambda: backward(context[:1].clone().requires_grad_())
         return
-    with trained(kind, unet) as params:
-        pairs = [(p.requires_grad_(), p.detach().float()) for p in params]
+    names = [name for name, _ in unet.named_parameters()]
+    names = in_attention(names) if kind == "attention" else names
+    moved = nullcontext({name: unet.get_parameter(name) for name in names})
+    if kind == "lora":
+        moved = adapters(unet, 8, torch.Generator().manual_seed(0))
+    with moved as params:
+        pairs = [(p.requires_grad_(), p.detach().float()) for p in params.values()]
         optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=True)
 
         def work() -> None:
             backward(context[:1])
             update(optimizer, pairs)
 
-        try:
-            yield work
-        finally:
-            unet.requires_grad_(False)
+        yield work
+    unet.requires_grad_(False)
 
 
-@contextmanager
-def trained(kind: str, unet: UNet) -> Iterator[list[nn.Parameter]]:
-    """Inside, the parameters that tuning moves."""
-    if kind == "lora":
-        with adapters(unet, 8, torch.Generator().manual_seed(0)) as matrices:
-            yield list(matrices.values())
-        return
-    names = [name for name, _ in unet.named_parameters()]
-    yield [unet.get_parameter(name) for name in (in_attention(names) if kind == "attention" else names)]
-
-
-def measure(work: Callable[[], object], repeats: int, cuda: bool) -> dict:
-    """Milliseconds of each step, after three that do not count, and on CUDA the peak memory."""
+def measure(work: Callable[[], object], cuda: bool) -> dict:
+    """Milliseconds of each of ten steps, after three that do not count, and on CUDA the peak memory."""
     times = []
-    for i in range(3 + repeats):
+    for i in range(3 + 10):
         if cuda and i == 3:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -117,16 +109,14 @@ def report(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the UNet's steps.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=["openmoji64", "sd15"], help="on CPUs openmoji64, else both")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, else float32")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="on CUDA all, else eager")
     parser.add_argument("--attentions", nargs="+", help="on CUDA sdpa and fused, else auto and sdpa")
-    parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
-    device = torch.device(options.device)
-    cuda = device.type == "cuda"
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     dtype = options.dtype or ("bfloat16" if cuda else "float32")
     about = f"{machine(device)}, torch {torch.__version__}"
     file = f"unet-{machine(device).split(' (')[0]}"
@@ -140,7 +130,7 @@ def main() -> None:
                         continue
                     unet.attention.backend = attention
                     with step_of(step, torch.compile(unet) if mode == "compiled" else unet, x, context) as work:
-                        found = measure(captured(work)[0] if mode == "graph" else work, options.repeats, cuda)
+                        found = measure(captured(work)[0] if mode == "graph" else work, cuda)
                     key = dict(zip(KEY, (model, dtype, step, mode, attention), strict=True))
                     rows = [r for r in rows if {k: r[k] for k in KEY} != key] + [key | found]
                     print(report(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)

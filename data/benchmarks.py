@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,31 +14,28 @@ from data.tables import read_rows
 from data.tasks import EditTask, Entry, Tasks
 from errors import InputError
 
-PIE_BENCH = "https://github.com/cure-lab/PnPInversion (its README links a form for the data)"
-TED_BENCH = "https://github.com/imagic-editing/imagic-editing.github.io (the folder tedbench)"
+PIE_BENCH = "PIE-Bench (a form for it: https://github.com/cure-lab/PnPInversion)"
+TED_BENCH = "TEdBench (https://github.com/imagic-editing/imagic-editing.github.io, the folder tedbench)"
 PIE_TYPES = (
     "random", "change_object", "add_object", "delete_object", "change_content", "change_pose", "change_color",
     "change_material", "change_background", "change_style",
-)  # fmt: skip
-FIELDS = (
-    "image", "prompt", "source_prompt", "negative_prompt", "blend_word", "mask", "truth", "category", "name",
 )  # fmt: skip
 
 
 class ListOfEdits(Tasks):
     """The user's own list: a .csv file with a header, or .jsonl with one object a line. Each edit has an `image` and a
-    `prompt`, and others of the FIELDS; conf/task/folder.yaml explains them. Raises InputError, naming the line, for a
-    list that is broken."""
+    `prompt`, and others of an Entry's fields; conf/task/folder.yaml explains them. Raises InputError, naming the line,
+    for a list that is broken."""
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
-        file = Path(path or "").expanduser()
+        file = Path(str(path or "")).expanduser()
         if not file.is_file():
             raise InputError(f"task.path={path}: there is no such list of edits; name a .csv or .jsonl file")
         entries = {}
         for i, (place, row) in enumerate(read_rows(file)):
             for name, value in row.items():
-                if name not in FIELDS or isinstance(value, (list, dict)):
-                    raise InputError(f"{place}: {name} must be one text, and one of {', '.join(FIELDS)}")
+                if name not in Entry.__annotations__ or isinstance(value, (list, dict)):
+                    raise InputError(f"{place}: {name} must be one text, and one of {', '.join(Entry.__annotations__)}")
             texts = {name: str(value).strip() for name, value in row.items() if value not in (None, "")}
             if not texts.keys() >= {"image", "prompt"}:
                 raise InputError(f"{place}: image and prompt are needed")
@@ -54,13 +53,13 @@ class PieBench(Tasks):
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         entries, self.runs = [], {}
-        folder, mapping = read_index(path, "mapping_file.json", "PIE-Bench", PIE_BENCH)
-        for name, item in mapping.items():
-            kind = PIE_TYPES[int(item["editing_type_id"])]
-            prompts = (re.sub(r"[\[\]]", "", item[key]) for key in ("editing_prompt", "original_prompt"))
-            image, pair = folder / "annotation_images" / item["image_path"], item.get("blended_word", "").split()[:2]
-            entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=" ".join(pair)))
-            self.runs[entries[-1].name] = item["mask"]
+        with index(path, "mapping_file.json", PIE_BENCH) as (folder, mapping):
+            for name, item in mapping.items():
+                kind = PIE_TYPES[int(item["editing_type_id"])]
+                prompts = (re.sub(r"[\[\]]", "", item[key]) for key in ("editing_prompt", "original_prompt"))
+                image, words = folder / "annotation_images" / item["image_path"], item.get("blended_word", "").split()
+                entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=" ".join(words[:2])))
+                self.runs[entries[-1].name] = item["mask"]
         super().__init__(entries, fit, **choice)
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
@@ -86,20 +85,22 @@ class TedBench(Tasks):
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         entries = []
-        folder, items = read_index(path, "input_list.json", "TEdBench", TED_BENCH)
-        for i, item in enumerate(items):
-            name = folder_name(f"{i:03d}_{Path(item['img_name']).stem}")
-            entries.append(Entry(name, item["target_text"], image=folder / "originals" / item["img_name"]))
+        with index(path, "input_list.json", TED_BENCH) as (folder, items):
+            for i, item in enumerate(items):
+                image = folder / "originals" / item["img_name"]
+                entries.append(Entry(folder_name(f"{i:03d}_{image.stem}"), item["target_text"], image=image))
         super().__init__(entries, fit, **choice)
 
 
-def read_index(path: str | None, index: str, title: str, source: str):
-    """The benchmark's folder and the content of its index file, in JSON. Raises InputError with the address of the
-    data where the file is missing."""
-    folder = Path(path or "").expanduser()
-    if not (folder / index).is_file():
-        raise InputError(f"task.path={path} holds no {index}: download {title} from {source}, and name its folder")
-    return folder, json.loads((folder / index).read_text(encoding="utf-8-sig"))
+@contextmanager
+def index(path: str | None, name: str, source: str) -> Iterator[tuple[Path, Any]]:
+    """A benchmark's folder and the content of its index file, in JSON, to be read inside. Raises InputError with the
+    address of the data where the file is missing or other than theirs."""
+    folder = Path(str(path or "")).expanduser()
+    try:
+        yield folder, json.loads((folder / name).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"task.path={path} holds no {name} of {source}: {error!r}") from error
 
 
 def folder_name(text: str) -> str:

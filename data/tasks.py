@@ -58,23 +58,15 @@ class Entry:
 class Tasks:
     """The chosen `entries`, and the `share` of them that this process edits.
 
-    `categories` keeps some kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares,
-    counted from 0; by default the processes of torchrun get one each. With `confine` the masks hold the edits, and do
-    not only serve metrics. Raises InputError for a wrong setting, where no task is left, and for a picture that is
-    missing or of another shape than its image.
-    """
+    `fit` crops, pads or stretches pictures to a square, or keeps their shape. `categories`, one or a list, keeps some
+    kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0; by default the
+    processes of torchrun get one each. With `confine` the masks hold the edits, and do not only serve metrics. Raises
+    InputError for a wrong setting, where no task is left, and for a picture that is missing or of another shape than
+    its image."""
 
     single = False  # True for one picture: its files go to the run's own folder
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        fit: str = "crop",  # crop, pad or stretch to a square, or keep the shape
-        categories: str | Sequence[str] | None = None,
-        limit: int | None = None,
-        shard: str | None = None,
-        confine: bool = False,
-    ):
+    def __init__(self, entries: Sequence[Entry], fit="crop", categories=None, limit=None, shard=None, confine=False):
         if fit not in (*FITS, "keep"):
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -89,33 +81,30 @@ class Tasks:
             chosen |= {entry.name for entry in kinds[kind][:limit]}
         if not chosen:
             raise InputError("task: there is nothing to edit in this list")
-        if not isinstance(confine, bool):
-            raise InputError(f"task.confine={confine} is unknown: true or false")
         self.fit, self.confine = fit, confine
         self.entries = [entry for entry in entries if entry.name in chosen]
         for entry in self.entries:
             paths = {name: getattr(entry, name) for name in ("image", "mask", "truth")}
             check_shapes(entry, {name: size_of(path) for name, path in paths.items() if path})
-        index, count = 0, 1
-        if shard is not None:
-            parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
-            if not parts or not int(parts[1]) < int(parts[2]):
-                raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
-            index, count = map(int, parts.groups())
+        parts = re.fullmatch(r"(\d+)/(\d+)", "0/1" if shard is None else str(shard))
+        if not parts or not int(parts[1]) < int(parts[2]):
+            raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
+        index, count = map(int, parts.groups())
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
         self.share = self.entries[index::count][rank::world]
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
-        truth, soft = open_rgb(entry.truth) if entry.truth else None, self.mask(entry)
-        mask = soft and soft.point(lambda v: 255 * (v > 0))
-        pictures = {"image": open_rgb(entry.image), "mask": mask, "truth": truth}
-        pictures = {name: picture for name, picture in pictures.items() if picture is not None}
+        pictures, soft = {"image": open_rgb(entry.image)}, self.mask(entry)
+        if soft:
+            pictures["mask"] = soft.point(lambda v: 255 * (v > 0))
+        if entry.truth:
+            pictures["truth"] = open_rgb(entry.truth)
         check_shapes(entry, {name: picture.size for name, picture in pictures.items()})
         sides = fit_picture(pictures["image"], size, self.fit, multiple).size
         fit = FITS["stretch" if self.fit == "keep" else self.fit]
         tensors = {name: to_tensor(fit(x, sides, Image.Resampling.LANCZOS)) for name, x in pictures.items()}
-        if "mask" in tensors:  # fitted like the image, so bars around it count as edited
+        if soft:  # fitted like the image, so bars around it count as edited
             tensors["mask"] = (tensors["mask"][:, :1] >= 0).float()
             if self.confine:  # by a filter without lobes, which would reach beyond the edge
                 tensors["region"] = to_tensor(fit(soft, sides, Image.Resampling.BILINEAR))[:, :1] / 2 + 0.5
@@ -134,32 +123,21 @@ def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
 
 
 class OneImage(Tasks):
-    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named.
-
-    Raises InputError for a missing picture or prompt, and for several processes, which would write the same files.
-    """
+    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named. `texts` may
+    be `source_prompt` and `negative_prompt`. Raises InputError for a missing picture or prompt, and for several
+    processes, which would write the same files."""
 
     single = True
 
-    def __init__(
-        self,
-        image: str | None,
-        prompt: str | None,
-        source_prompt: str | None = None,
-        negative_prompt: str = "",
-        fit: str = "crop",
-        example: dict[str, str] | None = None,
-        mask: str | None = None,
-    ):
+    def __init__(self, image: str | None, prompt: str | None, fit="crop", example=None, mask=None, **texts):
         if image is None and example:
             image = example["image"]
             if prompt is None:
-                prompt, source_prompt = example["prompt"], source_prompt or example["source_prompt"]
-        texts = ["" if text is None else str(text).strip() for text in (prompt, source_prompt, negative_prompt)]
-        if image is None or not texts[0]:
+                prompt, source = example["prompt"], texts.get("source_prompt")
+                texts["source_prompt"] = source or example["source_prompt"]
+        texts = {name: "" if v is None else str(v).strip() for name, v in (texts | {"prompt": prompt}).items()}
+        if image is None or not texts["prompt"]:
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
-        (prompt, source, negative), mask = texts, mask and find(mask)
-        entry = Entry("edit", prompt, source, image=find(image), mask=mask, negative_prompt=negative)
-        super().__init__([entry], fit, confine=True)
+        super().__init__([Entry("edit", image=find(image), mask=mask and find(mask), **texts)], fit, confine=True)

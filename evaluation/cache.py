@@ -48,14 +48,15 @@ class TuningCache:
     max_gb: float = 10.0  # at most, of 10^9 bytes; the least recently used entries are removed first
 
     def __post_init__(self) -> None:
-        self.folder, self.max_bytes = Path(self.dir).expanduser(), float(self.max_gb) * 1e9
+        if not isinstance(self.max_gb, int | float) or self.dir is None:
+            raise InputError(f"cache.dir={self.dir} must be a folder, and cache.max_gb={self.max_gb} a number")
+        self.folder, self.max_bytes = Path(self.dir).expanduser(), self.max_gb * 1e9
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
-
         `determined_by`, in JSON's types, names all that the tensors depend on. Notes, in JSON's types too, are stored
-        beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be made.
-        """
+        beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be
+        made."""
         path = self.folder / f"{digest(json.dumps(determined_by, sort_keys=True))}.tuning.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
@@ -28,6 +30,8 @@ from evaluation.config import CLONE
 
 # Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
 TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")
+
+LESS_IS_BETTER = ("mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -103,6 +107,29 @@ def job() -> Iterator[None]:
         print(f"job {config.job.num}: {explain(error) or traceback.format_exc()}", file=sys.stderr)
         row = overrides() | {"error": explain(error) or repr(error)}
         failure.write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+class Summary(Callback):
+    """Hydra's callback for `--multirun`. Exits with 1 if a job failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        """Exit unless a sweeper that optimises moves each metric to where it is better. Optuna minimises by default."""
+        given = OmegaConf.select(config, "hydra.sweeper.direction"), config.objective or []
+        directions, names = ([*each] if isinstance(each, list | ListConfig) else [each] for each in given)
+        best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]
+        if directions != [None] and ([getattr(each, "name", each) for each in directions] != best or not names):
+            sys.exit(f"error: this sweeper needs objective=METRIC, and hydra.sweeper.direction={best} for it")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        """Report on all jobs from their folders, so that any launcher may have run them."""
+        from evaluation import report
+
+        folder = Path(config.hydra.sweep.dir)
+        rows = report.read(folder)
+        failed = rows[rows["error"].notna() & rows["task"].isna()]["job"].nunique()
+        print(f"{report.write(folder, rows, rows['task'].nunique())}\n{rows['job'].nunique()} jobs, {failed} failed")
+        if failed:
+            sys.exit(1)
 
 
 def provenance() -> dict:

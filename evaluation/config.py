@@ -5,6 +5,7 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 """
 
 import ast
+import inspect
 import json
 import re
 import uuid
@@ -66,16 +67,18 @@ def inherited(known: dict, module: str, name: str) -> tuple[set[str], dict]:
 
 def build(node: Any) -> Any:
     """The object of a config's _target_, with those within it. Hydra's own would resolve a text `${...}` once more.
-    Raises InputError where it refuses its settings, or a file that they name."""
+    Raises InputError for a setting that it does not have, and for a sampler or an inversion that is none."""
     if not isinstance(node, dict) or "_target_" not in node:
         return node
     settings = {name: build(value) for name, value in node.items() if name != "_target_"}
+    kind = get_class(node["_target_"])
+    for name in (name for name in GROUPS if not isinstance(node.get(name, {}), dict)):
+        raise InputError(f"method.{name}={node[name]} is unknown: choose {name}=NAME, and {name}.SETTING=VALUE")
     try:
-        return get_class(node["_target_"])(**settings)
-    except InputError:
-        raise
-    except (TypeError, ValueError, LookupError) as error:
+        inspect.signature(kind).bind(**settings)
+    except TypeError as error:
         raise InputError(f"{node['_target_']}: {error}") from error
+    return kind(**settings)
 
 
 def markdown() -> str:

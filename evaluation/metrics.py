@@ -20,27 +20,21 @@ from einops import repeat
 from torch import Tensor, nn
 
 from data.tasks import EditTask
-from errors import InputError
 
 
 @dataclass
 class Metrics:
-    """All metrics of an edit, and with `fetch` also those whose weights a library downloads at first use: LPIPS, the
-    structure distance, and a public CLIP for a model that has none."""
+    """All metrics of an edit. With `fetch` libraries download the weights of some at first use."""
 
     fetch: bool = False  # also LPIPS, the structure distance (0.3 GB), and a CLIP (1.7 GB) for a model without one
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fetch, bool):
-            raise InputError(f"metrics.fetch={self.fetch} is unknown: true or false")
-        self._loaded: dict[str, Callable | None] = {}
+        self.loaded: dict[str, Callable | None] = {}
 
     @torch.no_grad()
     def measure(self, model, image: Tensor, task: EditTask) -> dict[str, float]:
         """Return every finite metric of an edited image (1, 3, H, W) for which the task and the model have the means.
-
-        Those `_to_truth` and `change_error` need a true result, those `_kept` a mask; `clip_metrics` says the rest.
-        """
+        Those `_to_truth` and `change_error` need a true result, those `_kept` a mask; `clip_metrics` says the rest."""
         others = {name: x.to(image) for name, x in (("input", task.image), ("truth", task.truth)) if x is not None}
         inside = None if task.mask is None else task.mask.to(image.device) > 0.5
         regions = {"": None} if inside is None or inside.all() else {"": None, "_kept": ~inside}
@@ -48,12 +42,9 @@ class Metrics:
         structure, numbers = self.load("structure_distance", image.device), {}
         for to, other in others.items():
             for kept, region in regions.items():
-                numbers |= {
-                    f"{n}_to_{to}{kept}": metric(image, other, region) for n, metric in compare.items() if metric
-                }
+                numbers |= {f"{n}_to_{to}{kept}": f(image, other, region) for n, f in compare.items() if f}
             if structure:
                 numbers[f"structure_distance_to_{to}"] = structure(image, other)
-            numbers[f"latent_distance_to_{to}"] = latent_distance(model, image, other)
         if "truth" in others:
             numbers["change_error"] = change_error(image, *others.values())
         if clip := self.load("clip", model.device) if model.clip is None else model.clip:
@@ -62,23 +53,19 @@ class Metrics:
 
     def load(self, name: str, device: torch.device) -> Callable | None:
         """Load one of LOADERS once; None without `fetch`, and after a warning where it cannot be loaded."""
-        if self.fetch and name not in self._loaded:
+        if self.fetch and name not in self.loaded:
             try:
-                self._loaded[name] = LOADERS[name](device)
+                self.loaded[name] = LOADERS[name](device)
             except Exception as error:  # each library has its own errors for a missing network; none may end a run
-                self._loaded[name] = None
-                warnings.warn(
-                    f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2
-                )
-        return self._loaded.get(name)
+                self.loaded[name] = None
+                warnings.warn(f"{name} is left out: {error!r}", stacklevel=2)
+        return self.loaded.get(name)
 
 
 def change_error(image: Tensor, source: Tensor, truth: Tensor) -> float:
-    """Root-mean-square distance of an edit to the true result, over that of the input, within the changed region.
-
-    0 is the true result, 1 the input itself; NaN where the true result equals the input. The changed region is where
-    any channel of the two differs by more than rounding, 1.5 of 255 grey levels.
-    """
+    """Root-mean-square distance of an edit to the true result, over that of the input, within the changed region. 0 is
+    the true result, 1 the input itself; NaN where the true result equals the input. The changed region is where any
+    channel of the two differs by more than rounding, 1.5 of 255 grey levels."""
     changed = (truth - source).abs().amax(dim=1, keepdim=True) > 3 / 255
     return math.sqrt(mse(image, truth, changed) / mse(source, truth, changed)) if changed.any() else math.nan
 
@@ -93,7 +80,7 @@ def clip_metrics(
 
     clip_score        of a picture and the prompt (Hessel et al., 2021, without their factor 2.5): of the edit, of the
                       edit inside the mask and black outside, and INPUT_clip_score of the others
-    clip_similarity   of the edit and another picture, also both black inside the mask
+    clip_similarity   of the edit and another picture
     clip_margin       the score under the prompt minus that under the source prompt, in [-2, 2]
     clip_directional  of the change of the pictures and that of the texts (Gal et al., 2021, arXiv 2108.00946, section
                       4.1); NaN where either did not change
@@ -108,9 +95,6 @@ def clip_metrics(
     numbers["clip_score"] = edit @ text
     for to, other in zip(others, seen, strict=True):
         numbers |= {f"{to}_clip_score": other @ text, f"clip_similarity_to_{to}": edit @ other}
-        if inside is not None and not inside.all():
-            kept = (clip.image_features(black_but(x, ~inside))[0] for x in (image, others[to]))
-            numbers[f"clip_similarity_to_{to}_kept"] = torch.dot(*kept)
     if inside is not None and inside.any():
         numbers["clip_score_edited"] = clip.image_features(black_but(image, inside))[0] @ text
     if source_prompt:
@@ -126,7 +110,7 @@ def clip_metrics(
     return numbers
 
 
-# Pixels and latents.
+# Pixels.
 
 
 def mse(a: Tensor, b: Tensor, region: Tensor | None = None) -> float:
@@ -158,21 +142,13 @@ def ssim(a: Tensor, b: Tensor, region: Tensor | None = None) -> float:
 def window_mean(x: Tensor) -> Tensor:
     """Gaussian-weighted mean around each pixel of (B, C, H, W)."""
     weights = torch.exp(-(torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2) / (2 * 1.5**2))
-    weights, channels = weights / weights.sum(), x.shape[1]
-    x = F.pad(x, (5, 5, 5, 5), mode="reflect")
-    x = F.conv2d(x, repeat(weights, "k -> c 1 k 1", c=channels), groups=channels)
-    return F.conv2d(x, repeat(weights, "k -> c 1 1 k", c=channels), groups=channels)
+    window = repeat(torch.outer(weights, weights) / weights.sum() ** 2, "h w -> c 1 h w", c=x.shape[1])
+    return F.conv2d(F.pad(x, (5, 5, 5, 5), mode="reflect"), window, groups=x.shape[1])
 
 
 def black_but(image: Tensor, region: Tensor | None) -> Tensor:
     """The image, black outside the region, as PIE-Bench restricts a metric to a part."""
     return image if region is None else torch.where(region, image, -1.0)
-
-
-def latent_distance(model, a: Tensor, b: Tensor) -> float:
-    """1 - the cosine between the latents of two images, in [0, 2]."""
-    a, b = (model.encode_image(x).flatten().double() for x in (a, b))
-    return 1 - F.cosine_similarity(a, b, dim=0).item()
 
 
 # Metrics with weights of their own.

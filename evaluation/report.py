@@ -22,7 +22,7 @@ FILES = {  # paths of pictures, and the numbers under them
     "file": ("clip_score", "psnr_to_input"),
 }  # fmt: skip
 TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
-MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "pictures")
+MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "blend_word", "pictures")
 ABOUT = ("job", "category", "method", "sample", "seed", *TASK, "source_prompt", *FILES, "error")
 HEADLINE = {  # the columns of tables, and their formats
     "edits": ".0f", "failed": ".0f", "success": ".0%", "attainable": ".0%", "psnr_to_truth": ".1f",
@@ -32,11 +32,9 @@ HEADLINE = {  # the columns of tables, and their formats
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Read the rows of every run in or below `folder`.
-
-    `job` is the run's folder, "" for `folder` itself, and files are relative to `folder`. A failure counts only while
-    its task has no edit. A job that failed as a whole, or did not finish, is a row without a task.
-    """
+    """Read the rows of every run in or below `folder`. `job` is the run's folder, "" for `folder` itself, and files are
+    relative to `folder`. A failure counts only while its task has no edit. A job that failed as a whole, or did not
+    finish, is a row without a task."""
     found = {path.parent for path in folder.rglob("rows*.jsonl")}
     found |= {path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")}
     table = []
@@ -52,19 +50,18 @@ def read(folder: Path) -> pd.DataFrame:
 def run_rows(folder: Path) -> list[dict]:
     """The rows of one run, from the files of all its processes: the last attempt of each edit."""
     rows = {}
-    for line in (
-        line for path in sorted(folder.glob("rows*.jsonl")) for line in path.read_text("utf-8", "replace").splitlines()
-    ):
-        with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
-            row = json.loads(line)
-            rows[task_of(row), row.get("file")] = row
+    for path in sorted(folder.glob("rows*.jsonl")):
+        for line in path.read_text("utf-8", "replace").splitlines():
+            with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+                row = json.loads(line)
+                rows[task_of(row), row.get("file")] = row
     done = {task for task, file in rows if file}
     return [row for (task, file), row in rows.items() if file or task not in done]
 
 
 def task_of(row: dict) -> tuple:
     """Marks by which a row's task is known again: names may be line numbers."""
-    return tuple(row.get(name) for name in MARKS)
+    return tuple(row.get(name) or "" for name in MARKS)
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -140,12 +137,11 @@ def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
         numbers = [line[key] for key in (name, f"{name}_se") if key in line]
         return " ± ".join(f"{number:{HEADLINE[name]}}" for number in numbers)
 
-    tables, rows = [], rows.sort_values("category", kind="stable")
-    for by in (["label"], ["category", "label"])[: rows["category"].nunique()]:
-        table = means(rows, by)
-        names = [name for name in HEADLINE if name in table]
-        lines = [{name: line[name] for name in by} | {n: text(n, line) for n in names} for line in records(table)]
-        tables.append(pd.DataFrame(lines).rename(columns={"label": "edited by"}))
+    tables, rows = [], rows.sort_values("category", kind="stable").rename(columns={"label": "edited by"})
+    for by in (["edited by"], ["category", "edited by"])[: rows["category"].nunique()]:
+        lines = records(means(rows, by))
+        names = [name for name in HEADLINE if any(name in line for line in lines)]
+        tables.append(pd.DataFrame([{n: line[n] for n in by} | {n: text(n, line) for n in names} for line in lines]))
     return tables
 
 
@@ -162,11 +158,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = None) -> str:
-    """Write the report on `rows` into `folder`, and return the text to print.
-
-    Any run gets results.csv, sheet.png and plots/; several `tasks` or jobs also table.md and index.html. `curves` are
-    the losses of tuning, {stage: {name: one value for each step}}.
-    """
+    """Write the report on `rows` into `folder`, and return the text to print. Any run gets results.csv, sheet.png and
+    plots/; several `tasks` or jobs also table.md and index.html. `curves` are the losses of tuning, {stage: {name: one
+    value for each step}}."""
     rows = labelled(rows)
     edited = rows["error"].isna()
     done, failed = rows["task"][edited].nunique(), rows["task"][~edited].nunique()
@@ -247,9 +241,7 @@ def plots(rows: pd.DataFrame, curves: dict) -> dict:
             panel.errorbar(group[x], group[y], *errors, fmt="o-" if len(axes) == 1 else "o", label=method)
         for line in records(points):
             panel.annotate(line["label"], (line[x], line[y]), (6, 4), textcoords="offset points", fontsize=8)
-        panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-        panel.margins(0.25, 0.1)
-        panel.grid(alpha=0.3)
+        panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), xmargin=0.25)
         panel.legend()
     return figures
 
@@ -291,33 +283,27 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     from matplotlib.figure import Figure
 
     pictures = {None: Image.new("RGB", (64, 64), "#dddddd")}
-    for file in {file for _, cells in lines for file, _ in cells if file}:
-        with Image.open(folder / file) as picture:
-            pictures[file] = picture.convert("RGB")
-    side = min(384, max(192, *(max(picture.size) for picture in pictures.values()))) / 100  # inches, of 100 pixels
-    wide = max(5, max(len(cells) for _, cells in lines) * (side + 0.1) + 0.1)
+    pictures |= {file: Image.open(folder / file).convert("RGB") for _, cells in lines for file, _ in cells if file}
+    side, columns = 2.56, max(len(cells) for _, cells in lines)
+    wide = max(5, columns * (side + 0.1) + 0.1)  # inches, of 100 pixels
 
     def wrapped(words: str, room: float) -> str:
         return "\n".join(part for line in words.split("\n") for part in textwrap.wrap(line, int(room * 13)))
 
-    def place(words: str, x: float, y: float) -> None:  # in inches, from the left and from the top
-        figure.text(x / wide, 1 - y / tall, words, va="top", fontsize=9)
-
     title = wrapped(title, wide)
     lines = [(heading, [(file, wrapped(words, side)) for file, words in cells]) for heading, cells in lines]
-    high = side + 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
+    text = 0.6 + 0.17 * max(words.count("\n") for _, cells in lines for _, words in cells)
     top = 0.6 + 0.17 * title.count("\n")
-    tall = len(lines) * high + top
-    figure = Figure((wide, tall), dpi=100)
-    place(title, 0.1, 0.1)
+    tall = len(lines) * (side + text) + top
+    figure, right = Figure((wide, tall), dpi=100), columns * (side + 0.1) / wide
+    figure.text(0.1 / wide, 1 - 0.1 / tall, title, va="top", fontsize=9)
+    edges = {"left": 0.1 / wide, "right": right, "top": 1 - top / tall, "bottom": text / tall}
+    grid = figure.add_gridspec(len(lines), columns, **edges, wspace=0.1 / side, hspace=text / side)
     for i, (heading, cells) in enumerate(lines):
-        y = top + i * high
-        place(textwrap.shorten(heading, int(wide * 13)), 0.1, y - 0.22)
         for j, (file, words) in enumerate(cells):
-            x = 0.1 + j * (side + 0.1)
-            panel = figure.add_axes((x / wide, 1 - (y + side) / tall, side / wide, side / tall), xticks=[], yticks=[])
+            panel = figure.add_subplot(grid[i, j], xticks=[], yticks=[], anchor="NW")
             panel.imshow(pictures[file], interpolation="lanczos")
-            panel.set_anchor("NW")
             panel.spines[:].set_color("#cccccc")
-            place(words, x, y + side + 0.05)
+            panel.set_xlabel(words, loc="left", fontsize=9)
+            panel.set_title("" if j else textwrap.shorten(heading, int(wide * 13)), loc="left", fontsize=9)
     return figure

@@ -15,6 +15,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,30 +41,12 @@ from evaluation.wandb_log import WandbLogger
 from files import whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
-# What a run or a task writes into its folder.
-OUTPUTS = (
+OUTPUTS = (  # of a run or a task
     "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "results.csv",
     "sheet.png", "table.md", "index.html", "rows.jsonl",
 )  # fmt: skip
-TEXTS = ("category", "prompt", "source_prompt", "negative_prompt")
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
-NOT_COMPARED = (
-    "logger.", "cache.", "device.", "objective.", "model.weights.", "task.categories.", "task.limit.", "task.shard.",
-)  # fmt: skip
-
-
-class Counted:
-    """A view of a model that counts the evaluations of its network, one for each latent in a batch."""
-
-    def __init__(self, model):
-        self.model, self.evaluations = model, 0
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def predict(self, x: Tensor, t: Tensor | int, conditioning) -> Tensor:
-        self.evaluations += len(x)
-        return self.model.predict(x, t, conditioning)
+NOT_COMPARED = re.compile(r"(logger|cache|device|objective|model\.weights|task\.(categories|limit|shard))(\.|$)")
 
 
 class TaskRun(Run):
@@ -71,7 +54,7 @@ class TaskRun(Run):
 
     def __init__(self, editor: "Editor", image: Tensor, seed: int, alone: bool = True):
         super().__init__(seed)
-        self.model, self.cache, self.logger = Counted(editor.model), editor.cache, editor.logger
+        self.model, self.cache, self.logger = editor.model, editor.cache, editor.logger
         self.identity = editor.identity | {"image": digest(image)}
         self.alone = alone  # else the tasks have a bar of their own
         self.curves: dict[str, dict[str, list[float]]] = {}
@@ -144,15 +127,13 @@ class Editor:
 
     def edit_task(self, task: EditTask, place: Path, seed: int, alone: bool = True) -> tuple[list[dict], dict]:
         """Edit one task and write its files to `place`. Returns a row for each edit, with a path for each file, and the
-        curves of its stages, {stage: {name: one value for each step}}.
-
-        An edit's seconds and evaluations are those of the task from its beginning to this edit: tuning included, cached
-        or not, and the reconstruction left out. Raises InputError where a result is not finite, or there is none.
-        """
+        curves of its stages, {stage: {name: one value for each step}}. An edit's seconds and evaluations are those of
+        the task from its beginning to this edit: tuning included, cached or not, and the reconstruction left out.
+        Raises InputError where a result is not finite, or there is none."""
         torch.manual_seed(seed)  # methods draw from generators of their own; this is for those that do not
         run, results, reconstruction = TaskRun(self, task.image, seed, alone), [], None
         before, cost = run.cost(), np.zeros(2)
-        for settings, latent, picture in perform(self.method, run.model, task, run):
+        for settings, latent, picture in perform(self.method, self.model, task, run):
             if settings == RECONSTRUCTION:
                 reconstruction = picture
             else:
@@ -187,20 +168,11 @@ class Editor:
         return rows, run.curves
 
 
-def edit_all(
-    source: Tasks,
-    folder: Path,
-    edit: Callable[[Entry, Path, int], tuple[list[dict], dict]],  # (task, its folder, its seed) -> rows, curves
-    seed: int,
-    settings: dict,
-    wanted: Sequence[str] = (),  # metrics that a sweeper optimises
-) -> list[dict]:
+def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: dict) -> list[dict]:
     """Edit this process's share of the tasks that are not done yet, report on the folder, and return all its rows.
-
-    A task that fails leaves a row with `error`; the next run tries it again. Raises InputError where the folder holds
-    results of other settings, and after the first edit for a wanted metric that does not exist. One picture is edited
-    anew, and its errors are raised.
-    """
+    `edit` (task, its folder, its seed) gives the rows and the curves of one. A task that fails leaves a row with
+    `error`; the next run tries it again. One picture is edited anew, and its errors are raised. Raises InputError where
+    the folder holds results of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     used = (folder / "run.json").exists()
     claim(folder, settings, source.single)
@@ -229,9 +201,6 @@ def edit_all(
                 rows = [{"error": line}]
             append(mine, [typed | about[entry.name] | row for row in rows])
             bar.update()
-            known = set().union(*rows)
-            if unknown := [name for name in wanted if name not in known and "error" not in known]:
-                raise InputError(f"objective={unknown[0]}: no edit has it; evaluation/metrics.py says what it needs")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the first process of torchrun reports on all
             dist.init_process_group("gloo", timeout=timedelta(days=30))
             dist.barrier()
@@ -271,19 +240,20 @@ def marks(entry: Entry) -> dict[str, str]:
     """The part of a row that says which task it is: its name, its texts, and its pictures with a hash of each."""
     paths = (path for path in (entry.image, entry.mask, entry.truth) if path)
     pictures = ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
-    return {"task": entry.name, "pictures": pictures} | {name: getattr(entry, name) for name in TEXTS}
+    texts = {name: getattr(entry, name) for name in report.MARKS if hasattr(entry, name)}
+    return {"task": entry.name, "pictures": pictures} | texts
 
 
 def claim(folder: Path, settings: dict, anew: bool) -> None:
     """Write down how a folder's results are made. Raises InputError where it holds results of other settings; with
     `anew` only where it holds those of a list."""
-    path = folder / "run.json"
+    path, theirs = folder / "run.json", {}
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
-    if path.exists() and path.stat().st_size and any(folder.glob("rows*.jsonl")):
+    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
         theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        names = [name for name in {**theirs, **ours} if not f"{name}.".startswith(NOT_COMPARED)]
-        names = [name for name in names if theirs.get(name) != ours.get(name) and (name == "task._target_" or not anew)]
-        if names:
+    if theirs and any(folder.glob("rows*.jsonl")):
+        names = ["task._target_"] if anew else {**theirs, **ours}
+        if names := [name for name in names if theirs.get(name) != ours.get(name) and not NOT_COMPARED.match(name)]:
             changes = "; ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in names[:3])
             raise InputError(f"{folder} holds results of other settings ({changes}): choose another hydra.run.dir")
     with whole_file(path) as partial:
@@ -297,21 +267,19 @@ def task_seed(seed: int, name: str) -> int:
 
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
-    Raises InputError where no edit has it, or tasks failed: the rest would not compare with other jobs."""
+    Raises InputError where no edit has it, or tasks failed."""
     names = [setting] if isinstance(setting, str) else list(setting or [])
-    failed = {row["task"] for row in rows if "error" in row}
-    if names and failed:
-        raise InputError(f"objective: {len(failed)} tasks failed, so the rest does not compare with other settings")
-    means = pd.DataFrame(rows).reindex(columns=names).mean().to_dict()
-    for name in (name for name in names if math.isnan(means[name])):
-        raise InputError(f"objective={name}: no edit has this metric")
-    return list(means.values()) if len(names) > 1 else next(iter(means.values()), None)
+    if names and any("error" in row for row in rows):
+        raise InputError("objective: tasks failed, so the rest does not compare with other settings")
+    means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()
+    if any(map(math.isnan, means)):
+        raise InputError(f"objective={setting}: no edit has this metric; evaluation/metrics.py says what it needs")
+    return means if len(names) > 1 else next(iter(means), None)
 
 
 def progress_bar(*args, **kwargs) -> tqdm:
     """A bar on stderr; in a log file a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(*args, **kwargs, mininterval=interval, dynamic_ncols=True)
+    return tqdm(*args, **kwargs, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
 def peak_memory(device: torch.device) -> float:

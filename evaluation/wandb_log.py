@@ -10,8 +10,6 @@ from PIL import Image
 
 from errors import InputError
 
-TABLE_SIDE = 256  # pixels, at most, of a picture in a table
-
 
 class WandbLogger:
     """Outside of `run`, and in mode disabled, nothing is logged. `about` goes to wandb.init: project, name, tags. W&B's
@@ -74,7 +72,7 @@ class WandbLogger:
         @functools.cache  # W&B keeps pictures in memory until the run ends: each file once
         def small(name: str) -> wandb.Image:
             picture = Image.open(folder / name).convert("RGB")
-            picture.thumbnail((TABLE_SIDE, TABLE_SIDE))
+            picture.thumbnail((256, 256))
             return wandb.Image(picture)
 
         table = report.complete(pd.DataFrame(rows)).dropna(axis="columns", how="all").astype(object)

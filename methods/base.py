@@ -1,18 +1,17 @@
-"""What editing methods share: the contract, the run that serves them, checks of settings and one optimisation loop."""
+"""What editing methods share: the contract, the run that serves them, and one optimisation loop."""
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import InputError, check
 
 RECONSTRUCTION = "reconstruction"  # in the place of settings: the input as the method gives it back
 
@@ -122,36 +121,15 @@ OPTIMIZERS = {
 }
 
 
-def check(method: Any, shares: Sequence[str] = (), counts: Sequence[str] = (), **choices: Iterable[str]) -> None:
-    """Raise InputError for a value of another type than declared; for a number that is negative or infinite, above 1
-    among `shares`, or below 1 among `counts`; and for a setting in `choices` with another value than those given."""
-    for name, kind in get_type_hints(type(method)).items():
-        kinds, value = get_args(kind) if isinstance(kind, UnionType) else (kind,), getattr(method, name)
-        if name in choices and value not in choices[name]:
-            raise InputError(f"{method.group}.{name} is {value}: choose one of {', '.join(choices[name])}")
-        if value is None and NoneType in kinds:
-            continue
-        for plain, what in ((bool, "true or false"), (str, "a text")):
-            if plain in kinds and not isinstance(value, plain):
-                raise InputError(f"{method.group}.{name} is {value}: it must be {what}")
-        if not {int, float} & set(kinds):
-            continue
-        low, high, whole = int(name in counts), 1 if name in shares else math.inf, float not in kinds
-        for v in value if Sequence[float] in kinds and isinstance(value, Sequence) and value else [value]:
-            number = isinstance(v, int if whole else (int, float)) and not isinstance(v, bool)
-            if not number or not low <= v <= high or math.isinf(v):
-                what = "whole number" if whole else "number"
-                raise InputError(f"{method.group}.{name} is {value}: it must be a {what} from {low} to {high}")
-
-
 def check_samples(method: Any, differ: bool) -> None:
     """Raise InputError for several samples that do not `differ`."""
     if method.num_samples > 1 and not differ:
         raise InputError(f"method.num_samples={method.num_samples} gives equal pictures: set sampler.eta above 0")
 
 
-def check_invertible(method: Any) -> None:
-    """Raise InputError unless the sampler is DDIM without noise, whose path alone can be walked both ways."""
+def check_invertible(method: Any, **ranges: Any) -> None:
+    """`check`, and raise InputError unless the sampler is DDIM without noise, which alone can be walked both ways."""
+    check(method, **ranges)
     if method.sampler.kind != "ddim" or method.sampler.eta != 0:
         raise InputError("this method walks its path both ways, which takes sampler.kind=ddim and sampler.eta=0")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from samplers import Sampler, ddim, guided
 
 
@@ -25,7 +25,6 @@ class DDIMInversion(Method):
     fixed_point_steps: int = 0  # further network calls per step of the inversion, which make it exact
 
     def __post_init__(self) -> None:
-        check(self)
         check_invertible(self)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:

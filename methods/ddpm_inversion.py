@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.base import RECONSTRUCTION, Method, Result, Run, check
-from samplers import Sampler, Trajectory, ddim, ddpm, guided, noise_like
+from samplers import Sampler, ddim, guided, noise_like
 
 
 @dataclass
@@ -47,18 +47,12 @@ class DDPMInversion(Method):
             # alpha_bar 1. The paper's code drops that one, and so is not exact.
             maps = []
             for n in run.progress("inversion")(range(len(timesteps))):
-                maps.append(path[n + 1] - self.mean(path[n], as_source(path[n], timesteps[n]), trajectory, n))
+                mean = self.sampler.step(path[n], as_source(path[n], timesteps[n]), trajectory, n)  # mu_t(x_t)
+                maps.append(path[n + 1] - mean)
 
             def move(x: Tensor, eps: Tensor, n: int, maps=maps) -> Tensor:
-                return self.mean(x, eps, trajectory, n) + maps[n]
+                return self.sampler.step(x, eps, trajectory, n) + maps[n]
 
             x = ddim.walk(as_target, path[0], trajectory, move, run.progress("editing"))
             yield {"skip": float(self.skip), "sample": i}, x
         yield RECONSTRUCTION, z
-
-    def mean(self, x: Tensor, eps: Tensor, trajectory: Trajectory, n: int) -> Tensor:
-        """mu_t(x_t) of the n-th step: the sampler's step without its noise."""
-        levels = trajectory.alpha_bars[n : n + 2]
-        if self.sampler.kind == "ddpm":
-            return ddpm.step(x, eps, *levels)
-        return ddim.step(x, eps, *levels, self.sampler.eta)

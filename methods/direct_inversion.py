@@ -27,7 +27,7 @@ class DirectInversion(Method):
     edit_strength: float = 0.75  # [1 - lambda] 0 replays the recording (from the start below); 1 is the prompt alone
     blend: str = "noise"  # with what: noise (recorded at the same step) | latent (inverted) | path (its latents)
     blend_fraction: float = 1.0  # the first part of the steps, which are blended; edit_strength=0 always takes all
-    guidance_scale: float = 1.5  # classifier-free guidance [w]; 1 is without
+    guidance_scale: float = 2.5  # classifier-free guidance [w]; 1 is without
     inversion_prompt: str = ""  # the prompt of the inversion, which has no guidance; or '${source_prompt}'
     inversion_steps: int | None = None  # steps of the inversion, if other than the sampler's
     fixed_point_steps: int = 0  # further network calls per step of the inversion, which make it exact

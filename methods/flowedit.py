@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from samplers import Sampler, ddim, guided, noise_like
 
 
@@ -32,8 +32,7 @@ class FlowEdit(Method):
     num_samples: int = 1  # edits, each with noises of its own
 
     def __post_init__(self) -> None:
-        check(self, counts=["n_max", "n_avg", "num_samples"])
-        check_invertible(self)
+        check_invertible(self, counts=["n_max", "n_avg", "num_samples"])
         if not self.n_min <= self.n_max <= self.sampler.steps:
             values = f"n_min={self.n_min}, n_max={self.n_max} and sampler.steps={self.sampler.steps}"
             raise InputError(f"method.{values}: they must not fall in this order")

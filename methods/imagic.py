@@ -31,7 +31,7 @@ class Imagic(Method):
     clip_weight: float = 0.0  # weight of 1 - cos(CLIP of the embedding, CLIP of the image); needs a model with CLIP
     # (B) the network [theta]
     tuning_steps: int = 60  # optimisation steps; 0 keeps the network
-    tuning_lr: float = 5e-5  # learning rate for tune=all and tune=attention
+    tuning_lr: float = 1e-5  # learning rate for tune=all and tune=attention
     tuning_optimizer: str = "adam"  # adam | sgd (momentum 0.9) | adafactor (steps as long as Adam's, hardly any state)
     tuning_batch: int = 1  # draws of timestep and noise per step
     tune: str = "all"  # which weights move: all | attention (its attention layers) | lora (low-rank additions to them)

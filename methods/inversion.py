@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,38 +16,30 @@ from torch import Tensor
 from errors import InputError
 from methods.base import Run, cached_stage, check
 from models.attention import CrossAttention
-from samplers import Conditioning, Trajectory, ddim, guided
+from samplers import Conditioning, Denoiser, Trajectory, ddim, guided
 
 
 @dataclass
 class Source:
-    """The source branch of an edit: the inversion's path, and the way back along it.
+    """The source branch of an edit: the inversion's path, and the way back along it."""
 
-    trajectory:  the grid of both ways.
-    path:        the inversion of one picture, step by step.
-    text:        the source prompt, one row.
-    nulls:       the conditionings that guidance leads away from, one row each: a single one for all steps, or one for
-                 each step in the order of sampling.
-    rectified:   whether the branch is put back onto the path after each step.
-    """
-
-    trajectory: Trajectory
-    path: ddim.Inversion
-    text: Conditioning
-    nulls: Sequence[Conditioning]
-    rectified: bool = False
+    trajectory: Trajectory  # the grid of both ways
+    path: ddim.Inversion  # of one picture
+    text: Conditioning  # the source prompt, one row
+    nulls: Sequence[Conditioning]  # what guidance leads away from, a row each: one for all steps, or one for each
+    rectified: bool = False  # whether the branch is put back onto the path after each step
 
     def sample(
         self,
         model,
-        target: Conditioning,
+        prompt: str,
         scale: float,
         control: Callable[[int], AbstractContextManager],
         run: Run,
         away: Conditioning | None = None,
         blend: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sample the source branch and, beside it, a branch under `target`, one row, from the same latent.
+        """Sample the source branch and, beside it, a branch under the target prompt, from the same latent.
 
         `control(i)` surrounds the network's call at step i, whose batch is (source, target), or under guidance (null,
         null, source, target). Both are led away from the same nulls; or the target from `away`, and then the source
@@ -54,27 +47,26 @@ class Source:
         `blend(i, x)` may replace both latents (2, c, h, w) after step i. Returns the reconstruction and the edit,
         latents (1, c, h, w).
         """
-        trajectory, prompts, denoisers = self.trajectory, Conditioning.cat([self.text, target]), {}
+        prompts = Conditioning.cat([self.text, model.encode_text([prompt])])
         own = scale if len(self.nulls) > 1 else 1.0
         scales = scale if away is None else self.path.latent.new_tensor([own, scale]).view(2, 1, 1, 1)
-        steps = {t: i for i, t in enumerate(trajectory.timesteps.tolist())}
+        steps = {t: i for i, t in enumerate(self.trajectory.timesteps.tolist())}
+
+        @lru_cache(maxsize=1)  # for its projected texts take memory
+        def denoiser(null: int) -> Denoiser:
+            nulls = Conditioning.cat([self.nulls[null], self.nulls[null] if away is None else away])
+            return guided(model, prompts, scales, nulls)
 
         def denoise(x: Tensor, t: float) -> Tensor:
-            i = steps[t]
-            null = min(i, len(self.nulls) - 1)
-            if null not in denoisers:  # one at a time, for its projected texts take memory
-                denoisers.clear()
-                nulls = Conditioning.cat([self.nulls[null], self.nulls[null] if away is None else away])
-                denoisers[null] = guided(model, prompts, scales, nulls)
-            with control(i):
-                return denoisers[null](x, t)
+            with control(steps[t]):
+                return denoiser(min(steps[t], len(self.nulls) - 1))(x, t)
 
         def after(i: int, x: Tensor) -> Tensor:
             x = torch.cat([self.path.latents[i + 1], x[1:]]) if self.rectified else x
             return x if blend is None else blend(i, x)
 
         x = torch.cat([self.path.latent, self.path.latent])
-        x = ddim.sample(denoise, x, trajectory, progress=run.progress("editing"), callback=after)
+        x = ddim.sample(denoise, x, self.trajectory, progress=run.progress("editing"), callback=after)
         again, edit = x.split(1)
         run.metrics["reconstruction_error"] = float((again - self.path.latents[-1]).square().mean().sqrt())
         return again, edit
@@ -156,8 +148,8 @@ class NullText(Inversion):
         The next step begins with the null text that this one found. Returns {"nulls": (steps, 1, L, C)} and
         {"loss": (steps,)}. Raises InputError for a loss that is not finite.
 
-        The authors' code also uses Adam and ends early. It updates first and checks afterwards, and it gives Adam the
-        mean over elements, not the sum; those gradients are so small that Adam's eps of 1e-8 damps the updates.
+        The authors' code checks after an update, not before, and gives Adam the mean over elements, not the sum; those
+        gradients are so small that Adam's eps of 1e-8 damps the updates.
         """
         trajectory, as_source, null = source.trajectory, guided(model, source.text), source.nulls[0]
         steps, z, states, nulls, losses = len(trajectory), source.path.latent, null.states.float(), [], []
@@ -171,7 +163,7 @@ class NullText(Inversion):
                     eps_null = guided(model, Conditioning(states.to(null.states), null.vector))(z, t)
                     lower = trajectory.step(z, eps_null + w * (eps_source - eps_null), i, i + 1)
                     loss = (pivot - lower).square().sum()
-                error = float(loss) / z.numel()
+                error = loss.item() / z.numel()
                 if not math.isfinite(error):
                     raise InputError(f"the loss of the null text is not finite at step {i}: lower inversion.null_lr")
                 if n == self.inner_steps or error < self.stop_loss + i * 2e-5:

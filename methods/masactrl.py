@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from models.attention import Hook, attention
 from samplers import Sampler
@@ -29,18 +29,14 @@ class MasaCtrl(Method):
     start_layer: int = 3  # [L] the first self-attention layer, counted from 0 in the order of execution
 
     def __post_init__(self) -> None:
-        check(self)
         check_invertible(self)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        trajectory, task = self.sampler.trajectory(model.schedule), replace(task, source_prompt="")
-        source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
-
-        def control(i: int):
-            return model.unet.attention.hooked(self.edited(i, model.unet.attention.backend))
-
-        target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run)
+        trajectory, layers = self.sampler.trajectory(model.schedule), model.unet.attention
+        empty = replace(task, source_prompt="")
+        source = self.inversion.invert(model, empty, z, trajectory, self.guidance_scale, run)
+        control = lambda i: layers.hooked(self.edited(i, layers.backend))
+        again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run)
         yield {"start_step": self.start_step, "start_layer": self.start_layer}, edit
         yield RECONSTRUCTION, again
 

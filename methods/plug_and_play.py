@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from models.attention import attention
 from samplers import Sampler
@@ -31,20 +31,15 @@ class PlugAndPlay(Method):
     attention_share: float = 0.5  # [tau_A] share of the steps in which queries and keys are the source's
 
     def __post_init__(self) -> None:
-        check(self, shares=["feature_share", "attention_share"])
-        check_invertible(self)
+        check_invertible(self, shares=["feature_share", "attention_share"])
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         away = model.encode_text([task.negative_prompt or self.negative_prompt])
         plain = replace(task, source_prompt=task.source_prompt if self.source_prompted else "", negative_prompt="")
         trajectory = self.sampler.trajectory(model.schedule)
         source = self.inversion.invert(model, plain, z, trajectory, self.guidance_scale, run)
-
-        def control(i: int):
-            return self.injected(model.unet, i / len(trajectory))
-
-        target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run, away)
+        control = lambda i: self.injected(model.unet, i / len(trajectory))
+        again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run, away)
         shares = {"feature_share": float(self.feature_share), "attention_share": float(self.attention_share)}
         yield shares, edit
         yield RECONSTRUCTION, again

@@ -7,14 +7,14 @@ of words to blend, the rest of the picture stays the source's.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from methods.local_blend import LocalBlend
 from methods.words import Tokens, places, tokenise, word_factors, word_map
@@ -44,8 +44,7 @@ class PromptToPrompt(Method):
 
     def __post_init__(self) -> None:
         shares = ["cross_replace", "self_replace", "blend_start", "blend_threshold"]
-        check(self, shares=shares, words=["replace", "refine"])
-        check_invertible(self)
+        check_invertible(self, shares=shares, words=["replace", "refine"])
         if self.guidance_scale == 0:
             raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")
         factors = self.reweight or {}
@@ -56,7 +55,6 @@ class PromptToPrompt(Method):
         if not task.source_prompt:
             raise InputError('this method needs source_prompt, a caption of the picture: source_prompt="a red heart"')
         trajectory = self.sampler.trajectory(model.schedule)
-        source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
         source_words, words = tokenise(model.text, task.source_prompt), tokenise(model.text, task.prompt)
         takes, own = word_map(source_words, words, self.words)
         factors, near = word_factors(model.text, words, self.reweight or {}), torch.zeros(2, len(words.ids))
@@ -67,31 +65,22 @@ class PromptToPrompt(Method):
         sides = [2 * side // model.unet.downsampling for side in z.shape[-2:]]
         start = int(self.blend_start * len(trajectory))
         blend = LocalBlend(near.to(z.device), sides, start, self.blend_threshold) if pair else None
-
-        def control(i: int):
-            backend = model.unet.attention.backend
-            return model.unet.attention.hooked(self.edited(i / len(trajectory), *tables, backend, blend))
-
-        target = model.encode_text([task.prompt])
-        again, edit = source.sample(model, target, self.guidance_scale, control, run, blend=blend)
+        source = self.inversion.invert(model, task, z, trajectory, self.guidance_scale, run)
+        layers = model.unet.attention
+        control = lambda i: layers.hooked(self.edited(i / len(trajectory), tables, layers.backend, blend))
+        again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run, blend=blend)
         yield {"cross_replace": float(self.cross_replace), "self_replace": float(self.self_replace)}, edit
         yield RECONSTRUCTION, again
 
     def edited(
-        self,
-        done: float,
-        takes: Tensor,
-        own: Tensor,
-        factors: Tensor,
-        backend: str = "auto",
-        blend: LocalBlend | None = None,
+        self, done: float, tables: Sequence[Tensor], backend: str = "auto", blend: LocalBlend | None = None
     ) -> Hook:
         """Edit(M_t, M*_t, t) of algorithm 1, for the step after a share `done` of them: the results of the attention
         layers for batches that end in (source, target), both with their text. Rows before these are left alone.
 
         cross-attention, in the first `cross_replace`: the target's maps become (M_t takes + M*_t own) factors;
         self-attention, in the first `self_replace`: the target's become the source's, by its queries and keys.
-        `blend` collects the maps as they are used.
+        `tables` are takes (L, L), own (L,) and factors (L,). `blend` collects the maps as they are used.
         """
 
         def hook(q: Tensor, k: Tensor, v: Tensor, cross: bool) -> Tensor | None:
@@ -99,6 +88,7 @@ class PromptToPrompt(Method):
             if cross and (replaced or collected):
                 maps, out = attention_map(q[-2:], k[-2:]), attention(q, k, v, backend)  # (2, heads, N, L)
                 if replaced:
+                    takes, own, factors = tables
                     maps[1] = (maps[0] @ takes.to(maps.dtype) + maps[1] * own) * factors
                     out[-1] = maps[1] @ v[-1].to(maps.dtype)
                 if collected:

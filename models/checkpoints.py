@@ -6,17 +6,13 @@ is renamed once (models/names.py), and each tensor is cast once, into a network 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from mmap import MADV_DONTNEED, PAGESIZE
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -223,8 +219,8 @@ def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 
 def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
     """A state dict of `own`'s names, shapes and precisions from the `named` tensors, those that belong together
-    stacked. Each is cast alone, so that no second copy of a file lies in memory. Raises InputError with the first three
-    that are missing, unexpected or of another shape, or not finite."""
+    stacked. Each is cast alone, so that beside the result only pages of mapped files lie in memory, which the system
+    can drop. Raises InputError with the first three that are missing, unexpected, of another shape, or not finite."""
     state, problems, left = {}, [], dict(named)
     for name, wanted in own.items():
         members = [name] if name in left else names.members(name)
@@ -243,27 +239,15 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) 
         state[name] = pieces
     # CLIP's projection and its last layer, which some families do not use, may be there.
     problems += [f"{name} is unexpected" for name in left if not re.search(r"\.text_projection|\.resblocks\.", name)]
-    shared = Counter(tensor.data_ptr() for tensor in named.values())
     for name, pieces in {} if problems else state.items():
         moved = [piece.to(device, own[name].dtype) for piece in pieces]
         state[name] = whole = torch.cat(moved) if len(moved) > 1 else moved[0]
-        for piece in pieces if whole is not pieces[0] else ():
-            if piece.is_contiguous() and shared[piece.data_ptr()] == 1:
-                release(piece)
         if whole.is_floating_point() and not torch.stack(whole.aminmax()).isfinite().all():
             problems.append(f"{name} is NaN or infinite")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"it does not fit the networks: {'; '.join(problems[:3])}{more}")
     return state
-
-
-def release(copied: Tensor) -> None:
-    """Let go of the memory of a tensor that is not read again; of a mapped file, these are pages that would count."""
-    start = -(-copied.data_ptr() // PAGESIZE) * PAGESIZE
-    end = (copied.data_ptr() + copied.nbytes) // PAGESIZE * PAGESIZE
-    if sys.platform == "linux" and start < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class LatentDiffusion(nn.Module):
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
         self.clip = clip
         self.config: dict = {}  # the sizes it was built from, which `save` writes down
+        self.evaluations = 0  # of the network so far, one for each latent in a batch
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +101,7 @@ class LatentDiffusion(nn.Module):
         number or (B,)). The network works in its own precision; the prediction is computed in that of x."""
         if isinstance(conditioning, Conditioning):
             conditioning = self.project(conditioning.expand(len(x)))
+        self.evaluations += len(x)
         # As a tensor for the network, which would be compiled anew for each number; made without waiting for a device.
         timesteps = torch.full((len(x),), t, device=x.device) if isinstance(t, int | float) else t
         pixels = tuple(side * self.autoencoder.downsampling for side in x.shape[-2:])

@@ -1,15 +1,15 @@
-"""Noise schedules, trajectories, DDPM, DDIM and guidance.
+"""Noise schedules, trajectories, DDIM with DDPM, and guidance.
 
 Knows no network: a denoiser is a plain callable (x, t) -> prediction, epsilon under a variance-preserving schedule and
 the velocity noise - x0 under a flow schedule.
 """
 
-from . import ddim, ddpm
+from . import ddim
 from .guidance import Conditioning, Denoiser, guided
 from .sampler import Sampler
 from .schedule import FlowSchedule, NoiseSchedule, Trajectory, noise_like
 
 __all__ = [
-    "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "ddpm", "guided",
+    "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "guided",
     "noise_like",
 ]  # fmt: skip

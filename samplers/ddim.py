@@ -1,4 +1,5 @@
-"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert.
+"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert. With eta 1 the
+step is DDPM's ancestral sampling (Ho, Jain & Abbeel 2020, arXiv 2006.11239) on any sub-grid of the schedule.
 
 Both walks take the same `Trajectory` and run without gradients. Steps are differentiable, for loops of a method's own.
 Under a flow schedule the walks are the same, and the steps, with eta 0, Euler's.
@@ -12,19 +13,28 @@ import torch
 from torch import Tensor
 
 from .guidance import Denoiser
-from .schedule import Trajectory, noise_like
+from .schedule import Trajectory
 
 Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the loop over step numbers, as tqdm does
 Callback = Callable[[int, Tensor], Tensor | None]  # (i, x after step i) -> a replacement for x, or None
 
 
 def step(
-    x: Tensor, eps: Tensor, alpha_bar_from: float, alpha_bar_to: float, eta: float = 0.0, noise: Tensor | None = None
+    x: Tensor,
+    eps: Tensor,
+    alpha_bar_from: float,
+    alpha_bar_to: float,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    large: bool = False,
 ) -> Tensor:
     """x at alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, with sigma by eq. 16.
 
     With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only; `noise`
-    is then a standard normal draw, and without one the step's mean is returned.
+    is then a standard normal draw, and without one the step's mean is returned. With eta 1 it draws from the posterior
+    q(x_to | x_from, x0) at the x0 that eps implies (Ho et al., eq. 6, 7, 11), exact for data that is a single point.
+    `large` gives the noise the variance 1 - alpha_bar_from / alpha_bar_to instead ("fixed large" in Ho et al.'s code),
+    exact for data that is standard normal.
     x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors.
     """
     a, b = float(alpha_bar_from), float(alpha_bar_to)
@@ -33,7 +43,9 @@ def step(
     scale = math.sqrt(b / a)
     direction = math.sqrt(max(1 - b - sigma**2, 0.0)) - scale * math.sqrt(1 - a)
     mean = scale * x + direction * eps
-    return mean if noise is None or sigma == 0 else mean + sigma * noise
+    if noise is None or eta == 0:
+        return mean
+    return mean + (math.sqrt(1 - a / b) if large else sigma) * noise
 
 
 @torch.no_grad()
@@ -59,36 +71,21 @@ def sample(
     denoise: Denoiser,
     x: Tensor,
     trajectory: Trajectory,
-    eta: float = 0.0,
-    generator: torch.Generator | None = None,
     progress: Progress | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """`walk` by DDIM's steps. eta in [0, 1]: 0 is deterministic, 1 is DDPM's ancestral sampling with the posterior
-    variance. The last step returns its mean, since no later one would remove noise."""
-
-    def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
-        if eta == 0:
-            return trajectory.step(x, eps, i, i + 1)
-        noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
-        return step(x, eps, trajectory.alpha_bars[i], trajectory.alpha_bars[i + 1], eta, noise)
-
+    """`walk` by the trajectory's own steps, without noise: DDIM with eta 0, and Euler's steps of a flow."""
+    move = lambda x, prediction, i: trajectory.step(x, prediction, i, i + 1)
     return walk(denoise, x, trajectory, move, progress, callback)
 
 
 @dataclass
 class Inversion:
-    """An inversion, step by step.
+    """An inversion, step by step."""
 
-    latents:   (steps + 1, B, ...); latents[i] is at trajectory.levels[i], latents[-1] is the given x0.
-    eps:       (steps, B, ...); the prediction eps[i] belongs to timesteps[i] and leads from latents[i + 1] up to
-               latents[i]. Under a flow schedule it is a velocity.
-    timesteps: (steps,) descending, those of the trajectory.
-    """
-
-    latents: Tensor
-    eps: Tensor
-    timesteps: Tensor
+    latents: Tensor  # (steps + 1, B, ...); latents[i] is at trajectory.levels[i], latents[-1] is the given x0
+    eps: Tensor  # (steps, B, ...); prediction eps[i] belongs to timesteps[i], and led from latents[i + 1] to latents[i]
+    timesteps: Tensor  # (steps,) descending, those of the trajectory
 
     @property
     def latent(self) -> Tensor:

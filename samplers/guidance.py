@@ -66,12 +66,9 @@ def guided(model, text: str | Conditioning, scale: float | Tensor = 1.0, null: s
     a new denoiser after a change of the weights. Where states require grad, the network gets the text as it is at every
     call, so that each call has a graph of its own.
     """
-    alone = None if isinstance(scale, Tensor) else {1: "text", 0: "null"}.get(scale)
-    if isinstance(text, str) and alone != "null":
-        text = model.encode_text([text])
-    if isinstance(null, str) and alone != "text":
-        null = model.encode_text([null])
-    branches = {"text": [text], "null": [null]}.get(alone, [null, text])
+    alone = not isinstance(scale, Tensor) and scale in (0, 1)
+    branches = [text if scale == 1 else null] if alone else [null, text]
+    branches = [model.encode_text([branch]) if isinstance(branch, str) else branch for branch in branches]
 
     def joined(images: int) -> Conditioning:
         return Conditioning.cat([branch.expand(images) for branch in branches])
@@ -80,7 +77,7 @@ def guided(model, text: str | Conditioning, scale: float | Tensor = 1.0, null: s
     context = joined if learning else cache(lambda images: model.project(joined(images)))
 
     def denoise(x: Tensor, t: float) -> Tensor:
-        if len(branches) == 1:
+        if alone:
             return model.predict(x, t, context(len(x)))
         of_null, of_text = model.predict(torch.cat([x, x]), t, context(len(x))).chunk(2)
         return of_null + scale * (of_text - of_null)

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, check
 
-from . import ddim, ddpm
+from . import ddim
 from .guidance import Denoiser
-from .schedule import SPACINGS, VARIANCE_PRESERVING, FlowSchedule, NoiseSchedule, Trajectory
+from .schedule import SPACINGS, VARIANCE_PRESERVING, FlowSchedule, NoiseSchedule, Trajectory, noise_like
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS, VARIANCES = ("ddim", "ddpm"), ("posterior", "fixed_large")
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Raises InputError for an unknown name and an eta out of range; `trajectory` does for `steps`."""
+
+    group = "sampler"  # its settings on the command line
 
     kind: str = "ddim"  # ddim (for a flow model its counterpart, Euler's steps) | ddpm
     steps: int = 50  # network calls, from 1 to the schedule's length
@@ -26,19 +28,19 @@ class Sampler:
     variance: str = "posterior"  # of ddpm: posterior | fixed_large
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", SAMPLERS), ("spacing", SPACINGS), ("variance", ddpm.VARIANCES)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"sampler.{name} is {getattr(self, name)}: choose one of {', '.join(choices)}")
-        if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
-            raise InputError(f"sampler.eta is {self.eta}: it must be a number from 0 to 1")
-        if self.offset is not None and (not isinstance(self.offset, int) or self.offset < 0):
-            raise InputError(f"sampler.offset is {self.offset}: it must be a whole number, 0 or more, or null")
+        check(self, shares=["eta"], kind=SAMPLERS, spacing=SPACINGS, variance=VARIANCES)
 
     def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
         if isinstance(schedule, FlowSchedule) and (self.kind == "ddpm" or self.eta > 0):
             raise InputError(VARIANCE_PRESERVING)
         return schedule.trajectory(self.steps, self.spacing, self.offset)
+
+    def step(self, x: Tensor, eps: Tensor, trajectory: Trajectory, i: int, noise: Tensor | None = None) -> Tensor:
+        """Step i of a variance-preserving trajectory. `noise` is a standard normal draw; without one the step's mean
+        is returned."""
+        ddpm, levels = self.kind == "ddpm", trajectory.alpha_bars[i : i + 2]
+        return ddim.step(x, eps, *levels, 1.0 if ddpm else self.eta, noise, ddpm and self.variance == "fixed_large")
 
     def sample(
         self,
@@ -49,7 +51,13 @@ class Sampler:
         progress: ddim.Progress | None = None,
         callback: ddim.Callback | None = None,
     ) -> Tensor:
-        """Noise -> clean along `trajectory`, which may be a part of `self.trajectory(schedule)`."""
-        if self.kind == "ddpm":
-            return ddpm.sample(denoise, x, trajectory, self.variance, generator, progress, callback)
-        return ddim.sample(denoise, x, trajectory, self.eta, generator, progress, callback)
+        """`ddim.walk` from noise to clean along `trajectory`, which may be a part of `self.trajectory(schedule)`. The
+        last step returns its mean, since no later one would remove noise (Ho et al., algorithm 2)."""
+        if self.kind == "ddim" and self.eta == 0:
+            return ddim.sample(denoise, x, trajectory, progress, callback)
+
+        def move(x: Tensor, eps: Tensor, i: int) -> Tensor:
+            noise = noise_like(x, generator) if i + 1 < len(trajectory) else None
+            return self.step(x, eps, trajectory, i, noise)
+
+        return ddim.walk(denoise, x, trajectory, move, progress, callback)

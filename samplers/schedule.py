@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, check, check_number
 
 KINDS = ("scaled_linear", "linear", "cosine")
 SPACINGS = ("auto", "leading", "trailing", "linspace")
@@ -25,19 +25,12 @@ VARIANCE_PRESERVING = (
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One grid, walked down by sampling and up by inversion, so the two can never disagree.
+    """One grid, walked down by sampling and up by inversion, so the two can never disagree."""
 
-    timesteps: (steps,) descending, for the network; int64, of a flow float64.
-    levels:    (steps + 1,) float64: alpha_bars, of a flow sigmas. levels[i] belongs to timesteps[i]; step i goes from
-               levels[i] down to levels[i + 1], and levels[-1] is the clean end.
-    flow:      whether x = (1 - sigma) x0 + sigma noise and predictions are velocities, noise - x0.
-    kept:      None, or (z, inside): see `Schedule.confined`.
-    """
-
-    timesteps: Tensor
-    levels: Tensor
-    flow: bool = False
-    kept: tuple[Tensor, Tensor] | None = None
+    timesteps: Tensor  # (steps,) descending, for the network; int64, of a flow float64
+    levels: Tensor  # (steps + 1,) float64: alpha_bars, of a flow sigmas; step i leads from levels[i] to levels[i + 1]
+    flow: bool = False  # whether x = (1 - sigma) x0 + sigma noise and predictions are velocities, noise - x0
+    kept: tuple[Tensor, Tensor] | None = None  # (z, inside): see `Schedule.confined`
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -77,7 +70,7 @@ class Trajectory:
 
 
 class Schedule:
-    """What schedules share: a latent that walks keep to."""
+    """What schedules share: noising, and a latent that walks keep to."""
 
     kept: ClassVar[tuple[Tensor, Tensor] | None] = None
 
@@ -88,36 +81,35 @@ class Schedule:
         schedule.kept = z, inside
         return schedule
 
+    def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
+        """alpha x0 + sigma noise, which draws from q(x_t | x0). x0, noise (B, ...); t a number or (B,)."""
+        alpha, sigma = self.mixture(t, x0)
+        return alpha * x0 + sigma * noise
+
 
 @dataclass
 class NoiseSchedule(Schedule):
-    """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's.
+    """alpha_bar_t for t = 0 .. timesteps - 1, and what follows from it. The defaults are Stable Diffusion's."""
 
-    kind:             "linear" betas (Ho et al.); "scaled_linear", linear in their square root (Stable Diffusion); or
-                      "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17), without beta_start and beta_end.
-    steps_offset:     added to every timestep of a "leading" grid; Stable Diffusion uses 1.
-    zero_snr:         rescaled such that the last alpha_bar is zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1). It
-                      is 2 ** -24 here: at zero, epsilon is x itself, and a step along it would divide by zero.
-    final_alpha_bar:  where a walk ends: "first", on alpha_bar_0 (Stable Diffusion), or "one", without noise.
-    """
+    group = "schedule"
 
-    kind: str = "scaled_linear"
+    kind: str = "scaled_linear"  # betas: linear (Ho et al.) | scaled_linear, linear in their square root | cosine
     timesteps: int = 1000
-    beta_start: float = 0.00085
+    beta_start: float = 0.00085  # cosine (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17) has no ends
     beta_end: float = 0.012
-    steps_offset: int = 1
-    final_alpha_bar: str = "first"
+    steps_offset: int = 1  # added to every timestep of a "leading" grid
+    final_alpha_bar: str = "first"  # where a walk ends: first, on alpha_bar_0 | one, without noise
+    # Rescaled so that the last alpha_bar is zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1), or rather 2 ** -24,
+    # since at zero epsilon is x itself, and a step along it would divide by zero.
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"unknown noise schedule {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if self.final_alpha_bar not in ENDS:
-            raise InputError(f"unknown final_alpha_bar {self.final_alpha_bar!r}: choose one of {', '.join(ENDS)}")
+        check(self, counts=["timesteps"], kind=KINDS, final_alpha_bar=ENDS)
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
         if self.zero_snr:
             roots = self.alpha_bars.sqrt()
             self.alpha_bars = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square().clamp(min=2**-24)
+        self.tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # of `mixture`
 
     def _betas(self) -> Tensor:
         exact = {"dtype": torch.float64, "device": "cpu"}  # a model may be built on the meta device
@@ -141,8 +133,7 @@ class NoiseSchedule(Schedule):
         Raises InputError for a step count out of range, or an unknown spacing.
         """
         T = self.timesteps
-        if not isinstance(steps, int) or not 1 <= steps <= T:
-            raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {T}")
+        check_number("sampler.steps", steps, whole=True, low=1, high=T)
         if spacing not in SPACINGS:
             raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
         if spacing == "leading" or (spacing == "auto" and not self.zero_snr):
@@ -157,18 +148,15 @@ class NoiseSchedule(Schedule):
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)
 
-    def _coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): floats for an int, tensors that multiply `x` by sample for (B,).
-        The tables go to x's device, because reading a GPU's t would make the CPU wait for it."""
+    def mixture(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """alpha = sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats for an int, tensors
+        that multiply `x` by sample for (B,)."""
         if isinstance(t, int):
             return math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
-        tables, shape = (self.alpha_bars.sqrt(), (1 - self.alpha_bars).sqrt()), (-1, *[1] * (x.ndim - 1))
-        return tuple(table.to(x.dtype).to(x.device)[t.to(x.device)].reshape(shape) for table in tables)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """Draw from q(x_t | x0), given the noise (Ho et al., eq. 4). x0, noise (B, ...); t an int or (B,)."""
-        a, s = self._coefficients(t, x0)
-        return a * x0 + s * noise
+        if (x.device, x.dtype) not in self.tables:  # kept there, since reading a GPU's t would make the CPU wait for it
+            tables = torch.stack([self.alpha_bars.sqrt(), (1 - self.alpha_bars).sqrt()])
+            self.tables[x.device, x.dtype] = tables.to(x.dtype).to(x.device)
+        return self.tables[x.device, x.dtype][:, t.to(x.device)].reshape(2, -1, *[1] * (x.ndim - 1)).unbind()
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Timesteps (n,) for a training loss, uniform, where the generator lives."""
@@ -181,22 +169,20 @@ class NoiseSchedule(Schedule):
     def eps_from_v(self, x: Tensor, v: Tensor, t: int | Tensor) -> Tensor:
         """The noise that v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 implies, exact at every t. Salimans & Ho
         2022, arXiv 2202.00512, app. D. x, v (B, ...); t an int or (B,)."""
-        a, s = self._coefficients(t, x)
-        return a * v + s * x
+        alpha, sigma = self.mixture(t, x)
+        return alpha * v + sigma * x
 
 
 @dataclass
 class FlowSchedule(Schedule):
     """Flow matching (Lipman et al. 2023, arXiv 2210.02747) along the straight paths of rectified flow (Liu et al. 2023,
     arXiv 2209.03003): x = (1 - sigma) x0 + sigma noise, sigma from 1 (noise) to 0 (clean), and the network predicts
-    the velocity noise - x0. Its timestep is `timesteps` sigma, a float.
-
-    shift: s of sigma <- s sigma / (1 + (s - 1) sigma), which spends more of the path at high noise (Esser et al. 2024,
-           arXiv 2403.03206, eq. 23). Stable Diffusion 3 has 3; 1 is without.
-    """
+    the velocity noise - x0. Its timestep is `timesteps` sigma, a float."""
 
     kind: str = "flow"
     timesteps: int = 1000
+    # s of sigma <- s sigma / (1 + (s - 1) sigma), which spends more of the path at high noise (Esser et al. 2024, arXiv
+    # 2403.03206, eq. 23). 1 is without.
     shift: float = 3.0
 
     def shifted(self, sigma: Tensor) -> Tensor:
@@ -205,19 +191,18 @@ class FlowSchedule(Schedule):
     def trajectory(self, steps: int = 50, *_) -> Trajectory:
         """The published grid, which is the only one: evenly spaced from the shifted 1 to the shifted
         1 / timesteps, shifted once more, and 0. Raises InputError for a step count out of range."""
-        if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
-            raise InputError(f"sampler.steps is {steps}: it must be a whole number from 1 to {self.timesteps}")
+        check_number("sampler.steps", steps, whole=True, low=1, high=self.timesteps)
         ends = self.shifted(torch.tensor([1, 1 / self.timesteps], dtype=torch.float64, device="cpu")).tolist()
         sigmas = self.shifted(torch.linspace(*ends, steps, dtype=torch.float64, device="cpu"))
         levels = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
         return Trajectory(self.timesteps * sigmas, levels, flow=True, kept=self.kept)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-        """(1 - sigma) x0 + sigma noise at sigma = t / timesteps. x0, noise (B, ...); t a number or (B,)."""
+    def mixture(self, t: float | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """alpha = 1 - sigma and sigma = t / timesteps: numbers, or tensors that multiply `x` by sample for (B,)."""
         sigma = t / self.timesteps
         if isinstance(t, Tensor):
-            sigma = sigma.to(x0).reshape(-1, *[1] * (x0.ndim - 1))
-        return (1 - sigma) * x0 + sigma * noise
+            sigma = sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
+        return 1 - sigma, sigma
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Timesteps (n,) for a training loss, float32: logit-normal sigmas (Esser et al., section 3.1), shifted."""

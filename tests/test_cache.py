@@ -62,8 +62,10 @@ def test_the_least_recently_used_entry_goes_first(tmp_path):
         (new,) = set(tmp_path.glob("*.safetensors")) - before
         os.utime(new, (moment + i, moment + i))
     assert cache.get({"i": 0}, Build(state))[2]  # used now, so that entry 1 is the oldest
+    (tmp_path / "mine.safetensors").write_bytes(bytes(3000))  # no entry: never touched, however large and old
+    os.utime(tmp_path / "mine.safetensors", (0, 0))
     cache.get({"i": 2}, Build(state))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("*.tuning.safetensors"))) == 2 and (tmp_path / "mine.safetensors").exists()
     assert [cache.get({"i": i}, Build(state))[2] for i in (0, 2)] == [True, True]
 
 

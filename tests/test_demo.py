@@ -45,7 +45,7 @@ def until(tmp_path, monkeypatch):
     session = {"sessionId": call("Target.attachToTarget", {}, targetId=target, flatten=True)["sessionId"]}
 
     def until(script: str):
-        for _ in range(300):
+        for _ in range(600):
             found = call("Runtime.evaluate", session, expression=script, returnByValue=True)["result"]
             if found.get("value") and found["type"] != "object":
                 return found["value"]

@@ -93,7 +93,6 @@ def test_one_picture(user):
     edits = {"edits/00_eta-0.4_sample-0.png", "edits/01_eta-0.8_sample-0.png"}
     files = {"input.png", "reconstruction.png", "tensors.safetensors", "rows.jsonl", "results.csv", "sheet.png"}
     assert files_of(folder) >= files | edits | {"plots/loss.png"}
-    assert all(Image.open(folder / name).size == (32, 32) for name in edits | {"input.png", "reconstruction.png"})
     assert Image.open(folder / "input.png").getpixel((16, 1)) == (255, 255, 255)  # a bar of fit=pad
     rows = rows_of(folder)
     assert [(row["edit.eta"], row["file"]) for row in rows] == [(0.4, min(edits)), (0.8, max(edits))]
@@ -138,19 +137,13 @@ def test_two_processes_share_a_list(user):
         run_here(user, folder, *shared, "seed=1")
 
 
-def test_a_mistake_is_one_line(user):
-    code, out, err = edit(user, *PHOTO, "method=imagick", "hydra.run.dir=wrong")
-    assert (code, out, len(err)) == (1, "", 1) and err[0].startswith("error: ") and "ddim_inversion" in err[0], err
-
-
-def test_more_mistakes_in_one_line(user, tmp_path):
-    """The same in one process, for speed: each is explained by a line that names the setting, before anything is
-    written."""
+def test_a_mistake_is_one_line(user, tmp_path):
+    """In one process, for speed: each is explained by a line that names the setting, before anything is written."""
     wrong = [
         "prompt=", "image=missing.png", "method.eta=1.5", "method.tuning_lr=abc", "sampler.steps=0", "fit=squash",
-        "size=31", "seed=-1", "dtype=int8", "channels_last=maybe", "compile=fast", "deterministic=1", "device=tpu0",
-        "logger.mode=loud", "model.weights=nowhere", "cache.dir=null", "cache.max_gb=abc",
-        "+method.colour=blue", "method.etta=1",
+        "size=31", "seed=-1", "dtype=int8", "channels_last=maybe", "compile=fast", "deterministic=2", "device=tpu0",
+        "logger.mode=loud", "model.weights=nowhere", "cache.dir=null", "cache.max_gb=abc", "metrics.fetch=maybe",
+        "+method.colour=blue", "method.etta=1", "method.sampler=null",
     ]  # fmt: skip
     for setting in wrong:
         with pytest.raises(Exception) as error:
@@ -202,7 +195,8 @@ def value_of(argument):
 def test_any_prompt_is_taken_as_it_was_typed(text, name):
     if text[0] not in "'\"" and text != "null":  # the two that Hydra reads itself
         assert value_of(quoted(f"{name}={text}")) == text
-    assert config.build({"_target_": "builtins.dict", "text": text}) == {"text": text}
+    logger = {"_target_": "evaluation.wandb_log.WandbLogger", "mode": "disabled", "project": text}
+    assert config.build(logger).about == {"project": text}
 
 
 @given(TEXT, st.sampled_from(["image", "method.style", "hydra.run.dir"]))
@@ -222,7 +216,9 @@ def test_mistakes_are_told_from_defects():
     wrapped = HydraException("Error in call to target 'x'")
     wrapped.__cause__ = InputError("eta=2 is out of range")
     assert explain(wrapped) == "eta=2 is out of range"
-    assert explain(ValueError("a bug")) is None and explain(OSError(errno.EIO, "I/O error")) is None
+    with pytest.raises(ValueError) as error:
+        config.build({"_target_": "fractions.Fraction", "numerator": "a bug"})
+    assert explain(error.value) is None and explain(OSError(errno.EIO, "I/O error")) is None
     for number in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
         assert "x.png" in explain(OSError(number, os.strerror(number), "x.png"))
     with pytest.raises(Exception) as error:
@@ -234,16 +230,15 @@ def test_mistakes_are_told_from_defects():
     ("arguments", "words"),
     [
         (["dog.png", "a cat"], ["image=", "prompt="]),
-        (["--multirun", "dog.png"], ["image="]),
-        (["image=photo.jpg", "prompt=a\udcff"], ["UTF-8"]),
-        (["image=photo.jpg", "prompt=a cat", "hydra.run.dir=/proc/none"], ["/proc/none"]),
-        (["image=photo.jpg", "prompt=a cat", f"hydra.run.dir={'n' * 300}"], ["nnn"]),
+        ([*PHOTO, "method=imagick"], ["error: ", "ddim_inversion"]),
+        (["prompt=a\udcff"], ["UTF-8"]),
+        ([*PHOTO, "hydra.run.dir=/proc/none"], ["/proc/none"]),
         (["image=" + "n" * 300, "prompt=a cat"], ["nnn"]),
         (["image=pipe", "prompt=a cat"], ["pipe"]),
-        (["image=photo.jpg", "prompt=a cat", "cache.dir=photo.jpg/x"], ["photo.jpg"]),
+        ([*PHOTO, "cache.dir=photo.jpg/x"], ["photo.jpg"]),
     ],
 )
-def test_the_systems_errors_are_one_line(user, arguments, words):
+def test_any_error_is_one_line(user, arguments, words):
     if not (user / "pipe").exists():
         os.mkfifo(user / "pipe")
     code, out, err = edit(user, *arguments, *SHORT, "logger.mode=disabled")
@@ -272,9 +267,9 @@ def test_two_runs_in_one_second_have_folders_of_their_own(user):
 def test_a_run_can_be_repeated_from_what_it_leaves(user):
     """Its folder holds the command, versions and commit; and no file of another run before, nor those of a list."""
     folder = user / "again"
-    for stale in ("run.json", "table.md", "edits/99_old.png", "plots/old.png"):
+    for stale in ("run.json", "rows.jsonl", "table.md", "edits/99_old.png", "plots/old.png"):
         (folder / stale).parent.mkdir(parents=True, exist_ok=True)
-        (folder / stale).write_text("old" * (stale != "run.json"))  # which may be empty, after a power cut
+        (folder / stale).write_text('{"settings": {"se')  # all may be cut short
     run_here(user, folder, *PHOTO, "method=sdedit", "sampler.steps=2", "seed=5")
     run = json.loads((folder / "run.json").read_text())
     assert run["settings"]["seed"] == 5 and run["versions"]["torch"] == torch.__version__.split("+")[0]

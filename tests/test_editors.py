@@ -296,21 +296,16 @@ def test_an_alignment_pairs_equal_tokens_and_as_many_as_can_be(a, b):
 def test_local_blend_by_hand():
     """Maps of 2 x 3 places for latents of 4 x 6: the source looks at its word in one corner, the target in the other,
     and less at its neighbours."""
-    words = torch.tensor([[0, 1.0, 0], [0, 0, 1.0]])
-    blend = LocalBlend(words, (2, 3), 1, 0.3)
-    maps = torch.zeros(2, 2, 6, 3)
+    maps, x = torch.zeros(2, 2, 6, 3), torch.stack([torch.zeros(1, 4, 6), torch.ones(1, 4, 6)])
     maps[0, :, 0, 1], maps[0, 0, 2, 0], maps[1, 1, 5, 2] = 0.5, 9.0, 0.2
-    blend.collect(maps)
-    blend.collect(maps)
-    x = torch.stack([torch.zeros(1, 4, 6), torch.ones(1, 4, 6)])
-    assert blend.collects(6) and not blend.collects(4) and torch.equal(blend(0, x), x)
-    assert torch.equal(blend(1, x)[1], torch.ones(1, 4, 6))  # both halves, joined, reach everywhere by the pooling
-    blend.words = torch.tensor([[0, 1.0, 0], [0, 0, 0]])
-    blend.maps.zero_()
-    blend.collect(maps)
     left = torch.zeros(4, 6)
     left[:, :4] = 1  # place (0, 0) and its neighbours, twice as large; a word that is missing adds nothing
-    assert torch.equal(blend(1, x)[1, 0], left) and not blend(1, x)[0].any()
+    for of_target, inside in ((1.0, torch.ones(4, 6)), (0.0, left)):  # both halves, joined, reach everywhere
+        blend = LocalBlend(torch.tensor([[0, 1.0, 0], [0, 0, of_target]]), (2, 3), 1, 0.3)
+        blend.collect(maps)
+        blend.collect(maps)
+        assert blend.collects(6) and not blend.collects(4) and torch.equal(blend(0, x), x)
+        assert torch.equal(blend(1, x)[1, 0], inside) and not blend(1, x)[0].any()
 
 
 def test_words_to_blend(tiny_model, task, edit):

@@ -42,18 +42,3 @@ def test_it_acts_like_the_sum_of_weight_and_low_rank_product(tiny_model):
         for layer in layers:
             weights[f"{layer}.weight"] += matrices[f"{layer}.b"] @ matrices[f"{layer}.a"]
         torch.testing.assert_close(forward(unet), adapted, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_in_half_precision_the_products_err_less_than_the_sum():
-    layers, g = nn.ModuleDict({"attn1": nn.Linear(320, 64, bias=False).bfloat16()}), torch.Generator().manual_seed(0)
-    layers["attn1"].weight.normal_(std=0.05, generator=g)
-    x = torch.randn(1000, 320, generator=g).bfloat16()
-    with lora.adapters(layers, 8, g) as matrices:
-        matrices["attn1.b"].normal_(std=1e-3, generator=g)
-        update = matrices["attn1.b"] @ matrices["attn1.a"]
-        adapted = layers["attn1"](x)
-    plain = layers["attn1"](x)
-    summed = nn.functional.linear(x, layers["attn1"].weight + update.bfloat16())
-    error = [float((y.double() - plain.double() - x.double() @ update.double().T).norm()) for y in (adapted, summed)]
-    assert error[0] < 0.7 * error[1]

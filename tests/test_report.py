@@ -2,12 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image, ImageColor
 
@@ -54,8 +53,7 @@ def write_job(sweep, number, overrides, rows):
 def test_reading_keeps_the_last_attempt_of_each_task(tmp_path):
     rows = [failure("t0"), failure("t1"), failure("t1"), edit("t0", success=0.0), edit("t0", success=1.0), edit("t2")]
     write_run(tmp_path, rows)
-    unfinished = '{"task": "t4", "pro'  # killed while writing
-    (tmp_path / "rows-1.jsonl").write_text(json.dumps(edit("t3")) + "\n" + unfinished)
+    (tmp_path / "rows-1.jsonl").write_text(json.dumps(edit("t3")) + "\n")
     found = report.read(tmp_path).set_index("task").sort_index()
     assert found["error"].notna().to_dict() == {"t0": False, "t1": True, "t2": False, "t3": False}
     assert found["success"]["t0"] == 1 and set(found["job"]) == {""}
@@ -64,13 +62,13 @@ def test_reading_keeps_the_last_attempt_of_each_task(tmp_path):
 def test_reading_a_sweep(tmp_path):
     """Jobs in the order of their numbers, with files relative to the sweep; a job without rows has failed."""
     for number in (2, 10, 9):
-        write_job(tmp_path, number, {"method.eta": str(number)}, [edit("edit")])
-    write_job(tmp_path, 11, {}, [])
-    write_job(tmp_path, 12, {"task": "folder"}, [{"error": "no such list"}])
+        write_job(tmp_path / "eta=1", number, {"method.eta": str(number)}, [edit("edit")])  # the sweep nests its jobs
+    write_job(tmp_path / "eta=1", 11, {}, [])
+    write_job(tmp_path / "eta=1", 12, {"task": "folder"}, [{"error": "no such list"}])
     rows = report.read(tmp_path)
-    assert rows["job"].tolist() == ["2", "9", "10", "11", "12"]
+    assert rows["job"].tolist() == ["eta=1/2", "eta=1/9", "eta=1/10", "eta=1/11", "eta=1/12"]
     assert rows["task"].isna().tolist() == [False, False, False, True, True]
-    assert rows["file"][2] == "10/edit/edits/blue.png" and rows["error"][3:].notna().all()
+    assert rows["file"][2] == "eta=1/10/edit/edits/blue.png" and rows["error"][3:].notna().all()
 
 
 # Labels and means.
@@ -121,11 +119,10 @@ def test_the_report_on_a_benchmark(tmp_path):
     assert Image.open(tmp_path / "sheet.png").width > 192 * 3 and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("edits", [1, 4, 11])
-@pytest.mark.parametrize("search", [False, True])
-def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits, search):
+@pytest.mark.parametrize("edits", [1, 11])
+def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits):
     palette = [f"#{20 * i + 10:02x}ff64" for i in range(edits)]
-    rows = [edit("edit", colour=c, **{"edit.eta": i / 10, "edit.b": i * search}) for i, c in enumerate(palette)]
+    rows = [edit("edit", colour=c, **{"edit.eta": i / 10, "edit.b": i}) for i, c in enumerate(palette)]
     write_run(tmp_path, rows)
     report.write(tmp_path, pd.DataFrame(rows), 1)
     sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
@@ -133,32 +130,15 @@ def test_every_edit_of_one_picture_is_on_the_sheet(tmp_path, edits, search):
     assert found >= {ImageColor.getrgb(colour) for colour in palette}
 
 
-def test_a_prompt_in_any_script_can_be_drawn(tmp_path, recwarn):
-    """é and ü always; Chinese where the system has a font, else matplotlib's warning says so."""
-    write_run(tmp_path, rows := [edit("edit", prompt="café für $x$ & $y"), edit("edit", prompt="中", sample=1)])
-    report.write(tmp_path, pd.DataFrame(rows[:1]), 1)
+def test_a_prompt_in_any_script_can_be_drawn(tmp_path, recwarn, monkeypatch):
+    """é, ü and $ always; Chinese by a font of the system, which a copy of matplotlib's own stands in for."""
+    write_run(tmp_path, rows := [edit("edit", prompt="café für $x$ & $y")])
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
+    own = next(font for font in fontManager.ttflist if font.name == "DejaVu Sans")
+    fontManager.ttflist.append(replace(own, name="Some CJK SC"))
+    report.write(tmp_path, pd.DataFrame(rows), 1)
+    assert report.fonts()[0] == "DejaVu Sans" and "Some CJK SC" in report.fonts()
     assert not [str(w.message) for w in recwarn]
-    if not any("4E2D" in str(w.message) for w in recwarn) and len(report.fonts()) == 1:
-        with pytest.warns(UserWarning, match="4E2D"):
-            report.write(tmp_path, pd.DataFrame(rows[1:]), 1)
-    builder = FontBuilder(1000, isTTF=True)
-    builder.setupGlyphOrder([".notdef", "middle"])
-    builder.setupCharacterMap({ord("中"): "middle"})
-    pen = TTGlyphPen(None)
-    for point in ((100, 0), (100, 700), (800, 700), (800, 0)):
-        (pen.lineTo if pen.points else pen.moveTo)(point)
-    pen.closePath()
-    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "middle": pen.glyph()})
-    builder.setupHorizontalMetrics({".notdef": (1000, 0), "middle": (1000, 100)})
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Some CJK SC", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(tmp_path / "some.ttf")
-    fontManager.addfont(tmp_path / "some.ttf")
-    recwarn.clear()
-    report.write(tmp_path, pd.DataFrame(rows[1:]), 1)
-    assert "Some CJK SC" in report.fonts() and not [str(w.message) for w in recwarn]
 
 
 def test_a_cut_or_empty_file_of_rows_is_read(tmp_path):
@@ -169,11 +149,3 @@ def test_a_cut_or_empty_file_of_rows_is_read(tmp_path):
         assert len(report.run_rows(tmp_path)) == (length > len(whole) // 2) + (length > len(whole) - 2)
     (tmp_path / "rows.jsonl").write_bytes(whole[: len(whole) // 2 + 20] + bytes(30) + b"\xff\xfe\n" + whole)
     assert len(report.run_rows(tmp_path)) == 2
-
-
-def test_a_sweep_may_nest_its_jobs(tmp_path):
-    for number, value in enumerate(("0.4", "0.8")):
-        write_job(tmp_path / "method" / f"eta={value}", number, {"method.eta": value}, [edit("edit")])
-    rows = report.read(tmp_path)
-    assert rows["job"].tolist() == ["method/eta=0.4/0", "method/eta=0.8/1"]
-    assert all((tmp_path / file).exists() for file in rows["file"])

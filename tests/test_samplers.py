@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errors import InputError
-from samplers import NoiseSchedule, Sampler, ddim, ddpm, noise_like
+from samplers import FlowSchedule, NoiseSchedule, Sampler, ddim, noise_like
 
 KINDS = ["scaled_linear", "linear", "cosine"]
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -26,7 +26,8 @@ SD = SCHEDULES["scaled_linear", "first"]
 MU, S = 0.7, 0.5
 
 schedules = st.sampled_from(list(SCHEDULES.values()))
-spacings = st.sampled_from(SPACINGS)
+flows = st.builds(FlowSchedule, shift=st.floats(1, 6))
+spacings, seeds = st.sampled_from(SPACINGS), st.integers(0, 99)
 few = settings(max_examples=40, deadline=None)
 
 
@@ -64,9 +65,6 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# --- schedules and conversions ------------------------------------------------------------------------------
-
-
 def test_alpha_bars_by_their_formulas() -> None:
     low, high, product = math.sqrt(0.00085), math.sqrt(0.012), 1.0
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
@@ -91,9 +89,6 @@ def test_eps_v_and_x0_say_the_same_at_one_timestep_and_at_one_for_each_sample(sc
         torch.testing.assert_close(schedule.eps_from_v(x[of], v[of], ti), eps[of])
 
 
-# --- grids ------------------------------------------------------------------------------------------------
-
-
 def test_stable_diffusion_grid_and_its_tail() -> None:
     trajectory = SD.trajectory(10)
     assert trajectory.timesteps.tolist() == list(range(901, 0, -100))
@@ -104,13 +99,10 @@ def test_stable_diffusion_grid_and_its_tail() -> None:
     assert trajectory.tail(0).timesteps.tolist() == [1] and len(trajectory.tail(1)) == 10
 
 
-@given(
-    schedule=schedules,
-    T=st.integers(1, 1000),
-    steps=st.integers(1, 1000),
-    spacing=spacings,
-    offset=st.integers(0, 3),
-)
+counts = st.integers(1, 1000)
+
+
+@given(schedule=schedules, T=counts, steps=counts, spacing=spacings, offset=st.integers(0, 3))
 @settings(max_examples=200, deadline=None)
 def test_every_schedule_and_grid_falls_strictly(schedule, T: int, steps: int, spacing: str, offset: int) -> None:
     steps = min(steps, T)
@@ -135,9 +127,6 @@ def test_grids_by_their_definitions(steps: int) -> None:
         assert steps == 1 or abs(linspace[i] - (999 - i * 999 / (steps - 1))) <= 0.5
 
 
-# --- DDIM -------------------------------------------------------------------------------------------------
-
-
 @given(schedule=schedules, steps=st.integers(1, 60), spacing=spacings, mu=st.floats(-2, 2), s=st.floats(0.05, 3))
 @few
 def test_ddim_path_on_gaussian_data(schedule, steps: int, spacing: str, mu: float, s: float) -> None:
@@ -151,7 +140,7 @@ def test_ddim_path_on_gaussian_data(schedule, steps: int, spacing: str, mu: floa
     assert torch.equal(end, path[-1])
 
 
-@given(a=st.floats(0.001, 0.9), up=st.floats(0.001, 1), eta=st.floats(0, 1), seed=st.integers(0, 99))
+@given(a=st.floats(0.001, 0.9), up=st.floats(0.001, 1), eta=st.floats(0, 1), seed=seeds)
 @few
 def test_a_step_follows_eq_12_with_the_sigma_of_eq_16(a: float, up: float, eta: float, seed: int) -> None:
     b = a + (1 - a) * up
@@ -170,72 +159,49 @@ def test_steps_and_noise_keep_the_dtype_and_noise_is_the_same_in_each() -> None:
         noise = noise_like(torch.empty(9, 8, dtype=dtype), torch.Generator().manual_seed(5))
         assert torch.equal(noise, drawn.to(dtype))
         assert SD.add_noise(noise, noise, torch.arange(9)).dtype == dtype
-        assert ddim.step(noise, noise, SD.alpha_bars[9], SD.alpha_bars[3], 1.0, noise).dtype == dtype
-        assert ddpm.step(noise, noise, SD.alpha_bars[9], SD.alpha_bars[3], noise=noise).dtype == dtype
+        for sampler in (Sampler(eta=1.0), Sampler("ddpm")):
+            assert sampler.step(noise, noise, SD.trajectory(9), 1, noise).dtype == dtype
 
 
-# --- inversion --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_inversion_of_a_nonlinear_network_in_float32(spacing) -> None:
-    """A sampler's latent comes back, and a picture that no sampler made is reconstructed."""
-    trajectory = SD.trajectory(100, spacing)
+@pytest.mark.parametrize("schedule, spacing", [*((SD, s) for s in SPACINGS), (FlowSchedule(shift=3.0), "auto")])
+def test_a_samplers_latent_comes_back_in_float32(schedule, spacing) -> None:
+    trajectory, x_T = schedule.trajectory(100, spacing), normal(3, 4, dtype=torch.float32)
     smooth = lambda x, t: 0.5 * network(x, t)  # every step must be a contraction
-    x_T = normal(3, 4, dtype=torch.float32)
     x0 = ddim.sample(smooth, x_T, trajectory)
     assert (ddim.invert(smooth, x0, trajectory, fixed_point_steps=12).latent - x_T).abs().max() < 1e-5
     assert (ddim.invert(smooth, x0, trajectory).latent - x_T).abs().max() > 1e-3  # so the iterations are the reason
-    picture = normal(3, 4, seed=1, dtype=torch.float32)
-    latent = ddim.invert(smooth, picture, trajectory, fixed_point_steps=12).latent
-    assert (ddim.sample(smooth, latent, trajectory) - picture).abs().max() < 1e-5
 
 
-@given(
-    schedule=schedules,
-    steps=st.integers(1, 80),
-    spacing=spacings,
-    fixed_point_steps=st.integers(0, 2),
-    seed=st.integers(0, 99),
-)
+@given(schedule=schedules | flows, steps=st.integers(1, 80), spacing=spacings, fixed=st.integers(0, 2), seed=seeds)
 @few
-def test_a_replayed_recording_is_exact_for_any_network(schedule, steps, spacing, fixed_point_steps, seed) -> None:
+def test_a_replayed_recording_is_exact_for_any_network(schedule, steps, spacing, fixed, seed) -> None:
     trajectory, x0 = schedule.trajectory(steps, spacing), normal(2, 4, seed=seed)
     wild = lambda x, t: 3 * network(5 * x, t)  # far from a contraction
-    recording = ddim.invert(wild, x0, trajectory, fixed_point_steps)
+    recording = ddim.invert(wild, x0, trajectory, fixed)
     assert recording.eps.shape == (steps, 2, 4) and torch.equal(recording.latents[-1], x0)
     path = []
     ddim.sample(recording.replay, recording.latent, trajectory, callback=lambda i, x: path.append(x))
-    # Near full noise x0 survives in x_T only as sqrt(alpha_bar) of it; rounding is amplified by the inverse.
-    scale = float(recording.latents.abs().max()) / math.sqrt(float(trajectory.alpha_bars[0]))
+    # Near full noise x0 survives in x_T only as alpha times it; rounding is amplified by the inverse. Not in a flow.
+    scale = float(recording.latents.abs().max()) / (1 if trajectory.flow else trajectory.mixture(0)[0])
     assert (torch.stack(path) - recording.latents[1:]).abs().max() < 1e-13 * scale
-    assert torch.equal(recording.replay(x0, int(trajectory.timesteps[-1]) - 1), recording.eps[-1])  # the nearest
+    assert torch.equal(recording.replay(x0, trajectory.timesteps[-1].item() - 1), recording.eps[-1])  # the nearest
 
 
 def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
-    """With every latent replaced by the recorded one, any network ends at x0. A sampler hands its settings on."""
+    """With every latent replaced by the recorded one, any network ends at x0."""
     trajectory, x0, bars = Sampler(steps=10).trajectory(SD), normal(2, 4), []
     progress = lambda steps: (bars.append(i) or i for i in steps)
     recording = ddim.invert(network, x0, trajectory, progress=progress)
     back = lambda i, x: recording.latents[i + 1]
-    make = lambda: torch.Generator().manual_seed(0)
-    for sampler, sample, setting in (
-        (Sampler("ddim", eta=0.3), ddim.sample, 0.3),
-        (Sampler("ddpm", variance="fixed_large"), ddpm.sample, "fixed_large"),
-    ):
+    for sampler in (Sampler(), Sampler(eta=0.3), Sampler("ddpm")):
         assert torch.equal(sampler.sample(network, recording.latent, trajectory, None, progress, back), x0)
-        expected = sample(network, x0, trajectory, setting, make())
-        assert torch.equal(sampler.sample(network, x0, trajectory, make()), expected)
-    assert bars == [*range(10)][::-1] + [*range(10)] * 2
-
-
-# --- DDPM -------------------------------------------------------------------------------------------------
+    assert bars == [*range(10)][::-1] + [*range(10)] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variance", ddpm.VARIANCES)
+@pytest.mark.parametrize("sampler", [Sampler("ddpm"), Sampler(eta=1.0), Sampler("ddpm", variance="fixed_large")])
 @pytest.mark.parametrize("end, steps, spacing", [("one", 7, "trailing"), ("first", 30, "linspace")])
-def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacing, monkeypatch) -> None:
+def test_ddpm_mean_and_variance_at_every_step(kind, end, sampler, steps, spacing, monkeypatch) -> None:
     """From x_T ~ N(sqrt(ab) mu, V), without drawing a sample. On Gaussian data a sampler is affine in x_T and its
     noises. Row 0 takes all of them at their means; each other row moves one of them by a standard deviation. The
     variance is the sum of the squared responses."""
@@ -245,37 +211,20 @@ def test_ddpm_mean_and_variance_at_every_step(kind, end, variance, steps, spacin
     x = torch.full((steps + 1,), math.sqrt(ab[0]) * MU, dtype=torch.float64)
     x[1] += math.sqrt(data.variance(ab[0]))
     path, draws = [], iter(torch.eye(steps + 1, dtype=torch.float64)[2:])
-    monkeypatch.setattr(ddpm, "noise_like", lambda x, generator: next(draws))
-    ddpm.sample(data, x, trajectory, variance, callback=lambda i, x: path.append(x))
+    monkeypatch.setattr("samplers.sampler.noise_like", lambda x, generator: next(draws))
+    sampler.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
     assert next(draws, None) is None  # every step but the last drew once
     expected = data.variance(ab[0])
     for i, (a, b) in enumerate(pairwise(ab)):
         beta = 1 - a / b
-        sigma2 = beta if variance == "fixed_large" else beta * (1 - b) / (1 - a)
+        sigma2 = beta if sampler.variance == "fixed_large" else beta * (1 - b) / (1 - a)
         expected = data.posterior_ratio(a, b) ** 2 * expected + (sigma2 if i + 1 < steps else 0)
         assert float(path[i][0]) == pytest.approx(math.sqrt(b) * MU, rel=1e-6)
         assert float((path[i][1:] - path[i][0]).square().sum()) == pytest.approx(expected, rel=1e-6)
 
 
-@given(schedule=schedules, steps=st.integers(1, 60), spacing=spacings, seed=st.integers(0, 99))
-@few
-def test_ddim_with_eta_1_is_ddpm(schedule, steps: int, spacing: str, seed: int) -> None:
-    trajectory, x = schedule.trajectory(steps, spacing), normal(2, 4, seed=seed)
-    bounded = lambda x, t: network(x, t) + x / 2
-    ours, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
-    a = ddim.sample(bounded, x, trajectory, eta=1.0, generator=ours)
-    b = ddpm.sample(bounded, x, trajectory, "posterior", generator=theirs)
-    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * max(1.0, float(a.abs().max())))
-    assert torch.equal(ours.get_state(), theirs.get_state())
-
-
-# --- settings ---------------------------------------------------------------------------------------------
-
-
-WRONG = [("kind", "plms"), ("spacing", "karras"), ("variance", "learned"), ("eta", 1.1), ("eta", "some")]
-
-
-@pytest.mark.parametrize("name, value", [*WRONG, ("steps", 0), ("steps", 1001), ("steps", 10.0)])
-def test_a_wrong_setting_is_named(name: str, value) -> None:
-    with pytest.raises(InputError, match=f"sampler.{name}"):
-        Sampler(**{name: value}).trajectory(SD)
+def test_a_wrong_setting_is_named() -> None:
+    wrong = [("kind", "plms"), ("spacing", "karras"), ("variance", "learned"), ("eta", 1.1), ("eta", "some")]
+    for name, value in [*wrong, ("steps", 0), ("steps", 1001), ("steps", 10.0), ("offset", -1), ("offset", 0.5)]:
+        with pytest.raises(InputError, match=f"sampler.{name}"):
+            Sampler(**{name: value}).trajectory(SD)

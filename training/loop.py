@@ -12,7 +12,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from errors import InputError
+from errors import InputError, check, check_number
 from files import whole_file
 from models.checkpoints import export_part
 
@@ -34,6 +34,8 @@ from models.checkpoints import export_part
 @dataclass
 class Settings:
     """Settings of the loop; conf/part has the values of each part."""
+
+    group = "training"  # its settings on the command line
 
     steps: int
     batch_size: int  # pictures per optimizer step, over all processes
@@ -53,30 +55,19 @@ class Settings:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        check_numbers(vars(self), "training.")
+        counts = ("steps", "batch_size", "accumulate", "save_every", "validate_every", "log_every")
+        check(self, shares=("min_lr", "ema_decay"), counts=counts)
+        for beta in self.betas:
+            check_number("training.betas", beta, high=0.999999)
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the training that is done, in [0, 1], after `step` steps and `seconds`."""
-        return min(1.0, step / self.steps if self.minutes is None else seconds / (60 * self.minutes))
+        return min(1.0, step / self.steps if self.minutes is None else seconds / max(1e-9, 60 * self.minutes))
 
     def learning_rate(self, step: int, seconds: float) -> float:
         """A linear warm-up times half a cosine, which falls from 1 to `min_lr` with the progress."""
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress(step, seconds)))
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup)) * (self.min_lr + (1 - self.min_lr) * cosine)
-
-
-def check_numbers(settings: Mapping, prefix: str = "") -> None:
-    """Raise InputError for a setting that is no number, negative, or infinite; for a count that is no whole number from
-    1 on; and for a share above 1. Switches, texts and null are left alone."""
-    counts = ("steps", "batch_size", "accumulate", "probes", "pictures", "samples")
-    shares = ("min_lr", "ema_decay", "betas", "prompt_dropout", "unknown_rate")
-    for name, value in settings.items():
-        whole, high = name in counts or name.endswith("_every"), 1 if name in shares else math.inf
-        for number in value if isinstance(value, Sequence) else [value]:
-            right = isinstance(number, int if whole else (int, float)) and int(whole) <= number <= high
-            if name not in ("name", "prompts") and number is not None and not (right and math.isfinite(number)):
-                what = "whole number" if whole else "number"
-                raise InputError(f"{prefix}{name}={value}: it must be a {what} from {int(whole)} to {high}")
 
 
 class Objective(nn.Module):
@@ -238,16 +229,14 @@ def restore(file: Path, stateful: dict, identity: dict[str, int], device: torch.
     batch size, with which the data would not continue; steps, minutes and rates may differ."""
     try:
         stored = torch.load(file, map_location=device, weights_only=True)
-        for name, value in identity.items():
-            if stored[name] != value:
-                raise InputError(f"{file} was trained with {name}={stored[name]}, not {value}: choose another `out`")
+        other = {name: stored[name] for name, value in identity.items() if stored[name] != value}
         for name, part in stateful.items():
             part.load_state_dict(stored[name])
-    except InputError:
-        raise
     except Exception as error:  # a damaged file has many
         line = " ".join(str(error).split())[:200]
         raise InputError(f"{file} is damaged or of other sizes: choose another `out`, or delete it ({line})") from None
+    if other:
+        raise InputError(f"{file} was trained with {other}, which differ: choose another `out`")
     return stored["step"], stored["seconds"]
 
 

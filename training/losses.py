@@ -92,8 +92,7 @@ class ClipObjective(Objective):
 class UNetObjective(Objective):
     """Denoising (Ho et al., 2020) of the latents, in the model's own prediction type, with a share of empty prompts for
     guidance (Ho & Salimans, 2021) and min-SNR weights (Hang et al., 2023; gamma 0: none): min(SNR, gamma) / SNR for
-    epsilon, min(SNR, gamma) / (SNR + 1) for v. A flow's loss is unweighted, at
-    logit-normal times (Esser et al., 2024)."""
+    epsilon, min(SNR, gamma) / (SNR + 1) for v. A flow's loss is unweighted, at logit-normal times."""
 
     collate = ClipObjective.collate
 
@@ -104,13 +103,12 @@ class UNetObjective(Objective):
         super().__init__(model, "unet", out)
         self.prompt_dropout, self.guidance_scale = prompt_dropout, guidance_scale
         self.prompts = prompts or pictures(data["trained"], range(UNSEEN, UNSEEN + 16))[1]
-        self.flow = model.prediction == "flow"
-        alpha_bar = torch.empty(0) if self.flow else model.schedule.alpha_bars
-        snr = alpha_bar / (1 - alpha_bar)
-        weight = snr.clamp(max=min_snr_gamma) / (snr if model.prediction == "epsilon" else snr + 1)
-        tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), weight if min_snr_gamma else torch.ones_like(snr)
+        weight = torch.ones(model.schedule.timesteps)
+        if min_snr_gamma and model.prediction != "flow":
+            snr = model.schedule.alpha_bars / (1 - model.schedule.alpha_bars)
+            weight = snr.clamp(max=min_snr_gamma) / (snr if model.prediction == "epsilon" else snr + 1)
         # Buffers go to the device with the networks, so that no step waits for a copy.
-        self.register_buffer("tables", torch.stack(tables).float())
+        self.register_buffer("weight", weight.float())
         self.register_buffer("empty", model.text.tokenize([""]))
         self.probe = self.collate([data["heldout"][i] for i in range(probes)])
         self.probe |= self.draw(probes, torch.Generator().manual_seed(0)) | {"keep": torch.ones(probes).bool()}
@@ -128,21 +126,15 @@ class UNetObjective(Objective):
         with torch.no_grad():
             x0 = self.model.autoencoder.encode(batch["image"].float() / 127.5 - 1).float()
             context = self.model.text.encode_tokens(torch.where(batch["keep"][:, None], batch["ids"], self.empty))
-        if self.flow:
-            sigma, weight = batch["t"] / self.model.schedule.timesteps, 1.0
-            alpha = 1 - sigma
-        else:
-            alpha, sigma, weight = self.tables[:, batch["t"]]
-        alpha, sigma, noise = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1), batch["noise"]
+        t, noise, schedule = batch["t"], batch["noise"], self.model.schedule
+        alpha, sigma = schedule.mixture(t, x0)
         x_t = alpha * x0 + sigma * noise  # in float32, whatever autocast does to the networks
-        target = self.model.schedule.target(x0, noise)
-        if self.model.prediction == "v":
-            target = alpha * noise - sigma * x0
-        error = ((unet or self.trained)(x_t, batch["t"], context).float() - target).square().mean(dim=(1, 2, 3))
-        return (error * weight).mean(), {"mse": error.mean()}
+        target = alpha * noise - sigma * x0 if self.model.prediction == "v" else schedule.target(x0, noise)
+        error = ((unet or self.trained)(x_t, t, context).float() - target).square().mean(dim=(1, 2, 3))
+        return (error * self.weight[t.long()]).mean(), {"mse": error.mean()}
 
     def validate(self, trained: nn.Module) -> tuple[dict[str, float], dict[str, Tensor]]:
-        batches = zip(*(v.to(self.tables.device).split(32) for v in self.probe.values()), strict=True)
+        batches = zip(*(v.to(self.weight.device).split(32) for v in self.probe.values()), strict=True)
         losses = [self(dict(zip(self.probe, batch, strict=True)), trained)[0] for batch in batches]
         try:
             self.model.unet = trained
