@@ -253,13 +253,13 @@ def fitted(own: Mapping[str, Tensor], named: Mapping[str, Tensor], device: Any) 
 def configured(family: Mapping, stated: Mapping, arch: Mapping | None) -> dict[str, Any]:
     """The sizes of a family, then those that the checkpoint states, then the user's `arch`, where null says nothing.
     Raises InputError for an unknown section, for a prediction that the checkpoint contradicts, and for none."""
-    arch, config = {name: values for name, values in (arch or {}).items() if values is not None}, {"schedule": {}}
-    if arch.get("prediction", said := stated.get("prediction")) != said and said:
-        raise InputError(f"arch.prediction is {arch['prediction']}, and the checkpoint says {said}")
-    for given in (family, stated, arch):
-        for section, values in given.items():
-            if section not in SECTIONS:
-                raise InputError(f"arch.{section} is unknown: choose from {', '.join(SECTIONS)}")
+    given, said, config = arch or {}, stated.get("prediction"), {"schedule": {}}
+    if said and given.get("prediction") not in (None, said):
+        raise InputError(f"arch.prediction is {given['prediction']}, and the checkpoint says {said}")
+    for section, values in chain(family.items(), stated.items(), given.items()):
+        if section not in SECTIONS:
+            raise InputError(f"arch.{section} is unknown: choose from {', '.join(SECTIONS)}")
+        if values is not None:
             config[section] = {**config.get(section, {}), **values} if isinstance(values, Mapping) else values
     if "prediction" not in config:
         raise InputError("nothing says what it predicts: give arch.prediction, epsilon (512 pixels) or v (768 pixels)")

@@ -1,8 +1,7 @@
 """The multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, figure 2).
 
-Text and image are two sequences with weights of their own, which meet in one attention. The timestep and the pooled
-text act by modulation: adaptive layer norms (Peebles & Xie 2023, arXiv 2212.09748). Stable Diffusion 3.5 adds norms of
-queries and keys, and in its medium size a second attention of the image alone. The named sizes stand at the end."""
+The timestep and the pooled text act by modulation: adaptive layer norms (Peebles & Xie 2023, arXiv 2212.09748). Stable
+Diffusion 3.5 adds norms of queries and keys, and in its medium size a second attention of the image alone."""
 
 from __future__ import annotations
 

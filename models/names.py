@@ -238,13 +238,13 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it."""
+    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it; None
+    where it says nothing."""
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
     alpha_bars = tensors.get("alphas_cumprod")
     zero_snr = "ztsnr" in tensors or (alpha_bars is not None and float(alpha_bars[-1]) < 1e-6)
-    marks = {"prediction": prediction} if prediction else {}
-    return marks | ({"schedule": {"zero_snr": True}} if zero_snr else {})
+    return {"prediction": prediction, "schedule": {"zero_snr": True} if zero_snr else None}
 
 
 def check(named: Mapping[str, Tensor]) -> None:
