@@ -170,7 +170,7 @@ assert time.process_time() < 2
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=EDIT.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("prompt=", "--multirun", "ddim_inversion", "seed=0", "strength=0.7", "[t0]"):
+    for word in ("prompt=", "--multirun", "ddim_inversion", "seed=0", "strength=0.8", "[t0]"):
         assert word in done.stdout
 
 
