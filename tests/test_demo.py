@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from errors import InputError
+from methods.sdedit import SDEdit
 
 pytest.importorskip("gradio", reason="the page needs gradio, extra demo")
 import demo
@@ -63,7 +64,8 @@ def test_from_click_to_picture(until, tmp_path):
     until(f"!!document.querySelector('canvas') && !!{FIELD}")
     until(CLICK)
     command = until("[...document.querySelectorAll('textarea')].map(t => t.value).find(v => v.includes('edit.py'))")
-    until("['input', 'reconstruction', 'strength 0.7'].every(w => document.body.innerText.includes(w))")
+    words = ["input", "reconstruction", f"strength {SDEdit.strength}"]
+    until(f"{words}.every(w => document.body.innerText.includes(w))")
     (edited,) = tmp_path.glob("outputs/*/*/edits/*.png")
     words = [str(demo.CLONE / "edit.py"), *shlex.split(command)[2:], "hydra.run.dir=again", "logger.mode=disabled"]
     subprocess.run([sys.executable, *words], check=True, capture_output=True)
