@@ -70,16 +70,16 @@ def edit(
     nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     parts = ("method", "task", "cache", "logger", "metrics")
     method, source, cache, logger, metrics = (config.build(nodes[name]) for name in parts)
-    texts = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
-    own = [name for name in texts if cfg[name] not in (None, "")]
+    names = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
+    own = [name for name in names if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    own = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
-    texts = cfg.model.get("text") or []
-    own["text"] = [find(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    own |= {"arch": arch, "device": device, "dtype": dtype, "ema": cfg.model.ema}
-    model = (load or models.load)(find(cfg.model.weights), **own)
+    how = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
+    encoders = cfg.model.get("text") or []
+    how["text"] = [find(path) for path in ([encoders] if isinstance(encoders, str) else encoders)]
+    how |= {"arch": arch, "device": device, "dtype": dtype, "ema": cfg.model.ema}
+    model = (load or models.load)(find(cfg.model.weights), **how)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)

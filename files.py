@@ -1,10 +1,12 @@
-"""Files appear whole or not at all: written under a hidden name first, then moved into place."""
+"""Where this clone is; and files that appear whole or not at all: under a hidden name first, then moved into place."""
 
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CLONE = Path(__file__).resolve().parent
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from errors import InputError
+from files import CLONE
 
 FITS = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color="white"), "stretch": Image.Image.resize}
-CLONE = Path(__file__).resolve().parent.parent
 TURNS = dict(zip((2, 4, 8, 3, 6, 5, 7), Image.Transpose, strict=True))  # EXIF's orientations, in Pillow's order
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generators store over 1 MB of settings in their PNGs
 

@@ -16,9 +16,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from data.images import CLONE
 from data.openmoji import Library, Scene, load_library
 from data.tasks import EditTask, Entry, Tasks
+from files import CLONE
 
 SIDE = 64  # of the drawings in the stored picture: rows of input and truth side by side
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import InputError
-from evaluation.config import CLONE
+from files import CLONE
 
 # Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
 TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")

@@ -17,8 +17,8 @@ from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
 from errors import InputError
+from files import CLONE
 
-CLONE = Path(__file__).resolve().parent.parent
 HEADING = """# Methods and their settings
 
 Made from the dataclasses by `python -m evaluation.config > docs/methods.md`. In brackets: the symbol in the paper."""

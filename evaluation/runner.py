@@ -35,10 +35,10 @@ from errors import InputError
 from evaluation import report
 from evaluation.cache import TuningCache, digest, on_cpu
 from evaluation.cli import explain, overrides, provenance
-from evaluation.config import CLONE, choices
+from evaluation.config import choices
 from evaluation.metrics import Metrics, psnr
 from evaluation.wandb_log import WandbLogger
-from files import whole_file
+from files import CLONE, whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
 OUTPUTS = (  # of a run or a task

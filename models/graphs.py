@@ -2,6 +2,7 @@
 card takes longer than the kernels do (docs/speed.md)."""
 
 from collections.abc import Callable
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class StepGraph:
     place."""
 
     def __init__(self, network: nn.Module, capture: Callable = captured):
-        self.network, self.eager, self.capture = network, network.forward, capture
+        self.network, self.capture = network, capture
+        self.eager = MethodType(type(network).forward, network)  # also where one of these stands there already
         self.step = self.replay = None
 
     def __call__(self, x: Tensor, t: Tensor, context, *others) -> Tensor:
