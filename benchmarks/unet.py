@@ -26,8 +26,8 @@ from torch import Tensor
 
 import models
 from benchmarks.writing import keep, kept, machine, table
-from methods.base import update
 from methods.lora import adapters, in_attention
+from methods.optimisation import update
 from models.graphs import captured
 from models.unet import UNet
 

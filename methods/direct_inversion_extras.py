@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import InputError
-from methods.base import Run, minimise
+from methods.base import Run
+from methods.optimisation import minimise
 from samplers import FlowSchedule, NoiseSchedule, Trajectory
 
 

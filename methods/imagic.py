@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from methods import base, imagic_extras, lora
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, tune
+from methods import imagic_extras, lora
+from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_samples, cosine
+from methods.optimisation import OPTIMIZERS, restored, tune
 from samplers import Conditioning, Sampler, ddim, guided, noise_like
 
 
@@ -54,13 +55,13 @@ class Imagic(Method):
             shares=("eta", "style_eta", "style_from"),
             counts=("num_embeddings", "tuning_batch", "lora_rank", "num_samples"),
             embedding_init=("target", "random"),
-            embedding_optimizer=base.OPTIMIZERS,
-            tuning_optimizer=base.OPTIMIZERS,
+            embedding_optimizer=OPTIMIZERS,
+            tuning_optimizer=OPTIMIZERS,
             tune=("all", "attention", "lora"),
             start=("inversion", "noise"),
         )
         noisy = self.start == "noise" or self.sampler.kind == "ddpm" or self.sampler.eta > 0
-        base.check_samples(self, noisy or self.num_samples <= self.num_embeddings)
+        check_samples(self, noisy or self.num_samples <= self.num_embeddings)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         model.unet.gradient_checkpointing |= self.gradient_checkpointing
@@ -90,7 +91,7 @@ class Imagic(Method):
         how = self.embedding_steps, self.embedding_lr, self.embedding_optimizer
         tune({"e_opt": e}, loss, run, "embedding", key, *how)
         optimised = replace(rows, states=e.detach().to(rows.states))
-        run.metrics["embedding_cosine"] = sum(base.cosine(e, target.states) for e in optimised.states) / len(rows)
+        run.metrics["embedding_cosine"] = sum(cosine(e, target.states) for e in optimised.states) / len(rows)
         run.tensors |= {"target_embedding": target.states, "optimised_embedding": optimised.states}
         return optimised
 
@@ -99,7 +100,7 @@ class Imagic(Method):
         """(B) Inside, theta = argmin_theta E ||eps - eps_theta(x_t, t, e_opt)||^2; afterwards the UNet is as before."""
         names = [name for name, _ in model.unet.named_parameters()]
         names = lora.in_attention(names) if self.tune == "attention" else names
-        weights, lr = base.restored(model.unet, names), self.tuning_lr
+        weights, lr = restored(model.unet, names), self.tuning_lr
         if self.tune == "lora":
             weights, lr = lora.adapters(model.unet, self.lora_rank, run.noise("lora")), self.lora_lr
         noise, lean = run.noise("tuning"), self.gradient_checkpointing or self.tuning_optimizer == "adafactor"

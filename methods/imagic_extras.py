@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from errors import InputError
-from methods.base import Run, restored, tune
+from methods.base import Run
+from methods.optimisation import restored, tune
 from samplers import Denoiser, Trajectory
 
 

@@ -14,8 +14,9 @@ from methods.ddim_inversion import DDIMInversion
 from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
-from methods.inversion import Inversion, NegativePrompt, NullText, PnP
+from methods.inversion import Inversion, NegativePrompt, PnP
 from methods.masactrl import MasaCtrl
+from methods.null_text import NullText
 from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import models
 from data.tasks import EditTask
 from errors import InputError
-from methods.inversion import Inversion, NegativePrompt, NullText, PnP, Source
+from methods.inversion import Inversion, NegativePrompt, PnP, Source
 from methods.local_blend import LocalBlend
 from methods.masactrl import MasaCtrl
+from methods.null_text import NullText
 from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.words import align

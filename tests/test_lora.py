@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from methods import lora
-from methods.base import Run, restored
+from methods.base import Run
+from methods.optimisation import restored
 
 
 def forward(unet):

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from errors import InputError
-from methods.base import OPTIMIZERS, Run, minimise
+from methods.base import Run
 from methods.ddim_inversion import DDIMInversion
 from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
-from methods.inversion import Inversion, NullText
+from methods.inversion import Inversion
 from methods.masactrl import MasaCtrl
+from methods.null_text import NullText
+from methods.optimisation import OPTIMIZERS, minimise
 from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit

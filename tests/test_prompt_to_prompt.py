@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
-from methods.inversion import Inversion, NullText
+from methods.inversion import Inversion
+from methods.null_text import NullText
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.words import tokenise, word_factors, word_map
 from samplers import Sampler

@@ -18,7 +18,7 @@ from evaluation.runner import Editor
 from evaluation.wandb_log import WandbLogger
 from methods.base import RECONSTRUCTION, Method
 from methods.imagic import Imagic
-from methods.inversion import NullText
+from methods.null_text import NullText
 from methods.prompt_to_prompt import PromptToPrompt
 from samplers import Sampler
 
@@ -87,7 +87,7 @@ def test_a_tuning_is_reused_for_the_same_picture_and_settings_only(tmp_path, tin
 def test_the_code_of_a_tuning_is_not_that_of_other_methods():
     """A new method file changes no tuning of another."""
     for method, own, others in (
-        (PromptToPrompt(Sampler(), NullText()), {"prompt_to_prompt.py", "inversion.py"}, {"imagic.py", "sdedit.py"}),
+        (PromptToPrompt(Sampler(), NullText()), {"prompt_to_prompt.py", "null_text.py"}, {"imagic.py", "sdedit.py"}),
         (Imagic(Sampler()), {"imagic.py"}, {"inversion.py", "sdedit.py", "prompt_to_prompt.py"}),
     ):
         files = {file.name for file in runner.code_of(method)}

@@ -11,7 +11,7 @@ import models
 from data.tasks import EditTask
 from errors import InputError
 from methods.base import Run
-from methods.inversion import NullText
+from methods.null_text import NullText
 from models.names import FAMILIES
 from samplers import NoiseSchedule, Sampler
 from tests.conftest import FIXTURES, close, fixture_arch, hub_folder, tiny
