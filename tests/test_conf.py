@@ -38,7 +38,7 @@ def composed():
 
 @pytest.mark.parametrize("name", ["sd3_medium", "sd35_medium", "sd35_large"])
 def test_flow_models_have_settings_that_a_flow_can_use(composed, name):
-    for method in ("sdedit", "imagic", "direct_inversion", "flowedit"):
+    for method in ("sdedit", "imagic", "direct_inversion", "flowedit", "rf_inversion"):
         cfg = composed(f"model={name}", f"method={method}")
         assert cfg["method"]["sampler"]["kind"] == "ddim" and cfg["model"]["arch"] == {"image_size": 1024}
 

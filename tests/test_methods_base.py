@@ -18,6 +18,7 @@ from methods.null_text import NullText
 from methods.optimisation import OPTIMIZERS, minimise
 from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
+from methods.rf_inversion import RFInversion
 from methods.sdedit import SDEdit
 from samplers import Sampler
 
@@ -91,6 +92,7 @@ def test_a_picture_that_is_not_finite_is_refused(tiny_model, task, edit, monkeyp
 
 
 KINDS = [Imagic, DirectInversion, SDEdit, DDIMInversion, DDPMInversion, PromptToPrompt, MasaCtrl, PlugAndPlay, NullText]
+KINDS += [RFInversion]
 TEXTS = {"inversion_prompt", "negative_prompt", "blend_word"}
 
 

@@ -3,6 +3,7 @@
 import json
 import types
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from methods import flowedit
 from methods.base import Run
 from methods.direct_inversion import DirectInversion
 from methods.flowedit import FlowEdit
+from methods.rf_inversion import RFInversion
 from methods.sdedit import SDEdit
-from samplers import Conditioning, Sampler
+from samplers import Conditioning, FlowSchedule, Sampler, ddim, guided, noise_like
 from tests.conftest import FIXTURES, close, fixture_arch, hub_folder, latents, same, tiny
 
 FOLDER = FIXTURES / "sd3_tiny"
@@ -169,7 +171,7 @@ def test_flowedit_returns_the_picture_under_equal_prompts_and_averages_over_nois
         FlowEdit(Sampler(steps=4))
 
 
-@pytest.mark.parametrize("method", [FlowEdit, SDEdit, DirectInversion])
+@pytest.mark.parametrize("method", [FlowEdit, RFInversion, SDEdit, DirectInversion])
 def test_a_mask_confines_the_edit(plain, cat, edit, method):
     region = torch.ones(1, 1, 16, 16)
     region[..., 8:] = 0
@@ -178,6 +180,41 @@ def test_a_mask_confines_the_edit(plain, cat, edit, method):
     z = run.tensors["source_latent"]
     assert torch.equal(latent[..., 4:], z[..., 4:]) and torch.equal(picture[..., 8:], cat.image[0, ..., 8:])
     assert not torch.equal(latent[..., :4], z[..., :4]) and plain.schedule.kept is None
+
+
+def test_rf_inversion_is_plain_or_returns_the_picture(plain, tiny_model, cat, edit):
+    """Without control it is an inversion and plain sampling; controlled in full to the end it is the picture."""
+    ((_, latent, _),), (again, _), run = edit(RFInversion(Sampler(steps=4), gamma=0.0, eta=0.0), plain, cat)
+    trajectory, z = plain.schedule.trajectory(4), run.tensors["source_latent"]
+    top = ddim.invert(guided(plain, ""), z, trajectory).latent
+    close(latent, ddim.sample(guided(plain, "a red heart", 3.5), top, trajectory))
+    ((_, latent, _),), _, run = edit(RFInversion(Sampler(steps=4), gamma=1.0, eta=1.0, stop=1.0), plain, cat)
+    close(latent, z, atol=1e-9)
+    close(run.tensors["inverted_latent"], noise_like(z, run.noise("y_1", 0)), atol=1e-9)
+    assert torch.equal(again, z)
+    with pytest.raises(InputError, match="flow model"):
+        edit(RFInversion(Sampler(steps=4)), tiny_model, cat)
+
+
+@pytest.mark.parametrize("start, stop", [(0.0, 1.0), (0.2, 0.6)])
+def test_rf_inversion_of_constant_velocities(start, stop):
+    """Up, y_1 - Y = (1 - sigma) c + K (1 - sigma)^gamma; down, X - y_0 = sigma c + K sigma^eta, while eta counts.
+    Euler's steps multiply the second terms by 1 - gamma h / (1 - sigma), and by 1 - eta h / sigma."""
+    velocities, task = {"": 0.3, "cat": -0.8}, types.SimpleNamespace(prompt="cat", negative_prompt="")
+    model = types.SimpleNamespace(prediction="flow", schedule=FlowSchedule(), project=lambda text: text.states)
+    model.encode_text = lambda prompts: Conditioning(torch.tensor([velocities[p] for p in prompts]).view(-1, 1, 1, 1))
+    model.predict = lambda x, t, states: states.double().expand_as(x)
+    y_0, method = torch.full((1, 2, 3, 3), 0.4).double(), RFInversion(Sampler(steps=10), 0.5, 0.9, start, stop, 1.0)
+    (_, found), _ = method.edit(model, task, y_0, run := Run())
+    y_1, sigmas = noise_like(y_0, run.noise("y_1", 0)), FlowSchedule().trajectory(10).levels.tolist()
+    rest = y_1 - y_0 - velocities[""]
+    for low, high in pairwise(sigmas[::-1]):
+        rest = rest * (1 - 0.5 * (high - low) / (1 - low))
+    close(run.tensors["inverted_latent"], y_1 - rest, 1e-6)
+    rest = y_1 - rest - y_0 - velocities["cat"]
+    for n, (high, low) in enumerate(pairwise(sigmas)):
+        rest = rest * (1 - 0.9 * (start <= n / 10 < stop) * (high - low) / high)
+    close(found, y_0 + rest, 1e-6)
 
 
 def test_direct_inversion_replays_recorded_velocities(plain, cat, edit):
