@@ -279,7 +279,8 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
             added = read_config(tokens, "added_tokens.json") if (tokens / "added_tokens.json").exists() else {}
             stated[section]["added_tokens"] = {token: n for token, n in added.items() if not token.startswith("<|")}
     network = files.get("transformer") or files["unet"]
-    stated["image_size"] = network["sample_size"] * 2 ** (len(stated["vae"]["ch_mult"]) - 1)
+    if side := network.get("sample_size"):  # of the latent
+        stated["image_size"] = side * 2 ** (len(stated["vae"]["ch_mult"]) - 1)
     if "mmdit" in stated:
         stated["mmdit"]["qk_norm"], stated["schedule"]["kind"] = "qk_norm" in stated["mmdit"], "flow"
         return stated | {"prediction": "flow"}

@@ -119,9 +119,9 @@ def test_a_hub_folder_states_prediction_schedule_and_heads(tmp_path):
         return folder
 
     change("scheduler/scheduler_config.json", prediction_type="v_prediction", beta_start=0.001)
-    change("unet/config.json", attention_head_dim=[2, 4])  # the number of heads, against its name
+    change("unet/config.json", attention_head_dim=[2, 4], sample_size=None)  # the number of heads, against its name
     model = models.load(change("text_encoder/config.json", hidden_act="gelu"))
-    assert model.prediction == "v" and model.text.pad_token == 0
+    assert model.prediction == "v" and model.text.pad_token == 0 and model.image_size == 768
     assert model.schedule.alpha_bars[0].item() == pytest.approx(1 - 0.001)
     assert [m.heads for m in model.unet.modules() if hasattr(m, "to_kv")] == [2, 2, 4, 2, 2, 2]
     assert "prediction" in refused(folder, arch={"prediction": "epsilon"})
