@@ -111,10 +111,10 @@ def check_samples(method: Any, differ: bool) -> None:
 
 
 def check_invertible(method: Any, **ranges: Any) -> None:
-    """`check`, and raise InputError unless the sampler is DDIM without noise, which alone can be walked both ways."""
+    """`check`, and raise InputError unless the sampler is without noise, and so can be walked both ways."""
     check(method, **ranges)
-    if method.sampler.kind != "ddim" or method.sampler.eta != 0:
-        raise InputError("this method walks its path both ways, which takes sampler.kind=ddim and sampler.eta=0")
+    if method.sampler.eta != 0:
+        raise InputError("this method walks its path both ways, which takes sampler.eta=0")
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

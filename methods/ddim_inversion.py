@@ -19,7 +19,7 @@ class DDIMInversion(Method):
     """The reconstruction is the way down under the source prompt, with the guidance of the way up. A task without a
     source prompt is inverted under the empty one."""
 
-    sampler: Sampler  # DDIM without noise: steps both ways
+    sampler: Sampler  # without noise (eta 0): steps both ways
     guidance_scale: float = 2.0  # classifier-free guidance on the way down, under the prompt [w]; 1 is without
     inversion_scale: float = 1.0  # and on the way up, under the source prompt
     fixed_point_steps: int = 0  # further network calls per step of the inversion, which make it exact

@@ -24,7 +24,7 @@ class DDPMInversion(Method):
     """The reconstruction is the latent itself, which an unchanged prompt at unchanged guidance gives back. A task
     without a source prompt is inverted under the empty one, as the paper allows."""
 
-    sampler: Sampler  # DDPM, whatever its variance, or DDIM with eta > 0
+    sampler: Sampler  # with eta above 0; the paper's is DDPM, eta 1
     skip: float = 0.2  # [T_skip / T] share of the steps left out at the noisy end: 0 edits most, 1 hardly at all
     guidance_scale: float = 2.0  # classifier-free guidance of the edit [strength]
     source_guidance_scale: float = 2.0  # and of the inversion
@@ -32,7 +32,7 @@ class DDPMInversion(Method):
 
     def __post_init__(self) -> None:
         check(self, shares=["skip"], counts=["num_samples"])
-        if self.sampler.kind == "ddim" and self.sampler.eta == 0:
+        if self.sampler.eta == 0:
             raise InputError("sampler.eta is 0, so there is no noise to find: use sampler=ddpm or sampler.eta=1")
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
@@ -40,6 +40,7 @@ class DDPMInversion(Method):
         as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         timesteps = trajectory.timesteps.tolist()
+        step = lambda x, eps, n: trajectory.step(x, eps, n, n + 1, self.sampler.eta)  # its mean, without noise
         for i in range(self.num_samples):
             eps = run.noise("path", i)
             path = [model.schedule.add_noise(z, noise_like(z, eps), t) for t in timesteps] + [z]
@@ -47,12 +48,12 @@ class DDPMInversion(Method):
             # alpha_bar 1. The paper's code drops that one, and so is not exact.
             maps = []
             for n in run.progress("inversion")(range(len(timesteps))):
-                mean = self.sampler.step(path[n], as_source(path[n], timesteps[n]), trajectory, n)  # mu_t(x_t)
+                mean = step(path[n], as_source(path[n], timesteps[n]), n)  # mu_t(x_t)
                 maps.append(path[n + 1] - mean)
 
             def move(x: Tensor, eps: Tensor, n: int, maps=maps) -> Tensor:
-                return self.sampler.step(x, eps, trajectory, n) + maps[n]
+                return step(x, eps, n) + maps[n]
 
-            x = ddim.walk(as_target, path[0], trajectory, move, run.progress("editing"))
+            x = ddim.sample(as_target, path[0], trajectory, run.progress("editing"), move=move)
             yield {"skip": float(self.skip), "sample": i}, x
         yield RECONSTRUCTION, z

@@ -23,7 +23,7 @@ from samplers import Denoiser, Sampler, Trajectory, ddim, guided, noise_like
 class DirectInversion(Method):
     """The reconstruction replays the recording: exact where the inversion took the sampler's steps."""
 
-    sampler: Sampler  # DDIM: steps both ways, and eta, the noise added while sampling
+    sampler: Sampler  # steps both ways, and eta, the noise added while sampling
     edit_strength: float = 0.75  # [1 - lambda] 0 replays the recording (from the start below); 1 is the prompt alone
     blend: str = "noise"  # with what: noise (recorded at the same step) | latent (inverted) | path (its latents)
     blend_fraction: float = 1.0  # the first part of the steps, which are blended; edit_strength=0 always takes all
@@ -51,8 +51,6 @@ class DirectInversion(Method):
             blend=["noise", "latent", "path"],
             mix=["cosine", "linear", "gaussian"],
         )
-        if self.sampler.kind != "ddim":
-            raise InputError(f"sampler.kind is {self.sampler.kind}: Direct Inversion needs ddim")
         if self.blend == "path" and self.inversion_steps not in (None, self.sampler.steps):
             raise InputError("method.blend=path needs the steps that are sampled: leave out method.inversion_steps")
         for name in ("alpha", "beta") if self.mix == "cosine" else ("structural_similarity",):

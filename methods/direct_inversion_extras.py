@@ -21,7 +21,7 @@ def other_grid(schedule: NoiseSchedule | FlowSchedule, trajectory: Trajectory, s
     if steps > levels:
         raise InputError(f"method.inversion_steps is {steps}: below the sampler's first timestep there are {levels}")
     timesteps = torch.tensor([round((steps - i) * levels / steps) - 1 for i in range(steps)])
-    return Trajectory(timesteps, torch.cat([schedule.alpha_bars[timesteps], trajectory.alpha_bars[-1:]]))
+    return Trajectory(timesteps, torch.cat([schedule.alpha_bars[timesteps], trajectory.levels[-1:]]))
 
 
 def with_cosine(z: Tensor, noise: Tensor, s: float) -> Tensor:

@@ -60,7 +60,7 @@ class Imagic(Method):
             tune=("all", "attention", "lora"),
             start=("inversion", "noise"),
         )
-        noisy = self.start == "noise" or self.sampler.kind == "ddpm" or self.sampler.eta > 0
+        noisy = self.start == "noise" or self.sampler.eta > 0
         check_samples(self, noisy or self.num_samples <= self.num_embeddings)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:

@@ -22,7 +22,7 @@ from samplers import Sampler
 class MasaCtrl(Method):
     """The reconstruction is the source branch, which has the empty prompt, as in the authors' code for photographs."""
 
-    sampler: Sampler  # DDIM without noise: steps both ways
+    sampler: Sampler  # without noise (eta 0): steps both ways
     inversion: Inversion  # the source branch: ddim | null_text | negative_prompt | pnp
     guidance_scale: float = 2.0  # classifier-free guidance [w]; 1 is without
     start_step: int = 4  # [S] the first step, counted from 0, whose attention is edited

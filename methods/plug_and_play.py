@@ -22,7 +22,7 @@ class PlugAndPlay(Method):
     """The reconstruction is the source branch, which has no guidance but that of null-text inversion. The target leads
     away from the negative prompt, the task's or else that of the settings."""
 
-    sampler: Sampler  # DDIM without noise: steps both ways
+    sampler: Sampler  # without noise (eta 0): steps both ways
     inversion: Inversion  # the source branch: ddim | null_text | negative_prompt | pnp
     guidance_scale: float = 2.0  # classifier-free guidance of the target [w]; 1 is without
     negative_prompt: str = ""  # where the task has none; the authors' code has one for photographs

@@ -30,7 +30,7 @@ SELF_PLACES = 32**2
 class PromptToPrompt(Method):
     """The reconstruction is the source branch. A task needs a source prompt."""
 
-    sampler: Sampler  # DDIM without noise: steps both ways
+    sampler: Sampler  # without noise (eta 0): steps both ways
     inversion: Inversion  # the source branch: ddim | null_text | negative_prompt | pnp
     guidance_scale: float = 2.0  # classifier-free guidance [w]; 1 is without
     words: str = "replace"  # words in the place of others: replace (take their attention) | refine (keep their own)

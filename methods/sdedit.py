@@ -18,7 +18,7 @@ from samplers import Sampler, guided, noise_like
 class SDEdit(Method):
     """The reconstruction is the latent itself: what the autoencoder gives back."""
 
-    sampler: Sampler  # the reverse process, with its noise (ddpm; not for a flow model) or without (ddim)
+    sampler: Sampler  # the reverse process, with its noise (eta 1; not for a flow model) or without (eta 0)
     strength: float = 0.8  # [t0] how far the image is noised: 0 nearly keeps it (one step is walked), 1 keeps nothing
     guidance_scale: float = 3.0  # classifier-free guidance; 1 is without
     num_samples: int = 1  # edits, each from noise of its own

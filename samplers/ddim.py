@@ -1,11 +1,9 @@
-"""DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502): one step, walked down to sample and up to invert. With eta 1 the
-step is DDPM's ancestral sampling (Ho, Jain & Abbeel 2020, arXiv 2006.11239) on any sub-grid of the schedule.
+"""Walks along a trajectory: DDIM (Song, Meng & Ermon 2021, arXiv 2010.02502) down to sample and up to invert.
 
-Both walks take the same `Trajectory` and run without gradients. Steps are differentiable, for loops of a method's own.
-Under a flow schedule the walks are the same, and the steps, with eta 0, Euler's.
+Both take the same `Trajectory` and run without gradients; its step is differentiable, for loops of a method's own.
+Under a flow schedule the walks are the same, and the steps Euler's.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,64 +17,24 @@ Progress = Callable[[Iterable[int]], Iterable[int]]  # wraps the loop over step 
 Callback = Callable[[int, Tensor], Tensor | None]  # (i, x after step i) -> a replacement for x, or None
 
 
-def step(
-    x: Tensor,
-    eps: Tensor,
-    alpha_bar_from: float,
-    alpha_bar_to: float,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
-    large: bool = False,
-) -> Tensor:
-    """x at alpha_bar_from -> x at alpha_bar_to, given the noise eps in it. Eq. 12, with sigma by eq. 16.
-
-    With eta 0 it goes either way, and going back with the same eps undoes it. With eta > 0 it goes down only; `noise`
-    is then a standard normal draw, and without one the step's mean is returned. With eta 1 it draws from the posterior
-    q(x_to | x_from, x0) at the x0 that eps implies (Ho et al., eq. 6, 7, 11), exact for data that is a single point.
-    `large` gives the noise the variance 1 - alpha_bar_from / alpha_bar_to instead ("fixed large" in Ho et al.'s code),
-    exact for data that is standard normal.
-    x, eps, noise: (B, ...); alpha_bars in (0, 1], numbers or 0-dim tensors.
-    """
-    a, b = float(alpha_bar_from), float(alpha_bar_to)
-    sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)) if eta > 0 else 0.0
-    # sqrt(b) x0 + sqrt(1 - b - sigma^2) eps, with x0 = (x - sqrt(1 - a) eps) / sqrt(a) put in
-    scale = math.sqrt(b / a)
-    direction = math.sqrt(max(1 - b - sigma**2, 0.0)) - scale * math.sqrt(1 - a)
-    mean = scale * x + direction * eps
-    if noise is None or eta == 0:
-        return mean
-    return mean + (math.sqrt(1 - a / b) if large else sigma) * noise
-
-
 @torch.no_grad()
-def walk(
-    denoise: Denoiser,
-    x: Tensor,
-    trajectory: Trajectory,
-    move: Callable[[Tensor, Tensor, int], Tensor],
-    progress: Progress | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Noise -> clean: x (B, ...) at the first noise level is brought to the last, one network call a step.
-    `move(x, prediction, i)` takes step i; a confined trajectory puts its outside back. `callback(i, x)` sees x after
-    that and may return a replacement."""
-    for i in (progress or iter)(range(len(trajectory))):
-        x = trajectory.confine(x, move(x, denoise(x, trajectory.timesteps[i].item()), i), i)
-        replacement = None if callback is None else callback(i, x)
-        x = x if replacement is None else replacement
-    return x
-
-
 def sample(
     denoise: Denoiser,
     x: Tensor,
     trajectory: Trajectory,
     progress: Progress | None = None,
     callback: Callback | None = None,
+    move: Callable[[Tensor, Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """`walk` by the trajectory's own steps, without noise: DDIM with eta 0, and Euler's steps of a flow."""
-    move = lambda x, prediction, i: trajectory.step(x, prediction, i, i + 1)
-    return walk(denoise, x, trajectory, move, progress, callback)
+    """Noise -> clean: x (B, ...) at the first noise level is brought to the last, one network call a step.
+    `move(x, prediction, i)` takes step i, by default the trajectory's own, without noise; a confined trajectory puts
+    its outside back. `callback(i, x)` sees x after that and may return a replacement."""
+    move = move or (lambda x, prediction, i: trajectory.step(x, prediction, i, i + 1))
+    for i in (progress or iter)(range(len(trajectory))):
+        x = trajectory.confine(x, move(x, denoise(x, trajectory.timesteps[i].item()), i), i)
+        replacement = None if callback is None else callback(i, x)
+        x = x if replacement is None else replacement
+    return x
 
 
 @dataclass
@@ -103,8 +61,8 @@ class Inversion:
 def invert(
     denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
 ) -> Inversion:
-    """Clean -> noise: from x0 (B, ...) at levels[-1] to the x at levels[0] from which `sample` with eta 0
-    arrives at x0, with every latent and every noise on the way.
+    """Clean -> noise: from x0 (B, ...) at levels[-1] to the x at levels[0] from which `sample` arrives at x0, with
+    every latent and every noise on the way.
 
     Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
     The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.

@@ -12,15 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from errors import InputError, check, check_number
+from errors import check, check_number
 
 KINDS = ("scaled_linear", "linear", "cosine")
-SPACINGS = ("auto", "leading", "trailing", "linspace")
-ENDS = ("first", "one")
-VARIANCE_PRESERVING = (
-    "ancestral sampling (sampler=ddpm, sampler.eta above 0) and DDPM inversion are not defined for a flow model:"
-    " use sampler=ddim and another method"
-)
+SPACINGS = ("auto", "leading", "trailing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,24 +30,26 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    @property
-    def alpha_bars(self) -> Tensor:
-        """The levels, for steps that only variance-preserving schedules have: InputError for a flow."""
-        if self.flow:
-            raise InputError(VARIANCE_PRESERVING)
-        return self.levels
-
     def mixture(self, i: int) -> tuple[float, float]:
         """alpha and sigma of x = alpha x0 + sigma noise at level i; what cancels does so in float64."""
         level = float(self.levels[i])
         return (1 - level, level) if self.flow else (math.sqrt(level), math.sqrt(1 - level))
 
-    def step(self, x: Tensor, prediction: Tensor, i: int, j: int) -> Tensor:
+    def step(
+        self, x: Tensor, prediction: Tensor, i: int, j: int, eta: float = 0.0, noise: Tensor | None = None
+    ) -> Tensor:
         """Take x (B, ...) from noise level i to level j, either way, along the prediction made at level i or j:
-        x_j = a x_i + (sigma_j - a sigma_i) prediction, with a = alpha_j / alpha_i for epsilon, and 1 for velocity."""
+        x_j = a x_i + (sigma_j - a sigma_i) prediction, with a = alpha_j / alpha_i for epsilon, and 1 for velocity.
+
+        With eta in (0, 1] it goes down only, and not for a flow: the step draws, with the deviation of DDIM's eq. 16,
+        from q(x_j | x_i, x0) at the x0 that epsilon implies (with 1, DDPM's posterior: Ho et al., eq. 7). `noise` is
+        the standard normal draw; without one the mean is returned (DDIM, eq. 12)."""
         (alpha, sigma), (alpha_to, sigma_to) = self.mixture(i), self.mixture(j)
         a = 1.0 if self.flow else alpha_to / alpha
-        return a * x + (sigma_to - a * sigma) * prediction
+        drawn = eta * sigma_to / sigma * math.sqrt(1 - (alpha / alpha_to) ** 2) if eta > 0 else 0.0
+        sigma_to = math.sqrt(max(sigma_to**2 - drawn**2, 0.0)) if eta > 0 else sigma_to
+        mean = a * x + (sigma_to - a * sigma) * prediction
+        return mean if noise is None else mean + drawn * noise
 
     def tail(self, share: float) -> "Trajectory":
         """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
@@ -75,7 +72,7 @@ class Schedule:
     kept: ClassVar[tuple[Tensor, Tensor] | None] = None
 
     def confined(self, z: Tensor, inside: Tensor) -> "Schedule":
-        """This schedule with trajectories on which `ddim.walk` comes to the latent z (1, c, h, w) wherever `inside`
+        """This schedule with trajectories on which `ddim.sample` comes to the latent z (1, c, h, w) wherever `inside`
         (1, 1, h, w) is 0, from any start and whatever the steps; where it is 1, it is free. Inversion is not bound."""
         schedule = copy.copy(self)
         schedule.kept = z, inside
@@ -104,7 +101,7 @@ class NoiseSchedule(Schedule):
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        check(self, counts=["timesteps"], kind=KINDS, final_alpha_bar=ENDS)
+        check(self, counts=["timesteps"], kind=KINDS, final_alpha_bar=("first", "one"))
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
         if self.zero_snr:
             roots = self.alpha_bars.sqrt()
@@ -129,21 +126,16 @@ class NoiseSchedule(Schedule):
           leading   0, T//steps, 2 (T//steps), ..., each plus `offset` or steps_offset: starts a stride below full
                     noise. Where the offset would leave the schedule (steps = T), the whole grid is lowered to fit.
           trailing  T - 1 down in strides of T / steps: starts at full noise, ends a stride above clean.
-          linspace  T - 1 down to 0, evenly. With final_alpha_bar="first" its last step changes nothing.
-        Raises InputError for a step count out of range, or an unknown spacing.
+        Raises InputError for a step count out of range.
         """
         T = self.timesteps
         check_number("sampler.steps", steps, whole=True, low=1, high=T)
-        if spacing not in SPACINGS:
-            raise InputError(f"sampler.spacing is {spacing}: choose one of {', '.join(SPACINGS)}")
         if spacing == "leading" or (spacing == "auto" and not self.zero_snr):
             stride = T // steps
             offset = min(self.steps_offset if offset is None else offset, T - 1 - stride * (steps - 1))
             ascending = [i * stride + offset for i in range(steps)]
-        elif spacing in ("auto", "trailing"):
+        else:
             ascending = [round((i + 1) * T / steps) - 1 for i in range(steps)]
-        else:  # a single step starts from noise too, hence at T - 1
-            ascending = [round(i * (T - 1) / (steps - 1)) for i in range(steps)] if steps > 1 else [T - 1]
         timesteps = torch.tensor(ascending[::-1], device="cpu")
         end = self.alpha_bars[:1] if self.final_alpha_bar == "first" else torch.ones_like(self.alpha_bars[:1])
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)

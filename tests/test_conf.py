@@ -40,7 +40,7 @@ def composed():
 def test_flow_models_have_settings_that_a_flow_can_use(composed, name):
     for method in ("sdedit", "imagic", "direct_inversion", "flowedit", "rf_inversion"):
         cfg = composed(f"model={name}", f"method={method}")
-        assert cfg["method"]["sampler"]["kind"] == "ddim"
+        assert cfg["method"]["sampler"]["eta"] == 0
 
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
@@ -55,7 +55,7 @@ def test_stable_diffusion_has_the_papers_settings(composed, name):
 def test_the_users_settings_win(composed):
     sd15 = composed("model=sd15", "method.eta=[0.5,0.6]", "method.tuning_steps=7", "sampler=ddpm", "sampler.steps=20")
     assert (sd15["method"]["eta"], sd15["method"]["tuning_steps"]) == ([0.5, 0.6], 7)
-    assert sd15["method"]["sampler"].items() >= {"kind": "ddpm", "steps": 20}.items()
+    assert sd15["method"]["sampler"].items() >= {"eta": 1, "steps": 20}.items()
     asked = {(): (100, 0), ("sampler.steps=20", "sampler.eta=1"): (20, 1), ("sampler=ddim",): (50, 0)}
     for arguments, expected in asked.items():
         sampler = composed("method=direct_inversion_paper", *arguments)["method"]["sampler"]
@@ -72,7 +72,7 @@ def test_a_method_has_the_defaults_of_its_dataclass(composed, name):
     for setting, default in settings.items():
         if setting not in config.GROUPS and name not in ("imagic_sd", "imagic_imagen", "direct_inversion_paper"):
             assert node[setting] == default and default is not MISSING, setting
-    assert node["sampler"]["kind"] == ("ddpm" if name in ("sdedit", "ddpm_inversion") else "ddim")
+    assert node["sampler"]["eta"] == (name in ("sdedit", "ddpm_inversion"))
     if name in INVERSIONS:
         assert node["inversion"] == composed(f"inversion={INVERSIONS[name]}")["inversion"]
 

@@ -37,7 +37,7 @@ def test_the_walk_written_out_by_hand(tiny_model, task, edit, blend, strength):
     """Blending over half of 4 steps; with strength 1, plain guided sampling from the inverted latent."""
     settings = {"edit_strength": strength, "blend": blend, "blend_fraction": 0.5, "guidance_scale": 2.0}
     results = edit(method(**settings), tiny_model, task)
-    alpha_bars = tiny_model.schedule.trajectory(4).alpha_bars.tolist()
+    alpha_bars = tiny_model.schedule.trajectory(4).levels.tolist()
     ts = tiny_model.schedule.trajectory(4).timesteps.tolist()
     null, target = tiny_model.encode_text([""]), tiny_model.encode_text([task.prompt])
 

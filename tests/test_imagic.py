@@ -119,7 +119,7 @@ OF_STAGE = {
     "embedding": [{"embedding_noise": 0.5}, {"embedding_init": "random"}, {"embedding_optimizer": "sgd"}]
     + [{"num_embeddings": 2}, {"clip_weight": 5}],
     "tuning": [{"tuning_batch": 2}, {"tuning_optimizer": "adafactor"}, {"tune": "attention"}, {"tune": "lora"}],
-    "editing": [{"guidance_scale": 1.0}, {"sampler": Sampler("ddpm", steps=3)}, {"start": "inversion"}],
+    "editing": [{"guidance_scale": 1.0}, {"sampler": Sampler(steps=3, eta=1.0)}, {"start": "inversion"}],
 }
 
 

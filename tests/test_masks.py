@@ -47,12 +47,12 @@ def test_each_step_outside_lies_on_the_path_to_the_input(tiny_model, sampler):
     free, seen, denoise = sampler.trajectory(tiny_model.schedule), [], guided(tiny_model, "a cat", 2.0)
     confined = sampler.trajectory(tiny_model.schedule.confined(z, inside))
     sampler.sample(denoise, start, confined, Run().noise(), callback=lambda i, x: seen.append(x))
-    n = (start - free.alpha_bars[0].sqrt() * z) / (1 - free.alpha_bars[0]).sqrt()
-    for x, a in zip(seen, free.alpha_bars[1:], strict=True):
+    n = (start - free.levels[0].sqrt() * z) / (1 - free.levels[0]).sqrt()
+    for x, a in zip(seen, free.levels[1:], strict=True):
         close(x[..., 6:], (a.sqrt() * z + (1 - a).sqrt() * n)[..., 6:], 1e-9)
     first = []
     sampler.sample(denoise, start, free, Run().noise(), callback=lambda i, x: first.append(x))
-    a, seen, first = free.alpha_bars[1], seen[0], first[0]
+    a, seen, first = free.levels[1], seen[0], first[0]
     assert torch.equal(seen[..., :4], first[..., :4])
     close(seen[..., 4:6], (0.25 * first + 0.75 * (a.sqrt() * z + (1 - a).sqrt() * n))[..., 4:6], 1e-9)
     up = [ddim.invert(denoise, z, grid).latent for grid in (free, confined)]

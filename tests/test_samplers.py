@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errors import InputError
-from samplers import FlowSchedule, NoiseSchedule, Sampler, ddim, noise_like
+from samplers import FlowSchedule, NoiseSchedule, Sampler, Trajectory, ddim, noise_like
 
 KINDS = ["scaled_linear", "linear", "cosine"]
-SPACINGS = ["leading", "trailing", "linspace"]
+SPACINGS = ["leading", "trailing"]
 ENDS = ["first", "one"]
 SCHEDULES = {(kind, end): NoiseSchedule(kind, final_alpha_bar=end) for kind in KINDS for end in ENDS}
 SD = SCHEDULES["scaled_linear", "first"]
@@ -92,10 +92,10 @@ def test_eps_v_and_x0_say_the_same_at_one_timestep_and_at_one_for_each_sample(sc
 def test_stable_diffusion_grid_and_its_tail() -> None:
     trajectory = SD.trajectory(10)
     assert trajectory.timesteps.tolist() == list(range(901, 0, -100))
-    assert torch.equal(trajectory.alpha_bars, SD.alpha_bars[[*range(901, 0, -100), 0]])
-    assert SCHEDULES["scaled_linear", "one"].trajectory(10).alpha_bars[-1] == 1
+    assert torch.equal(trajectory.levels, SD.alpha_bars[[*range(901, 0, -100), 0]])
+    assert SCHEDULES["scaled_linear", "one"].trajectory(10).levels[-1] == 1
     tail = trajectory.tail(0.3)
-    assert tail.timesteps.tolist() == [201, 101, 1] and torch.equal(tail.alpha_bars, trajectory.alpha_bars[-4:])
+    assert tail.timesteps.tolist() == [201, 101, 1] and torch.equal(tail.levels, trajectory.levels[-4:])
     assert trajectory.tail(0).timesteps.tolist() == [1] and len(trajectory.tail(1)) == 10
 
 
@@ -110,7 +110,7 @@ def test_every_schedule_and_grid_falls_strictly(schedule, T: int, steps: int, sp
     ab = schedule.alpha_bars
     assert ab.dtype == torch.float64 and ab.shape == (T,) and ab.min() > 0 and ab.max() < 1 and (ab.diff() < 0).all()
     trajectory = schedule.trajectory(steps, spacing)
-    t, ab = trajectory.timesteps, trajectory.alpha_bars
+    t, ab = trajectory.timesteps, trajectory.levels
     assert len(trajectory) == steps and t.shape == (steps,) and ab.shape == (steps + 1,)
     assert t.min() >= 0 and t.max() <= T - 1 and (t.diff() < 0).all()
     assert (ab[:-1].diff() > 0).all() and ab[-1] >= ab[-2]
@@ -118,20 +118,17 @@ def test_every_schedule_and_grid_falls_strictly(schedule, T: int, steps: int, sp
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 600, 1000])
 def test_grids_by_their_definitions(steps: int) -> None:
-    leading, trailing, linspace = (SD.trajectory(steps, spacing).timesteps.tolist() for spacing in SPACINGS)
+    leading, trailing = (SD.trajectory(steps, spacing).timesteps.tolist() for spacing in SPACINGS)
     offset = 0 if steps == 1000 else 1  # the one count where SD's offset does not fit
     assert leading == [i * (1000 // steps) + offset for i in reversed(range(steps))]
-    assert trailing[0] == linspace[0] == 999
-    for i in range(steps):
-        assert abs(trailing[i] - (1000 - i * 1000 / steps - 1)) <= 0.5
-        assert steps == 1 or abs(linspace[i] - (999 - i * 999 / (steps - 1))) <= 0.5
+    assert trailing[0] == 999 and all(abs(t - (1000 - i * 1000 / steps - 1)) <= 0.5 for i, t in enumerate(trailing))
 
 
 @given(schedule=schedules, steps=st.integers(1, 60), spacing=spacings, mu=st.floats(-2, 2), s=st.floats(0.05, 3))
 @few
 def test_ddim_path_on_gaussian_data(schedule, steps: int, spacing: str, mu: float, s: float) -> None:
     data, trajectory, x = Gaussian(schedule, mu, s), schedule.trajectory(steps, spacing), normal(5)
-    ab, path = trajectory.alpha_bars.tolist(), []
+    ab, path = trajectory.levels.tolist(), []
     end = ddim.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
     centred = x - math.sqrt(ab[0]) * mu
     for i in range(steps):
@@ -148,9 +145,9 @@ def test_a_step_follows_eq_12_with_the_sigma_of_eq_16(a: float, up: float, eta: 
     sigma = eta * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
     x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
     mean = math.sqrt(b) * x0 + math.sqrt(max(1 - b - sigma**2, 0)) * eps
-    torch.testing.assert_close(ddim.step(x, eps, a, b, eta), mean, rtol=1e-6, atol=1e-6)
-    drawn = ddim.step(x, eps, a, b, eta, noise)
-    torch.testing.assert_close(drawn, mean + sigma * noise, rtol=1e-6, atol=1e-6)
+    step = Trajectory(torch.tensor([1]), torch.tensor([a, b], dtype=torch.float64)).step
+    torch.testing.assert_close(step(x, eps, 0, 1, eta), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(step(x, eps, 0, 1, eta, noise), mean + sigma * noise, rtol=1e-6, atol=1e-6)
 
 
 def test_steps_and_noise_keep_the_dtype_and_noise_is_the_same_in_each() -> None:
@@ -159,8 +156,7 @@ def test_steps_and_noise_keep_the_dtype_and_noise_is_the_same_in_each() -> None:
         noise = noise_like(torch.empty(9, 8, dtype=dtype), torch.Generator().manual_seed(5))
         assert torch.equal(noise, drawn.to(dtype))
         assert SD.add_noise(noise, noise, torch.arange(9)).dtype == dtype
-        for sampler in (Sampler(eta=1.0), Sampler("ddpm")):
-            assert sampler.step(noise, noise, SD.trajectory(9), 1, noise).dtype == dtype
+        assert SD.trajectory(9).step(noise, noise, 1, 2, 1.0, noise).dtype == dtype
 
 
 @pytest.mark.parametrize("schedule, spacing", [*((SD, s) for s in SPACINGS), (FlowSchedule(shift=3.0), "auto")])
@@ -193,38 +189,36 @@ def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
     progress = lambda steps: (bars.append(i) or i for i in steps)
     recording = ddim.invert(network, x0, trajectory, progress=progress)
     back = lambda i, x: recording.latents[i + 1]
-    for sampler in (Sampler(), Sampler(eta=0.3), Sampler("ddpm")):
+    for sampler in (Sampler(), Sampler(eta=0.3), Sampler(eta=1.0)):
         assert torch.equal(sampler.sample(network, recording.latent, trajectory, None, progress, back), x0)
     assert bars == [*range(10)][::-1] + [*range(10)] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampler", [Sampler("ddpm"), Sampler(eta=1.0), Sampler("ddpm", variance="fixed_large")])
-@pytest.mark.parametrize("end, steps, spacing", [("one", 7, "trailing"), ("first", 30, "linspace")])
-def test_ddpm_mean_and_variance_at_every_step(kind, end, sampler, steps, spacing, monkeypatch) -> None:
+@pytest.mark.parametrize("end, steps, spacing", [("one", 7, "trailing"), ("first", 30, "leading")])
+def test_ddpm_mean_and_variance_at_every_step(kind, end, steps, spacing, monkeypatch) -> None:
     """From x_T ~ N(sqrt(ab) mu, V), without drawing a sample. On Gaussian data a sampler is affine in x_T and its
     noises. Row 0 takes all of them at their means; each other row moves one of them by a standard deviation. The
     variance is the sum of the squared responses."""
     schedule = SCHEDULES[kind, end]
     trajectory, data = schedule.trajectory(steps, spacing), Gaussian(schedule)
-    ab = trajectory.alpha_bars.tolist()
+    ab = trajectory.levels.tolist()
     x = torch.full((steps + 1,), math.sqrt(ab[0]) * MU, dtype=torch.float64)
     x[1] += math.sqrt(data.variance(ab[0]))
     path, draws = [], iter(torch.eye(steps + 1, dtype=torch.float64)[2:])
     monkeypatch.setattr("samplers.sampler.noise_like", lambda x, generator: next(draws))
-    sampler.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
+    Sampler(eta=1.0).sample(data, x, trajectory, callback=lambda i, x: path.append(x))
     assert next(draws, None) is None  # every step but the last drew once
     expected = data.variance(ab[0])
     for i, (a, b) in enumerate(pairwise(ab)):
-        beta = 1 - a / b
-        sigma2 = beta if sampler.variance == "fixed_large" else beta * (1 - b) / (1 - a)
+        sigma2 = (1 - a / b) * (1 - b) / (1 - a)
         expected = data.posterior_ratio(a, b) ** 2 * expected + (sigma2 if i + 1 < steps else 0)
         assert float(path[i][0]) == pytest.approx(math.sqrt(b) * MU, rel=1e-6)
         assert float((path[i][1:] - path[i][0]).square().sum()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_wrong_setting_is_named() -> None:
-    wrong = [("kind", "plms"), ("spacing", "karras"), ("variance", "learned"), ("eta", 1.1), ("eta", "some")]
-    for name, value in [*wrong, ("steps", 0), ("steps", 1001), ("steps", 10.0), ("offset", -1), ("offset", 0.5)]:
+    wrong = [("spacing", "karras"), ("eta", 1.1), ("eta", "some"), ("offset", -1), ("offset", 0.5)]
+    for name, value in [*wrong, ("steps", 0), ("steps", 1001), ("steps", 10.0)]:
         with pytest.raises(InputError, match=f"sampler.{name}"):
             Sampler(**{name: value}).trajectory(SD)

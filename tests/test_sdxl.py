@@ -144,7 +144,7 @@ def test_zero_terminal_snr():
     x, v, path = noise(1, 4).double(), noise(2, 4)[1:].double(), schedule.trajectory(10)
     assert path.timesteps.tolist() == list(range(999, 0, -100))
     eps = schedule.eps_from_v(x, v, 999)
-    a = path.alpha_bars[1].sqrt()
+    a = path.levels[1].sqrt()
     torch.testing.assert_close(path.step(x, eps, 0, 1), -a * v + (1 - a**2).sqrt() * x, atol=1e-3, rtol=0)
     torch.testing.assert_close(path.step(path.step(x, eps, 0, 1), eps, 1, 0), x)
     with pytest.raises(InputError, match="prediction=v"):
