@@ -104,12 +104,6 @@ def feathered(region: Tensor, width: int) -> Tensor:
     return total / (width + 1)
 
 
-def check_samples(method: Any, differ: bool) -> None:
-    """Raise InputError for several samples that do not `differ`."""
-    if method.num_samples > 1 and not differ:
-        raise InputError(f"method.num_samples={method.num_samples} gives equal pictures: set sampler.eta above 0")
-
-
 def check_invertible(method: Any, **ranges: Any) -> None:
     """`check`, and raise InputError unless the sampler is without noise, and so can be walked both ways."""
     check(method, **ranges)

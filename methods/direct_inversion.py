@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_samples, cosine
+from methods.base import RECONSTRUCTION, Method, Result, Run, check, cosine
 from methods.direct_inversion_extras import cohere, other_grid, with_cosine
 from samplers import Denoiser, Sampler, Trajectory, ddim, guided, noise_like
 
@@ -25,7 +25,7 @@ class DirectInversion(Method):
 
     sampler: Sampler  # steps both ways, and eta, the noise added while sampling
     edit_strength: float = 0.75  # [1 - lambda] 0 replays the recording (from the start below); 1 is the prompt alone
-    blend: str = "noise"  # with what: noise (recorded at the same step) | latent (inverted) | path (its latents)
+    blend: str = "noise"  # with what: noise (recorded at the same step) | latent (inverted)
     blend_fraction: float = 1.0  # the first part of the steps, which are blended; edit_strength=0 always takes all
     guidance_scale: float = 2.5  # classifier-free guidance [w]; 1 is without
     inversion_prompt: str = ""  # the prompt of the inversion, which has no guidance; or '${source_prompt}'
@@ -48,17 +48,16 @@ class DirectInversion(Method):
             self,
             shares=["edit_strength", "blend_fraction", "structural_similarity", "alpha", "beta", "diversity"],
             counts=["num_samples", "inversion_steps"],
-            blend=["noise", "latent", "path"],
+            blend=["noise", "latent"],
             mix=["cosine", "linear", "gaussian"],
         )
-        if self.blend == "path" and self.inversion_steps not in (None, self.sampler.steps):
-            raise InputError("method.blend=path needs the steps that are sampled: leave out method.inversion_steps")
         for name in ("alpha", "beta") if self.mix == "cosine" else ("structural_similarity",):
             if getattr(self, name) != getattr(DirectInversion, name):
                 raise InputError(f"method.{name} has no effect with method.mix={self.mix}")
         fresh = self.structural_similarity < 1 if self.mix == "cosine" else self.alpha < 1
         fresh = fresh or (self.mix == "gaussian" and self.beta < 1) or self.diversity > 0 or self.sampler.eta > 0
-        check_samples(self, fresh)
+        if self.num_samples > 1 and not fresh:
+            raise InputError(f"method.num_samples={self.num_samples} gives equal pictures: set sampler.eta above 0")
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         if self.semantic_coherence and model.clip is None:
@@ -94,8 +93,7 @@ class DirectInversion(Method):
         """Sample with guidance from `start`, held to the recording with lambda = 1 - edit_strength; by `blend`:
 
         noise   eps + lambda (eps_recorded - eps), the noise recorded at the same step;
-        latent  eps + lambda (z_x - eps), the inverted latent itself, which is nearly all noise;
-        path    after each step x + lambda (x_recorded - x), the latent that the inversion passed there.
+        latent  eps + lambda (z_x - eps), the inverted latent itself, which is nearly all noise.
 
         lambda is 0 after the first `blend_fraction` of the steps. Strength 0 is the recorded noise alone in all steps.
         """
@@ -106,16 +104,9 @@ class DirectInversion(Method):
             if self.edit_strength == 0:
                 return recording.replay(x, t)
             eps = target(x, t)
-            if self.blend == "path":
-                return eps
             return eps + lam[t] * ((recording.replay(x, t) if self.blend == "noise" else recording.latent) - eps)
 
-        def after(step: int, x: Tensor) -> Tensor | None:
-            if self.blend == "path" and step < blended:
-                return x + (1 - self.edit_strength) * (recording.latents[step + 1] - x)
-
-        noise, progress = run.noise("sampling", i), run.progress("editing")
-        return self.sampler.sample(denoise, start, trajectory, noise, progress, after)
+        return self.sampler.sample(denoise, start, trajectory, run.noise("sampling", i), run.progress("editing"))
 
     def start_latent(self, z_x: Tensor, noise: torch.Generator) -> Tensor:
         """Where sampling starts, from the inverted latent z_x and a fresh latent z_t ~ N(0, I):

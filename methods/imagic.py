@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from methods import imagic_extras, lora
-from methods.base import RECONSTRUCTION, Method, Result, Run, check, check_samples, cosine
+from methods.base import RECONSTRUCTION, Method, Result, Run, check, cosine
 from methods.optimisation import OPTIMIZERS, restored, tune
-from samplers import Conditioning, Sampler, ddim, guided, noise_like
+from samplers import Conditioning, Sampler, guided, noise_like
 
 
 @dataclass
@@ -45,7 +45,6 @@ class Imagic(Method):
     eta: float | Sequence[float] = 0.8  # [eta] 0 gives back the input, 1 is the prompt alone; a list: one edit for each
     guidance_scale: float = 2.0  # classifier-free guidance; 1 is without
     num_samples: int = 1  # edits for each eta, each from a start of its own
-    start: str = "noise"  # noise (the paper's) | inversion (of the image by DDIM under e_opt: keeps more of it)
     style_eta: float | None = None  # style mixing: another eta for the last, low-noise part of the steps
     style_from: float = 0.5  # the fraction of the steps after which style_eta takes over
 
@@ -58,10 +57,7 @@ class Imagic(Method):
             embedding_optimizer=OPTIMIZERS,
             tuning_optimizer=OPTIMIZERS,
             tune=("all", "attention", "lora"),
-            start=("inversion", "noise"),
         )
-        noisy = self.start == "noise" or self.sampler.eta > 0
-        check_samples(self, noisy or self.num_samples <= self.num_embeddings)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         model.unet.gradient_checkpointing |= self.gradient_checkpointing
@@ -118,10 +114,6 @@ class Imagic(Method):
         """(C) Sample under e = eta e_tgt + (1 - eta) e_opt (eq. 3). Sample i has one start for all etas."""
         null, samples = model.encode_text([task.negative_prompt]), range(self.num_samples)
         starts = [noise_like(z, run.noise("start", i)) for i in samples]
-        if self.start == "inversion":
-            up = [guided(model, optimised[k]) for k in range(len(optimised))]
-            tops = [ddim.invert(denoise, z, trajectory, progress=run.progress("inversion")).latent for denoise in up]
-            starts = [tops[i % len(tops)] for i in samples]
         run.tensors["start_latents"] = torch.cat(starts)
 
         def sample(i: int, eta: float, late_eta: float, stage: str) -> Tensor:

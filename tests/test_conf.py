@@ -17,8 +17,7 @@ from methods.base import Method
 CONF = Path(__file__).resolve().parent.parent / "conf"
 STABLE_DIFFUSION = ["sd14", "sd15", "sd20_base", "sd21_base", "sd21"]
 PAPER = {  # Imagic, section 4 and its implementation details for Stable Diffusion
-    "embedding_steps": 1000, "embedding_lr": 2e-3, "tuning_steps": 1500, "tuning_lr": 5e-7, "start": "noise",
-    "tune": "all",
+    "embedding_steps": 1000, "embedding_lr": 2e-3, "tuning_steps": 1500, "tuning_lr": 5e-7, "tune": "all",
 }  # fmt: skip
 METHODS = sorted(
     {choice.name for choice in config.choices() if choice.group == "method"}

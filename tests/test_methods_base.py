@@ -121,10 +121,9 @@ def test_numbers_and_choices_out_of_range_are_named(kind):
     "kind, name, value, others",
     [
         (Imagic, "eta", [0.5, 1.1], {}), (Imagic, "lora_rank", 0, {}), (SDEdit, "strength", 1.1, {}),
-        (Imagic, "num_samples", 2, {"start": "inversion"}),  # one, without noise
         (DirectInversion, "edit_strength", [0.3, 0.6], {}), (DirectInversion, "alpha", 0.5, {}),  # ignored by cosine
         (DirectInversion, "structural_similarity", 0.5, {"mix": "linear"}), (DirectInversion, "num_samples", 2, {}),
-        (DirectInversion, "inversion_steps", 6, {"blend": "path"}), (PromptToPrompt, "guidance_scale", 0.0, {}),
+        (PromptToPrompt, "guidance_scale", 0.0, {}),
         (DirectInversion, "num_samples", 2, {"mix": "gaussian", "alpha": 1.0, "beta": 1.0}),
         (PromptToPrompt, "reweight", {"dog": "much"}, {}), (DDPMInversion, "sampler", Sampler(), {}),
         (DDIMInversion, "sampler", Sampler(eta=0.5), {}),
