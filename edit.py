@@ -45,14 +45,15 @@ def edit(
     from data.images import find
     from evaluation import runner
     from models.attention import check_backend
-    from models.device import choose_channels_last, choose_device, choose_dtype
+    from models.device import choose_device, choose_dtype
     from models.graphs import StepGraph
 
-    others = {"model.ema": None, "compile": "graph"}  # beside true and false
+    others = {"model.ema": None, "compile": "graph", "channels_last": "auto"}  # beside true and false
     for name in ("deterministic", "cache.enabled", "metrics.fetch", "mask_pixels", "task.confine", *others):
         value = OmegaConf.select(cfg, name, default=False)
         if value not in (True, False, others.get(name, False)):
-            raise InputError(f"{name}={value} is unknown: true, false{' or graph' * (name == 'compile')}")
+            more = f", {others[name]}" if others.get(name) else ""
+            raise InputError(f"{name}={value} is unknown: true, false{more}")
     for name in ("seed", "mask_feather"):
         check_number(name, cfg[name], whole=True, high=2**63 - 1)
     if cfg.deterministic:
@@ -61,7 +62,8 @@ def edit(
         torch.use_deterministic_algorithms(cfg.deterministic)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device, large=choices.family is not None)
-    channels_last = choose_channels_last(cfg.channels_last, device, dtype)
+    convolves_fast = device.type == "cuda" and dtype != torch.float32  # with feature maps that lie channels last
+    channels_last = convolves_fast if cfg.channels_last == "auto" else cfg.channels_last
     if device.index:
         torch.cuda.set_device(device)
     check_backend(cfg.attention, device)

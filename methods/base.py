@@ -56,7 +56,6 @@ class Method:
         Where the method can give the input back it also yields (RECONSTRUCTION, latent). Networks are frozen and
         gradients are off; the caller decodes each latent before it asks for the next one.
         """
-        raise TypeError(f"{type(self).__name__} does not say how to edit")
 
 
 @torch.no_grad()

@@ -44,13 +44,9 @@ class DirectInversion(Method):
     coherence_lr: float = 0.02  # their learning rate, in units of the latent
 
     def __post_init__(self) -> None:
-        check(
-            self,
-            shares=["edit_strength", "blend_fraction", "structural_similarity", "alpha", "beta", "diversity"],
-            counts=["num_samples", "inversion_steps"],
-            blend=["noise", "latent"],
-            mix=["cosine", "linear", "gaussian"],
-        )
+        shares = ["edit_strength", "blend_fraction", "structural_similarity", "alpha", "beta", "diversity"]
+        choices = {"blend": ["noise", "latent"], "mix": ["cosine", "linear", "gaussian"]}
+        check(self, shares=shares, counts=["num_samples", "inversion_steps"], **choices)
         for name in ("alpha", "beta") if self.mix == "cosine" else ("structural_similarity",):
             if getattr(self, name) != getattr(DirectInversion, name):
                 raise InputError(f"method.{name} has no effect with method.mix={self.mix}")

@@ -25,7 +25,7 @@ class Imagic(Method):
     # (A) the embedding [e_opt]
     embedding_steps: int = 60  # optimisation steps; 0 keeps the start
     embedding_lr: float = 3e-3  # learning rate
-    embedding_optimizer: str = "adam"  # adam | sgd (momentum 0.9) | adafactor
+    embedding_optimizer: str = "adam"  # adam | adafactor
     embedding_init: str = "target"  # where it starts: target (the prompt's embedding [e_tgt]) | random
     embedding_noise: float = 0.0  # noise on it at each step, in standard deviations of the target embedding
     num_embeddings: int = 1  # embeddings optimised side by side; sample i uses embedding i modulo this
@@ -33,7 +33,7 @@ class Imagic(Method):
     # (B) the network [theta]
     tuning_steps: int = 60  # optimisation steps; 0 keeps the network
     tuning_lr: float = 1e-5  # learning rate for tune=all and tune=attention
-    tuning_optimizer: str = "adam"  # adam | sgd (momentum 0.9) | adafactor (steps as long as Adam's, hardly any state)
+    tuning_optimizer: str = "adam"  # adam | adafactor (steps as long as Adam's, hardly any state)
     tuning_batch: int = 1  # draws of timestep and noise per step
     tune: str = "all"  # which weights move: all | attention (its attention layers) | lora (low-rank additions to them)
     lora_rank: int = 8  # for tune=lora
@@ -49,15 +49,10 @@ class Imagic(Method):
     style_from: float = 0.5  # the fraction of the steps after which style_eta takes over
 
     def __post_init__(self) -> None:
-        check(
-            self,
-            shares=("eta", "style_eta", "style_from"),
-            counts=("num_embeddings", "tuning_batch", "lora_rank", "num_samples"),
-            embedding_init=("target", "random"),
-            embedding_optimizer=OPTIMIZERS,
-            tuning_optimizer=OPTIMIZERS,
-            tune=("all", "attention", "lora"),
-        )
+        choices = {"embedding_init": ("target", "random"), "tune": ("all", "attention", "lora")}
+        choices |= {"embedding_optimizer": OPTIMIZERS, "tuning_optimizer": OPTIMIZERS}
+        counts = ("num_embeddings", "tuning_batch", "lora_rank", "num_samples")
+        check(self, shares=("eta", "style_eta", "style_from"), counts=counts, **choices)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         model.unet.gradient_checkpointing |= self.gradient_checkpointing

@@ -23,7 +23,6 @@ def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
 
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
-    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "adafactor": adafactor,
 }
 

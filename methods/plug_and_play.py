@@ -52,10 +52,7 @@ class PlugAndPlay(Method):
         f_t^4, the features, in the first `feature_share`;
         A_t^l = softmax(q k^T), by q and k, in the first `attention_share`, in all layers behind the features' block.
         """
-        behind = False
-
-        def of_source(x: Tensor) -> Tensor:
-            return x[[0, 0, 2, 0]]
+        behind, of_source = False, lambda x: x[[0, 0, 2, 0]]
 
         def features(x: Tensor) -> Tensor | None:
             nonlocal behind

@@ -4,8 +4,6 @@ Self-attention computes q, k and v in one matrix product, cross-attention k and 
 the noisy latent nor the timestep. An `Attention` object belongs to one network; its layers share its backend and hook.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +20,7 @@ from errors import InputError
 BACKENDS = ("auto", "fused", "sdpa", "reference")
 WIDEST = 160  # channels per head that the fused kernels take
 
-Hook = Callable[[Tensor, Tensor, Tensor, bool], "Tensor | None"]
+Hook = Callable[[Tensor, Tensor, Tensor, bool], Tensor | None]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:

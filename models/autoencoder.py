@@ -1,7 +1,5 @@
 """The KL autoencoder of latent diffusion (Rombach et al., 2022): images to a small latent and back."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from models.attention import attention
 from models.unet import Downsample, ResBlock, Upsample, zero_init
+from samplers import noise_like
 
 
 class AttentionBlock(nn.Module):
@@ -118,8 +117,7 @@ class Autoencoder(nn.Module):
         """Scaled latents: the posterior's mean, or a sample of it where a generator is given."""
         mean, logvar = self.posterior(x)
         if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-            mean = mean + (0.5 * logvar).exp() * noise
+            mean = mean + (0.5 * logvar).exp() * noise_like(mean, generator)
         return (mean - self.shift_factor) * self.scale_factor
 
     def decode(self, z: Tensor) -> Tensor:

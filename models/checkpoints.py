@@ -4,8 +4,6 @@ A folder of this project holds `config.json` (all sizes, readable) and one safet
 trained on its own: `autoencoder`, `clip` (text and image towers) and `unet`. A checkpoint is read in one pass: each key
 is renamed once (models/names.py), and each tensor is cast once, into a network that was built on the meta device."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -30,13 +28,10 @@ from models.latent_diffusion import LatentDiffusion, build
 from models.t5 import T5, read_tokenizer
 
 PARTS = ("autoencoder", "clip", "unet")
-SECTIONS = (
-    "unet", "mmdit", "vae", "text", "text_2", "t5", "vision", "schedule", "prediction", "image_size", "empty_is_zero",
-)  # fmt: skip
+SECTIONS = [ours for ours, _ in names.HUB_SIZES.values()] + ["vision", "prediction", "image_size", "empty_is_zero"]
 SECTIONS_OF = {"autoencoder": ["vae"], "clip": ["text", "vision"], "unet": ["unet", "schedule", "prediction"]}
 SPIECE = "tokenizer_3/spiece.model"  # T5's tokenizer in a hub folder
 ENDINGS = ("model.safetensors", "model.bin", "model.fp16.safetensors", "model.fp16.bin")  # of weights, best first
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the hub's names and ours
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")  # org/name, org/name@revision
 
 Opened = tuple[dict[str, Any], dict[str, Tensor]]  # a model's sizes, and its weights by our names
@@ -49,7 +44,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     ema: bool | None = None,
     vae: str | os.PathLike | None = None,
-    text: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    text: Sequence[str | os.PathLike] = (),
     tokenizer: str | os.PathLike | None = None,
 ) -> LatentDiffusion:
     """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x, 2.x, XL or 3 as a single file
@@ -62,12 +57,12 @@ def load(
     in float32, so that its scores do not depend on a half-precision `dtype`; an autoencoder is never in float16, in
     which SDXL's overflows. On a CPU, weights that need no cast stay mapped to their file.
 
-    `text` names files, or a hub folder, with the text encoders that a single file of a Stable Diffusion 3 lacks, and
+    `text` names files, or hub folders, with the text encoders that a single file of a Stable Diffusion 3 lacks, and
     `tokenizer` T5's sentencepiece model, where no hub folder brings it. Without T5 it works on zeros, with a warning.
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`."""
     source = located(path, half=dtype.itemsize == 2)
-    texts = [Path(text)] if isinstance(text, str | os.PathLike) else [*map(Path, text or ())]
+    texts = [Path(place) for place in text]
     try:
         if source.is_file():
             config, named = open_single_file(source, arch, ema, texts)
@@ -89,8 +84,7 @@ def load(
             module.to(safe.get(type(module), dtype))
         if model.clip is not None:
             model.clip.to(torch.promote_types(dtype, torch.float32))
-        own = parts.state_dict()
-        parts.load_state_dict(fitted(own, unscaled(named, dtype), device), assign=True)
+        parts.load_state_dict(fitted(parts.state_dict(), unscaled(named, dtype), device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
@@ -284,8 +278,8 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     if "mmdit" in stated:
         stated["mmdit"]["qk_norm"], stated["schedule"]["kind"] = "qk_norm" in stated["mmdit"], "flow"
         return stated | {"prediction": "flow"}
-    prediction = scheduler.get("prediction_type", "epsilon")  # 1.4's has none
-    if prediction not in PREDICTIONS:
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"))
+    if prediction is None:
         raise InputError("its scheduler is not supported: epsilon or v_prediction")
     stated["unet"] |= {
         "attention_levels": [i for i, kind in enumerate(network["down_block_types"]) if "CrossAttn" in kind],
@@ -294,7 +288,7 @@ def hub_sizes(path: Path, folders: Iterable[str]) -> dict[str, Any]:
     }
     if (path / "model_index.json").exists() and "text_2" in stated:
         stated["empty_is_zero"] = read_config(path, "model_index.json").get("force_zeros_for_empty_prompt", True)
-    return stated | {"prediction": PREDICTIONS[prediction]}
+    return stated | {"prediction": prediction}
 
 
 def taken(folder: str, content: Mapping) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a model computes, in what precision and in what memory layout, from the names that users type."""
+"""Where a model computes and in what precision, from the names that users type."""
 
 import os
 import re
@@ -48,11 +48,3 @@ def computes_in(name: str, device: torch.device) -> bool:
     file = Path("/proc/cpuinfo")
     flags = set(file.read_text().split()) if file.exists() else set()
     return bool(flags & {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "asimdhp"}}[name])
-
-
-def choose_channels_last(name: str | bool, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether feature maps lie channels last. auto: on CUDA in half precision, whose convolutions want it. Raises
-    InputError for another name."""
-    if name not in ("auto", True, False):
-        raise InputError(f"channels_last={name} is unknown: auto, true or false")
-    return name if name != "auto" else device.type == "cuda" and dtype != torch.float32

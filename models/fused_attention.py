@@ -8,10 +8,7 @@ log-sum-exp of each row; the backward pass makes the weights again from it.
 - q, k and v are read where they lie, such as in one fused projection; the output lies as (B, N, heads, d), so that
   joining the heads is a view.
 - A head is padded on the chip to a power of two, since Triton's blocks have no other size.
-
-The grid of every kernel is (blocks of rows, heads, batch)."""
-
-from __future__ import annotations
+- The grid of every kernel is (blocks of rows, heads, batch)."""
 
 import functools
 import math
@@ -23,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from errors import InputError
 from models.attention import WIDEST
 
 # Triton's interpreter, for tests on the CPU. It cannot multiply bfloat16 matrices, so `_dot` widens them first.
@@ -242,12 +238,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     graph around it.
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
-    `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises InputError for another type, ValueError for shapes or types
-    that do not fit together. It does not ask whether the device can run it."""
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise InputError(f"fused attention takes float16, bfloat16 or float32, not {q.dtype}; use attention=sdpa")
-    batch, heads, _, d = q.shape
-    if not k.shape == v.shape == (batch, heads, k.shape[2], d) or d > WIDEST or not q.dtype == k.dtype == v.dtype:
+    `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises ValueError for other types or shapes. It does not ask whether
+    the device can run it."""
+    (batch, heads, _, d), types = q.shape, {q.dtype, k.dtype, v.dtype}
+    fit = k.shape == v.shape == (batch, heads, k.shape[2], d) and d <= WIDEST and len(types) == 1
+    if not fit or not types <= {torch.float16, torch.bfloat16, torch.float32}:
         given = ", ".join(f"{[*x.shape]} {x.dtype}" for x in (q, k, v))
-        raise ValueError(f"fused attention cannot take q, k and v of {given}")
+        raise ValueError(f"fused attention cannot take q, k and v of {given}; attention=sdpa can")
     return _Attention.apply(q, k, v)

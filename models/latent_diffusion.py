@@ -1,7 +1,5 @@
 """The whole model (Rombach et al., 2022): autoencoder, text encoder and UNet, with the schedule that joins them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 The timestep and the pooled text act by modulation: adaptive layer norms (Peebles & Xie 2023, arXiv 2212.09748). Stable
 Diffusion 3.5 adds norms of queries and keys, and in its medium size a second attention of the image alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

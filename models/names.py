@@ -6,8 +6,6 @@ expression and its replacement; a key, less its prefix, passes through all rules
 begins with the part that stores it. A new family has named sizes at the end of its networks' files, prefixes and rules
 here, and an entry in `FAMILIES`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -242,9 +240,7 @@ def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     where it says nothing."""
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
-    alpha_bars = tensors.get("alphas_cumprod")
-    zero_snr = "ztsnr" in tensors or (alpha_bars is not None and float(alpha_bars[-1]) < 1e-6)
-    return {"prediction": prediction, "schedule": {"zero_snr": True} if zero_snr else None}
+    return {"prediction": prediction, "schedule": {"zero_snr": True} if "ztsnr" in tensors else None}
 
 
 def check(named: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,6 @@
 """The encoder of T5 v1.1 (Raffel et al. 2020, arXiv 1910.10683; gated as in Shazeer 2020), Stable Diffusion 3's third
 text tower."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

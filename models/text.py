@@ -1,7 +1,5 @@
 """Text conditioning and CLIP (Radford et al., 2021), on open_clip's own towers and tokenizer."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
 from samplers import Conditioning
 
 VOCABULARY = 49408  # entries of CLIP's tokenizer: 256 bytes, each inside and at the end of a word, merges, begin, end
@@ -108,11 +105,9 @@ class TextEncoder(nn.Module):
         return hidden[torch.arange(len(hidden), device=hidden.device), end]
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """CLIP's text feature: the state at the end token, projected and normalised. (B, L, C), (B, L) -> (B, D).
-        Raises InputError where the tower has no projection or conditions on another layer than CLIP's own."""
-        projection = getattr(self.tower, "text_projection", None)
-        if projection is None or self.hidden_layer != "last":
-            raise InputError("this model has no CLIP text projection: set the weight of the CLIP term to 0")
+        """CLIP's text feature: the last layer's state at the end token, projected and normalised. (B, L, C), (B, L) ->
+        (B, D)."""
+        projection = self.tower.text_projection
         return F.normalize((self.at_end(hidden, ids).to(projection.dtype) @ projection).float(), dim=-1)
 
 

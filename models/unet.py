@@ -3,8 +3,6 @@
 Module names follow the released checkpoints, so that the few rules in `models/names.py` carry weights over. The named
 sizes stand at the end."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,12 +149,8 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
         for module in self:
-            if isinstance(module, ResBlock):
-                x = module(x, time)
-            elif isinstance(module, SpatialTransformer):
-                x = module(x, context)
-            else:
-                x = module(x)
+            more = [time] if isinstance(module, ResBlock) else [context] * isinstance(module, SpatialTransformer)
+            x = module(x, *more)
         return x
 
 

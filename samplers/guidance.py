@@ -1,7 +1,4 @@
-"""Conditioning, and classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) in one batched call.
-
-Turns a conditional network into a denoiser, the plain callable (x, t) -> prediction that every sampler takes.
-"""
+"""Conditioning, and classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) in one batched call."""
 
 from __future__ import annotations
 

@@ -83,6 +83,10 @@ class Schedule:
         alpha, sigma = self.mixture(t, x0)
         return alpha * x0 + sigma * noise
 
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The prediction that a perfect network makes of x0 noised with `noise`: epsilon, or the velocity."""
+        return noise - x0 if self.kind == "flow" else noise
+
 
 @dataclass
 class NoiseSchedule(Schedule):
@@ -154,10 +158,6 @@ class NoiseSchedule(Schedule):
         """Timesteps (n,) for a training loss, uniform, where the generator lives."""
         return torch.randint(self.timesteps, (n,), generator=generator, device=generator.device)
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """The prediction that a perfect network makes of x0 noised with `noise`: epsilon, which is the noise."""
-        return noise
-
     def eps_from_v(self, x: Tensor, v: Tensor, t: int | Tensor) -> Tensor:
         """The noise that v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 implies, exact at every t. Salimans & Ho
         2022, arXiv 2202.00512, app. D. x, v (B, ...); t an int or (B,)."""
@@ -200,10 +200,6 @@ class FlowSchedule(Schedule):
         """Timesteps (n,) for a training loss, float32: logit-normal sigmas (Esser et al., section 3.1), shifted."""
         normal = torch.randn(n, generator=generator, device=generator.device)
         return self.timesteps * self.shifted(normal.sigmoid())
-
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """The prediction that a perfect network makes of x0 noised with `noise`: the velocity."""
-        return noise - x0
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -84,9 +84,6 @@ def test_samples_differ_and_the_first_is_that_of_a_single_one(tiny_model, task, 
     assert torch.equal(edit(kind(DDPM), tiny_model, task)[0][0][1], edits[0][1])
 
 
-# SDEdit.
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sdedit_is_the_end_of_sampling_from_the_noised_image(task, edit, dtype):
     """The latents are summed up in float64 in half precision too."""
@@ -102,9 +99,6 @@ def test_sdedit_is_the_end_of_sampling_from_the_noised_image(task, edit, dtype):
     assert settings == {"strength": 0.3, "sample": 0} and torch.equal(again, z)
 
 
-# DDIM inversion.
-
-
 def test_ddim_inversion_is_up_under_one_prompt_and_down_under_the_other(tiny_model, task, edit):
     method = DDIMInversion(DDIM, guidance_scale=3.0, inversion_scale=0.5, fixed_point_steps=1)
     ((_, latent, _),), (again, _), run = edit(method, tiny_model, task)
@@ -114,9 +108,6 @@ def test_ddim_inversion_is_up_under_one_prompt_and_down_under_the_other(tiny_mod
     close(latent, ddim.sample(guided(tiny_model, task.prompt, 3.0), up, trajectory))
     close(again, ddim.sample(as_source, up, trajectory))
     assert run.metrics["reconstruction_error"] == pytest.approx(float((again - z).square().mean().sqrt()), rel=1e-3)
-
-
-# DDPM inversion.
 
 
 @pytest.mark.parametrize("sampler", [DDPM, replace(DDPM, eta=0.3)])

@@ -20,7 +20,7 @@ from methods.null_text import NullText
 from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.words import align
-from samplers import Sampler, ddim, guided
+from samplers import Conditioning, Sampler, ddim, guided
 from tests.conftest import TINY, close, randomised
 
 UNET = {"model_channels": 32, "channel_mult": [1, 2, 4, 4], "num_heads": 4, "num_res_blocks": 2, "context_dim": 32}
@@ -60,9 +60,6 @@ def sd1():
 def photo(height=64, width=192):
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(2)) * 2 - 1
     return EditTask(image, "a red dog on a bench", "a cat on a bench", negative_prompt="blurry")
-
-
-# Laws of the pairs.
 
 
 @pytest.mark.parametrize(("editor", "inversion"), PAIRS)
@@ -114,9 +111,6 @@ def test_identical_prompts_give_the_source_branch(tiny_model, task, edit, editor
     close(latent, again)
 
 
-# Second implementations: a network call for each branch and half of guidance, and equations on recorded tensors.
-
-
 class Net:
     """A network whose calls record q, k and v of all layers, and the features of one block, and may replace them."""
 
@@ -145,38 +139,45 @@ class Net:
             handle.remove()
 
 
-def second(
-    model, task, inversion, source_prompt, w_source, null_source, null_target, branches, after=lambda i, s, x: x
-):
-    """Invert under the source prompt; then step the source and, by `branches`, the target. Returns the final target."""
+def second(model, task, inversion, source_prompt, branches, after=lambda i, s, x: x, plain=False):
+    """Invert under the source prompt; then step the source and, by `branches`, the target. Returns the final target.
+    `plain`: the source has no guidance but that of null texts, and the target leads away from the negative prompt."""
     a = model.schedule.alpha_bars.sqrt()
     s = (1 - model.schedule.alpha_bars).sqrt()
     timesteps = [1000 // STEPS * i for i in range(STEPS)]
     levels = [0, *timesteps]  # Stable Diffusion ends on alpha_bar_0, and with offset 0 the lowest step stays there
-    net, text = Net(model), {name: model.encode_text([name]) for name in {source_prompt, task.prompt, "", "blurry"}}
+    down = lambda x, eps: a[low] * (x - s[t] * eps) / a[t] + s[low] * eps
+    net, prompts = Net(model), model.encode_text([source_prompt, task.prompt, "blurry", ""])
+    text, prompt, away, empty = (prompts[k] for k in range(4))
     path = [model.encode_image(task.image).double()]
     for t, low in zip(timesteps, levels, strict=False):
-        eps = net(path[-1], t, text[source_prompt])
+        eps = net(path[-1], t, text)
         path.append(a[t] * (path[-1] - s[low] * eps) / a[low] + s[t] * eps)
-    z = x = path[-1]
+    null = text if inversion == "negative_prompt" else empty if plain else away
+    w, z, x = 1.0 if plain and inversion != "null_text" else W, path[-1], path[-1]
     for i, t in enumerate(timesteps[::-1]):
         low = levels[-2 - i]
-        of_null = net(z, t, text[null_source])
-        halves = [(net.layers, net.features)]
-        of_text = net(z, t, text[source_prompt])
-        halves.append((net.layers, net.features))
-        eps = of_null + w_source * (of_text - of_null)
-        low_z = a[low] * (z - s[t] * eps) / a[t] + s[low] * eps
-        null, prompt = branches(i, halves)
-        of_null, of_text = net(x, t, text[null_target], *null), net(x, t, text[task.prompt], *prompt)
-        eps = of_null + W * (of_text - of_null)
-        x = a[low] * (x - s[t] * eps) / a[t] + s[low] * eps
+        eps = net(z, t, text)
+        of_source = net.layers, net.features
+        if inversion == "null_text":  # one step of Adam: as long as its rate, wherever there is a gradient
+            states = null.states.requires_grad_()
+            with torch.enable_grad():
+                of_null = net(z, t, Conditioning(states))
+                error = (path[-2 - i] - down(z, of_null + W * (eps - of_null))).square()
+            (g,) = torch.autograd.grad(error.sum(), states)
+            move = 1e-2 * (1 - i / (2 * STEPS)) * g / (g.abs() + 1e-8) * (error.mean() >= 1e-5 + 2e-5 * i)
+            null = Conditioning((states - move).detach())
+        of_null = net(z, t, null)
+        changes = branches(i, [(net.layers, net.features), of_source])
+        low_z = down(z, of_null + w * (eps - of_null))
+        of_null, of_text = net(x, t, away if plain else null, *changes[0]), net(x, t, prompt, *changes[1])
+        x = down(x, of_null + W * (of_text - of_null))
         z = path[-2 - i] if inversion == "pnp" else low_z
         x = after(i, z, x)
     return x
 
 
-@pytest.mark.parametrize("inversion", ["ddim", "pnp"])
+@pytest.mark.parametrize("inversion", INVERSIONS)
 def test_masactrl(sd1, edit, inversion):
     """Queries of the target, keys and values of the source's same half, from step 2 and the eleventh layer of 16 on."""
 
@@ -189,13 +190,13 @@ def test_masactrl(sd1, edit, inversion):
 
         return [(partial(mutual, layers),) for layers, _ in halves]
 
-    wanted = second(sd1, photo(), inversion, "", W, "blurry", "blurry", branches)
+    wanted = second(sd1, photo(), inversion, "", branches)
     method = made("masactrl", inversion, start_step=2, start_layer=10)
     ((_, latent, _),), _, _ = edit(method, sd1, photo())
     close(latent, wanted)
 
 
-@pytest.mark.parametrize(("inversion", "prompted"), [("ddim", False), ("ddim", True), ("pnp", True)])
+@pytest.mark.parametrize(("inversion", "prompted"), [*((name, True) for name in INVERSIONS), ("ddim", False)])
 def test_plug_and_play(sd1, edit, inversion, prompted):
     """Features in steps 0 to 3 of 5, queries and keys in 0 to 1, of the source under the empty prompt; from the ninth
     layer of 16 on. The source branch has no guidance."""
@@ -212,15 +213,17 @@ def test_plug_and_play(sd1, edit, inversion, prompted):
         return [(injected, features if i < 4 else None)] * 2
 
     task = photo()
-    source_prompt = task.source_prompt if prompted else ""
-    wanted = second(sd1, task, inversion, source_prompt, 1.0, "", "blurry", branches)
+    wanted = second(sd1, task, inversion, task.source_prompt if prompted else "", branches, plain=True)
     method = made("plug_and_play", inversion, source_prompted=prompted, attention_share=0.4)
     ((_, latent, _),), _, _ = edit(method, sd1, task)
     close(latent, wanted)
 
 
-@pytest.mark.parametrize("inversion", ["ddim", "pnp"])
-@pytest.mark.parametrize(("blend", "shape"), [("", (64, 192)), ("cat dog", (64, 192)), ("cat dog", (192, 64))])
+BLENDS = [(name, "cat dog", (64, 192)) for name in INVERSIONS]
+BLENDS += [("ddim", "", (64, 192)), ("pnp", "cat dog", (192, 64))]
+
+
+@pytest.mark.parametrize(("inversion", "blend", "shape"), BLENDS)
 def test_prompt_to_prompt(sd1, edit, inversion, blend, shape):
     """Refine, by a map of tokens that is written out, and with words to blend LocalBlend from the second step on."""
     #       begin a red dog on a bench end, and padding at its place
@@ -269,14 +272,11 @@ def test_prompt_to_prompt(sd1, edit, inversion, blend, shape):
         partly.append(0 < inside.sum() < inside.numel())
         return torch.where(inside, x, z)
 
-    wanted = second(sd1, task, inversion, task.source_prompt, W, "blurry", "blurry", branches, after)
+    wanted = second(sd1, task, inversion, task.source_prompt, branches, after)
     method = made("prompt_to_prompt", inversion, blend_threshold=0.999)
     assert any(partly) == bool(blend)
     ((_, latent, _),), _, _ = edit(method, sd1, task)
     close(latent, wanted)
-
-
-# Words and places.
 
 
 @given(st.text("abc", max_size=7), st.text("abc", max_size=7))

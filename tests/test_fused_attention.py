@@ -7,8 +7,6 @@ import torch
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from errors import InputError
-
 fused = pytest.importorskip("models.fused_attention", reason="needs Triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
 
@@ -76,9 +74,7 @@ def test_output_and_gradients_agree_with_float64(shape, layout, dtype):
 def test_q_k_and_v_of_one_projection_are_read_as_they_lie_and_heads_join_without_a_copy():
     projection = torch.randn(2, 20, 3 * 2 * 40, device=DEVICE)
     q, k, v = rearrange(projection, "b n (three h d) -> three b h n d", three=3, h=2)
-    assert (
-        fused._plan(q, k, v, 1)[0][-2] == 8
-    )  # the unit: rows that the compiler knows to begin at multiples of 16 bytes
+    assert fused._plan(q, k, v, 1)[0][-2] == 8  # the unit: rows begin at multiples of 16 bytes
     o = fused.fused_attention(q, k, v)
     assert rearrange(o, "b h n d -> b n (h d)").data_ptr() == o.data_ptr()
     assert torch.equal(o, fused.fused_attention(q.contiguous(), k.contiguous(), v.contiguous()))
@@ -120,20 +116,8 @@ def test_blocks_fit_the_shared_memory_of_the_smaller_gpus(dtype):
         assert min(rows, streamed) >= 16  # the tensor cores' smallest
 
 
-def test_full_precision_unless_tf32_is_allowed():
-    before = torch.get_float32_matmul_precision()
-    try:
-        assert fused._precision(torch.float32) == fused._precision(torch.float16) == "ieee"
-        torch.set_float32_matmul_precision("high")
-        assert (fused._precision(torch.float32), fused._precision(torch.float16)) == ("tf32", "ieee")
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def test_inputs_that_it_does_not_take():
     q, k, v, _ = draw(1, 2, 3, 5, 8)
-    with pytest.raises(InputError, match="float64"):
-        fused.fused_attention(q.double(), k.double(), v.double())
-    for bad in ((q, k, v[:, :, 1:]), (q, k[..., :4], v[..., :4]), (q[:, :1], k, v), (q, k, v.half())):
+    for bad in ((q.double(), k.double(), v.double()), (q, k, v[:, :, 1:]), (q[:, :1], k, v), (q, k, v.half())):
         with pytest.raises(ValueError, match="cannot take"):
             fused.fused_attention(*bad)

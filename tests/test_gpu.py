@@ -77,28 +77,6 @@ def test_fused_attention_agrees_with_float64_also_in_a_cuda_graph(shape, dtype):
     assert all(torch.equal(a, c) for a, c in zip(actual, captured, strict=True))
 
 
-def test_the_unet_gives_the_same_with_fused_attention(on_gpu):
-    model, outputs = on_gpu(torch.float16), []
-    x, text = latents(model).to("cuda"), model.encode_text(["a cat", "a red heart"])
-    for backend in ("fused", "reference"):
-        model.unet.attention.backend = backend
-        outputs.append(model.predict(x, 500, text))
-    torch.testing.assert_close(*outputs, atol=1e-2, rtol=1e-2)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layout_and_compilation_change_rounding_only(on_gpu, dtype, compiled):
-    plain, other = on_gpu(dtype), on_gpu(dtype).to(memory_format=torch.channels_last)
-    if compiled:
-        other.unet.compile()
-    x, text = latents(plain).to("cuda"), plain.encode_text(["a cat", "a red heart"])
-    for t in (900, 5):
-        expected, found = (model.predict(x, t, text) for model in (plain, other))
-        assert (found - expected).norm() < (5e-3 if dtype == torch.float32 else 5e-2) * expected.norm()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replayed_steps_are_eager_steps(on_gpu, dtype):
     model, results = on_gpu(dtype), []

@@ -1,5 +1,7 @@
 """Replaying steps: what is captured, and that nothing stale is replayed. The capture is simulated; see test_gpu.py."""
 
+import copy
+
 import pytest
 import torch
 
@@ -18,9 +20,10 @@ def graphed(tiny_model):
         steps.append(work)
         return lambda: result.copy_(work()), result
 
+    model = copy.deepcopy(tiny_model)
     for _ in range(2):  # a model that is kept may be given one again, which takes the other's place
-        tiny_model.unet.forward = StepGraph(tiny_model.unet, capture)
-    return tiny_model, steps
+        model.unet.forward = StepGraph(model.unet, capture)
+    return model, steps
 
 
 def sample(model, text):

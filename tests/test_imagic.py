@@ -113,7 +113,7 @@ def test_the_losses_written_out_by_hand(tiny_model, task, edit):
 
 
 OF_STAGE = {
-    "embedding": [{"embedding_noise": 0.5}, {"embedding_init": "random"}, {"embedding_optimizer": "sgd"}]
+    "embedding": [{"embedding_noise": 0.5}, {"embedding_init": "random"}, {"embedding_optimizer": "adafactor"}]
     + [{"num_embeddings": 2}, {"clip_weight": 5}],
     "tuning": [{"tuning_batch": 2}, {"tuning_optimizer": "adafactor"}, {"tune": "attention"}, {"tune": "lora"}],
     "editing": [{"guidance_scale": 1.0}, {"sampler": Sampler(steps=3, eta=1.0)}],
@@ -156,14 +156,12 @@ def test_the_weights_that_move_are_those_named(tiny_model, task, edit):
 def test_the_decoder_is_fitted_to_the_image(tiny_model, task, edit):
     plain = edit(imagic(**NO_TUNING), tiny_model, task)
     fitted = edit(imagic(**NO_TUNING, decoder_steps=10, decoder_lr=3e-3), tiny_model, task, run=Memory())
-    z, curves = tiny_model.encode_image(task.image), fitted[2].curves
+    z = tiny_model.encode_image(task.image)
     tuned = tuned_copy(tiny_model, fitted[2], "autoencoder", "decoder")
     before, after = (float((m.decode_latents(z) - task.image).abs().mean()) for m in (tiny_model, tuned))
     assert after < 0.9 * before
     assert torch.equal(latents(plain), latents(fitted))  # the decoder has no part in diffusion
     torch.testing.assert_close(fitted[0][0][2], tuned.decode_latents(latents(fitted))[0].clamp(-1, 1))
-    terms = zip(curves["decoder", "l1"], curves["decoder", "l2"], strict=True)
-    assert curves["decoder", "loss"] == pytest.approx([a + b for a, b in terms], rel=1e-5)
 
 
 def test_style_mixing_takes_the_second_eta_late(tiny_model, task, edit):

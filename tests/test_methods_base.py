@@ -50,23 +50,15 @@ def test_lean_has_one_gradient_at_a_time_and_the_very_same_bits(optimizer, dtype
 
 
 def test_the_optimisers_update_rules():
-    # momentum 0.9: v <- 0.9 v + grad, p <- p - lr v, with grad = 2 p
-    p, v, losses = 2.0, 0.0, []
-    for _ in range(5):
-        losses.append(p * p)
-        v = 0.9 * v + 2 * p
-        p -= 0.1 * v
-
     def run(optimizer, steps, lr, dtype=torch.float32):
         x = torch.tensor([2.0], dtype=dtype)
-        curves = minimise(lambda: {"square": (x**2).sum()}, [x], Run(), "fit", steps, lr, optimizer)
-        return curves["loss"], float(x.detach())
+        minimise(lambda: {"square": (x**2).sum()}, [x], Run(), "fit", steps, lr, optimizer)
+        return float(x.detach())
 
-    assert run("sgd", 5, 0.1)[0] == pytest.approx(losses, rel=1e-5) and run("sgd", 5, 0.1)[1] == pytest.approx(p)
-    assert run("adam", 1, 0.1)[1] == pytest.approx(1.9, rel=1e-5)  # Adam's first step is lr long
-    assert run("adafactor", 1, 1e-3)[1] == pytest.approx(1.999, rel=1e-4)  # and so is Adafactor's
+    assert run("adam", 1, 0.1) == pytest.approx(1.9, rel=1e-5)  # Adam's first step is lr long
+    assert run("adafactor", 1, 1e-3) == pytest.approx(1.999, rel=1e-4)  # and so is Adafactor's
     # Steps that bfloat16 cannot tell from nothing add up all the same.
-    assert run("adam", 40, 1e-3, torch.bfloat16)[1] == pytest.approx(1.96, abs=0.01)
+    assert run("adam", 40, 1e-3, torch.bfloat16) == pytest.approx(1.96, abs=0.01)
 
 
 @pytest.mark.parametrize("lean, value", [(False, math.nan), (True, math.inf)])

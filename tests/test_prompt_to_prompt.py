@@ -29,9 +29,6 @@ def mapped(model, source, target, words):
     return word_map(tokenise(model.text, source), tokenise(model.text, target), words)
 
 
-# The words.
-
-
 @settings(max_examples=60, deadline=None)
 @given(phrases, phrases, st.sampled_from(["replace", "refine"]))
 def test_a_token_takes_maps_or_keeps_its_own_and_no_attention_is_made(tiny_model, a, b, mode):
@@ -73,9 +70,6 @@ def test_reweighting_finds_words_and_phrases(tiny_model):
             word_factors(text, prompt, {missing: 2})
 
 
-# The maps; tests/test_editors.py has the whole.
-
-
 def test_large_self_attention_is_left_alone():
     large = torch.zeros(2, 1, 32**2 + 1, 8)
     for places, left_alone in ((0, True), (1, False)):
@@ -87,9 +81,6 @@ def test_reweighting_changes_the_edit_and_not_the_reconstruction(tiny_model, tas
     (plain, same, more), again = ([edits[0][1] for edits, _ in results]), [latent for _, (latent, _) in results]
     assert torch.equal(plain, same) and torch.equal(again[0], again[2])
     assert (plain - more).abs().max() > 1e-4
-
-
-# The inversions.
 
 
 def test_null_text_comes_closer_than_plain_guidance(tiny_model, task, edit):

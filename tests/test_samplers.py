@@ -1,13 +1,11 @@
 """Schedules, grids, DDIM and DDPM against closed forms.
 
-For Gaussian data x0 ~ N(mu, s^2) the optimal noise prediction is known,
-    eps*(x, t) = sqrt(1 - ab) (x - sqrt(ab) mu) / V(ab),   V(ab) = ab s^2 + 1 - ab,
-and linear in x, so the mean and the variance that a sampler gives can be written down.
+For Gaussian data x0 ~ N(mu, s^2) the optimal noise prediction is known, and linear in x:
+    eps*(x, t) = sqrt(1 - ab) (x - sqrt(ab) mu) / V(ab),   V(ab) = ab s^2 + 1 - ab.
 """
 
 import math
 from dataclasses import asdict
-from itertools import pairwise
 
 import pytest
 import torch
@@ -23,36 +21,11 @@ SPACINGS = ["leading", "trailing"]
 ENDS = ["first", "one"]
 SCHEDULES = {(kind, end): NoiseSchedule(kind, final_alpha_bar=end) for kind in KINDS for end in ENDS}
 SD = SCHEDULES["scaled_linear", "first"]
-MU, S = 0.7, 0.5
 
 schedules = st.sampled_from(list(SCHEDULES.values()))
 flows = st.builds(FlowSchedule, shift=st.floats(1, 6))
 spacings, seeds = st.sampled_from(SPACINGS), st.integers(0, 99)
 few = settings(max_examples=40, deadline=None)
-
-
-class Gaussian:
-    """The optimal denoiser of N(mu, s^2) data, and the statistics that follow."""
-
-    def __init__(self, schedule: NoiseSchedule, mu: float = MU, s: float = S) -> None:
-        self.alpha_bars, self.mu, self.s = schedule.alpha_bars, mu, s
-
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        ab = float(self.alpha_bars[t])
-        return math.sqrt(1 - ab) * (x - math.sqrt(ab) * self.mu) / self.variance(ab)
-
-    def variance(self, ab: float) -> float:
-        return ab * self.s**2 + 1 - ab
-
-    def ddim_ratio(self, a: float, b: float) -> float:
-        """x - sqrt(ab) mu is multiplied by this in one deterministic step from a to b (either direction)."""
-        return (math.sqrt(a * b) * self.s**2 + math.sqrt((1 - a) * (1 - b))) / self.variance(a)
-
-    def posterior_ratio(self, a: float, b: float) -> float:
-        """The same of DDPM's mean, by eq. 7: the weights of E[x0 | x] and of x in the posterior."""
-        weight_x0 = math.sqrt(b) * (1 - a / b) / (1 - a)
-        weight_x = math.sqrt(a / b) * (1 - b) / (1 - a)
-        return weight_x0 * math.sqrt(a) * self.s**2 / self.variance(a) + weight_x
 
 
 def network(x: Tensor, t: int) -> Tensor:
@@ -91,7 +64,6 @@ def test_eps_v_and_x0_say_the_same_at_one_timestep_and_at_one_for_each_sample(sc
 
 def test_stable_diffusion_grid_and_its_tail() -> None:
     trajectory = SD.trajectory(10)
-    assert trajectory.timesteps.tolist() == list(range(901, 0, -100))
     assert torch.equal(trajectory.levels, SD.alpha_bars[[*range(901, 0, -100), 0]])
     assert SCHEDULES["scaled_linear", "one"].trajectory(10).levels[-1] == 1
     tail = trajectory.tail(0.3)
@@ -127,14 +99,21 @@ def test_grids_by_their_definitions(steps: int) -> None:
 @given(schedule=schedules, steps=st.integers(1, 60), spacing=spacings, mu=st.floats(-2, 2), s=st.floats(0.05, 3))
 @few
 def test_ddim_path_on_gaussian_data(schedule, steps: int, spacing: str, mu: float, s: float) -> None:
-    data, trajectory, x = Gaussian(schedule, mu, s), schedule.trajectory(steps, spacing), normal(5)
-    ab, path = trajectory.levels.tolist(), []
-    end = ddim.sample(data, x, trajectory, callback=lambda i, x: path.append(x))
+    """A step from a to b multiplies x - sqrt(a) mu by (sqrt(a b) s^2 + sqrt((1 - a) (1 - b))) / V(a)."""
+    variance = lambda ab: ab * s**2 + 1 - ab
+
+    def optimal(x: Tensor, t: int) -> Tensor:
+        ab = float(schedule.alpha_bars[t])
+        return math.sqrt(1 - ab) * (x - math.sqrt(ab) * mu) / variance(ab)
+
+    trajectory, x, path = schedule.trajectory(steps, spacing), normal(5), []
+    ab = trajectory.levels.tolist()
+    end = ddim.sample(optimal, x, trajectory, callback=lambda i, x: path.append(x))
     centred = x - math.sqrt(ab[0]) * mu
-    for i in range(steps):
-        centred = centred * data.ddim_ratio(ab[i], ab[i + 1])
-        torch.testing.assert_close(path[i], centred + math.sqrt(ab[i + 1]) * mu, rtol=1e-6, atol=1e-6)
-    assert torch.equal(end, path[-1])
+    for found, a, b in zip(path, ab, ab[1:], strict=False):
+        centred = centred * (math.sqrt(a * b) * s**2 + math.sqrt((1 - a) * (1 - b))) / variance(a)
+        torch.testing.assert_close(found, centred + math.sqrt(b) * mu, rtol=1e-6, atol=1e-6)
+    assert torch.equal(end, path[-1]) and len(path) == steps
 
 
 @given(a=st.floats(0.001, 0.9), up=st.floats(0.001, 1), eta=st.floats(0, 1), seed=seeds)
@@ -148,6 +127,10 @@ def test_a_step_follows_eq_12_with_the_sigma_of_eq_16(a: float, up: float, eta: 
     step = Trajectory(torch.tensor([1]), torch.tensor([a, b], dtype=torch.float64)).step
     torch.testing.assert_close(step(x, eps, 0, 1, eta), mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(step(x, eps, 0, 1, eta, noise), mean + sigma * noise, rtol=1e-6, atol=1e-6)
+    beta = 1 - a / b  # with eta 1, DDPM's posterior: Ho et al., eq. 7
+    mean = (math.sqrt(b) * beta * x0 + math.sqrt(a / b) * (1 - b) * x) / (1 - a)
+    drawn = mean + math.sqrt((1 - b) / (1 - a) * beta) * noise
+    torch.testing.assert_close(step(x, eps, 0, 1, 1.0, noise), drawn, rtol=1e-6, atol=1e-6)
 
 
 def test_steps_and_noise_keep_the_dtype_and_noise_is_the_same_in_each() -> None:
@@ -192,29 +175,8 @@ def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
     for sampler in (Sampler(), Sampler(eta=0.3), Sampler(eta=1.0)):
         assert torch.equal(sampler.sample(network, recording.latent, trajectory, None, progress, back), x0)
     assert bars == [*range(10)][::-1] + [*range(10)] * 3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("end, steps, spacing", [("one", 7, "trailing"), ("first", 30, "leading")])
-def test_ddpm_mean_and_variance_at_every_step(kind, end, steps, spacing, monkeypatch) -> None:
-    """From x_T ~ N(sqrt(ab) mu, V), without drawing a sample. On Gaussian data a sampler is affine in x_T and its
-    noises. Row 0 takes all of them at their means; each other row moves one of them by a standard deviation. The
-    variance is the sum of the squared responses."""
-    schedule = SCHEDULES[kind, end]
-    trajectory, data = schedule.trajectory(steps, spacing), Gaussian(schedule)
-    ab = trajectory.levels.tolist()
-    x = torch.full((steps + 1,), math.sqrt(ab[0]) * MU, dtype=torch.float64)
-    x[1] += math.sqrt(data.variance(ab[0]))
-    path, draws = [], iter(torch.eye(steps + 1, dtype=torch.float64)[2:])
-    monkeypatch.setattr("samplers.sampler.noise_like", lambda x, generator: next(draws))
-    Sampler(eta=1.0).sample(data, x, trajectory, callback=lambda i, x: path.append(x))
-    assert next(draws, None) is None  # every step but the last drew once
-    expected = data.variance(ab[0])
-    for i, (a, b) in enumerate(pairwise(ab)):
-        sigma2 = (1 - a / b) * (1 - b) / (1 - a)
-        expected = data.posterior_ratio(a, b) ** 2 * expected + (sigma2 if i + 1 < steps else 0)
-        assert float(path[i][0]) == pytest.approx(math.sqrt(b) * MU, rel=1e-6)
-        assert float((path[i][1:] - path[i][0]).square().sum()) == pytest.approx(expected, rel=1e-6)
+    once = Sampler(eta=1.0).sample(network, x0, trajectory.tail(0))  # the last step draws no noise
+    assert torch.equal(once, trajectory.step(x0, network(x0, 1), 9, 10, 1.0))
 
 
 def test_a_wrong_setting_is_named() -> None:

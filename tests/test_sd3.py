@@ -82,16 +82,13 @@ def test_checkpointing_changes_no_gradient_and_every_weight_has_one(plain):
     assert idle == ["joint_blocks.1.context_block.attn.ln_q.weight"]  # nothing reads the text after the last block
 
 
-# Loading
-
-
 def test_text_encoders_come_from_other_files(model, tmp_path):
     hub = hub_folder(tmp_path / "hub", name="sd3_tiny")
     tensors = load_file(SINGLE)
     save_file({k: t for k, t in tensors.items() if "text_encoders" not in k}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.text"):
         models.load(tmp_path / "model.safetensors", arch=ARCH)
-    same(models.load(tmp_path / "model.safetensors", arch=WITH_T5, text=hub), model)
+    same(models.load(tmp_path / "model.safetensors", arch=WITH_T5, text=[hub]), model)
     files = [tmp_path / f"{name}.safetensors" for name in ("clip_l", "clip_g", "t5")]
     for file, part in zip(files, ("text_encoder", "text_encoder_2", "text_encoder_3"), strict=True):
         save_file({k: t for f in (hub / part).glob("*.safetensors") for k, t in load_file(f).items()}, file)
@@ -99,7 +96,7 @@ def test_text_encoders_come_from_other_files(model, tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     for text in (tmp_path / "none", tmp_path / "other.safetensors"):
         with pytest.raises(InputError, match="no text encoder"):
-            models.load(SINGLE, arch=ARCH, text=text)
+            models.load(SINGLE, arch=ARCH, text=[text])
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -144,9 +141,6 @@ def test_t5_reads_prompts_by_its_sentencepiece_model(model, spiece, tmp_path, mo
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(InputError, match=r"\[t5\]"):
         tiny("sd3_tiny", tokenizer=spiece)
-
-
-# Methods
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -56,28 +57,18 @@ def outputs(model):
 def test_other_sizes(state, loaded, change):
     """One transformer block more or fewer a level, one layer more or fewer a tower. The oracle is the miniature: a
     block whose last layers are zero changes nothing, whether it is there or not."""
-    deep, silent = "transformer_blocks.1.", {}
+    blocks = r"(.*\.(?:transformer_blocks|encoder\.layers|resblocks)\.)(\d+)(\..*)"
+    last, silent, other = ("to_out.0.", "ff.net.2.", "out_proj.", "fc2.", "c_proj."), {}, {}
     for key, tensor in state.items():
-        block = deep in key and any(end in key for end in ("to_out.0", "ff.net.2"))
-        layer = any(f"{prefix}{n}." in key for prefix, n in (("encoder.layers.", 1), ("resblocks.", 2)))
-        layer = layer and any(end in key for end in ("out_proj", "fc2", "c_proj"))
-        silent[key] = tensor * 0 if block or layer else tensor
-    text = {"text": (FIRST + "text_model.encoder.layers.", 1), "text_2": (SECOND + "transformer.resblocks.", 2)}
-    other = dict(silent)
-    for key, tensor in silent.items():
-        if deep in key:
-            other.pop(key) if change < 0 else other.update({key.replace(deep, "transformer_blocks.2."): tensor})
-        for prefix, at in text.values():
-            if key.startswith(prefix) and (n := int(key.removeprefix(prefix).split(".")[0])) >= at:
-                place = n + change
-                if change > 0 or n > at:
-                    other[key.replace(f"{prefix}{n}.", f"{prefix}{place}.")] = tensor
+        at, match = 2 if key.startswith(SECOND) else 1, re.fullmatch(blocks, key)
+        stem, n, rest = (match[1], int(match[2]), match[3]) if match else (key, -1, "")
+        silent[key] = tensor * 0 if n == at and any(end in rest for end in last) else tensor
+        kept = [] if change < 0 and n == at else [n, n + 1] if n == at else [n + change if n > at else n]
+        other |= {f"{stem}{place}{rest}" if match else key: silent[key] for place in kept}
     arch = copy.deepcopy(ARCH)
     arch["unet"]["transformer_depth"][2] += change
-    for section, (prefix, _) in text.items():
-        arch[section]["layers"] += change
-        if change < 0:
-            other = {key: t for key, t in other.items() if not key.startswith(f"{prefix}{arch[section]['layers']}.")}
+    for tower in ("text", "text_2"):
+        arch[tower]["layers"] += change
     for found, wanted in zip(outputs(loaded(other, arch)), outputs(loaded(silent)), strict=True):
         close(found, wanted)
 
@@ -106,9 +97,6 @@ def test_a_folder_says_whether_the_empty_prompt_is_encoded(tmp_path):
     empty = models.load(folder).encode_text([""])
     blank = models.load(folder, arch={"empty_is_zero": True}).encode_text(["", "a"])
     assert empty.states.any() and empty.vector.any() and not blank.states[0].any() and blank.vector[1].any()
-
-
-# Files of the wild
 
 
 def test_the_autoencoder_is_never_in_float16(state, loaded):
