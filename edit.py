@@ -103,7 +103,13 @@ def edit(
     settings = nodes | {"weights": fingerprint}
     if int(os.environ.get("RANK", 0)) > 0:
         logger.mode = "disabled"  # the first process of torchrun logs the whole run
-    with logger.run(folder, settings):
+    about = {name: value for name, value in settings.items() if name not in ("example", "logger")}
+    about["chosen"] = {group: choices.get(group) for group in ("method", "inversion", "model", "task")}
+    subject = Path(nodes["task"].get("path") or choices.get("task", "")).name
+    if source.single:  # with the texts of the bundled example
+        about |= {name: str(getattr(source.entries[0], name)) for name in ("image", "prompt", "source_prompt")}
+        subject = about["prompt"]
+    with logger.run(folder, about, choices.method, subject):
         rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings)
         logger.report(folder, rows)
     return runner.objective(cfg.objective, rows), len({row["task"] for row in rows if "error" in row})

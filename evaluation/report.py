@@ -23,7 +23,7 @@ FILES = {  # paths of pictures, and the numbers under them
 }  # fmt: skip
 TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
 MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "blend_word", "pictures")
-ABOUT = ("job", "category", "method", "sample", "seed", *TASK, "source_prompt", *FILES, "error")
+ABOUT = ("job", *TASK, "source_prompt", *FILES, "category", "method", "sample", "seed", "error")
 HEADLINE = {  # the columns of tables, and their formats
     "edits": ".0f", "failed": ".0f", "success": ".0%", "attainable": ".0%", "psnr_to_truth": ".1f",
     "psnr_to_input": ".1f", "psnr_to_input_kept": ".1f", "clip_score": ".3f", "clip_similarity_to_input": ".3f",

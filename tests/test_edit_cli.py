@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import hydra
 import numpy as np
@@ -71,7 +70,9 @@ def run_here(user, folder, *arguments):
     try:
         with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
             given = ["model.weights=tiny", f"cache.dir={user / 'cache/tuning'}", "logger.mode=disabled", *arguments]
-            return command.edit(hydra.compose("edit", given), folder, SimpleNamespace(method="imagic", family=None))
+            return command.edit(
+                hydra.compose("edit", given), folder, OmegaConf.create({"method": "imagic", "family": None})
+            )
     finally:
         os.chdir(before)
 

@@ -2,10 +2,10 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
 import edit as command
@@ -18,7 +18,7 @@ from tests.test_edit_cli import EDIT
 
 ROWS = sorted(path.stem for path in pie_bench.PRESETS.glob("*.yaml"))
 EDITS = [("a [cat] runs", "a [dog] runs", "cat dog", "1"), ("a cat", "a red cat", "", "6"), ("a dog", "a cat", "", "0")]
-CHOICES = SimpleNamespace(method="an editor", family=None)
+CHOICES = OmegaConf.create({"method": "an editor", "family": None})
 TINY = ["model=openmoji64", "size=64", "sampler.steps=2", "metrics.fetch=false", "logger.mode=disabled"]
 
 

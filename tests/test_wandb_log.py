@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -55,9 +56,18 @@ def test_each_stage_has_a_step_axis(tmp_path, wandb):
     assert wandb.axes["tuning/*"] == "tuning/step" and wandb.axes["embedding/*"] == "embedding/step"
     assert wandb.logged[1] == {"tuning/loss": 0.5, "tuning/step": 7} and len(wandb.logged) == 2
     assert wandb.about["mode"] == "offline" and wandb.about["dir"] == tmp_path and wandb.ended == 0
+    assert wandb.about["group"] is None
     with pytest.raises(ValueError), logger.run(tmp_path, {}):
         raise ValueError
     assert wandb.ended == 1
+
+
+def test_the_jobs_of_a_sweep_are_a_group(tmp_path, wandb, monkeypatch):
+    job = SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir="multirun/x"))
+    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: job)
+    monkeypatch.setattr("evaluation.wandb_log.HydraConfig", hydra)
+    with WandbLogger().run(tmp_path, {}):
+        assert wandb.about["group"] == "multirun/x"
 
 
 def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
@@ -70,22 +80,25 @@ def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
     with logger.run(tmp_path, {}):
         logger.report(tmp_path, rows)
     results = wandb.logged[0]["results"]
-    assert len(results) == 3 and results["file"][1][1].size == (256, 128) and results["file"][2] is None
+    assert len(results) == 3 and results["edit"][1][1].size == (256, 128) and results["edit"][2] is None
     assert results["input"][0] is results["input"][1]  # a picture is in memory once
     assert "sheet" in wandb.logged[1] and wandb.summary["psnr"] == 1.5 and wandb.summary["failed"] == 1
 
 
-@pytest.mark.parametrize("given", [{}, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x", "WANDB_SILENT": "false"}])
+@pytest.mark.parametrize(
+    "given", [{}, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x", "WANDB_SILENT": "false", "WANDB_NAME": "n"}]
+)
 def test_the_variables_of_wandb_win(tmp_path, wandb, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     node = OmegaConf.load(CLONE / "conf" / "logger" / "wandb.yaml")
-    with build(OmegaConf.to_container(node, resolve=True)).run(tmp_path, {}):
+    with build(OmegaConf.to_container(node, resolve=True)).run(tmp_path, {}, "imagic", "a dog"):
         assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "wandb")  # where tables wait for an upload
     assert "WANDB_DATA_DIR" not in os.environ
     assert wandb.about["mode"] == "offline" and wandb.about["project"] == "palimpsest"
-    assert wandb.about["tags"] is wandb.about["entity"] is None  # so W&B reads its own variables
+    assert wandb.about["name"] == given.get("WANDB_NAME", "imagic: a dog")
+    assert not {"tags", "entity"} & set(wandb.about)  # so W&B reads its own variables
     assert str(wandb.about["dir"]) == given.get("WANDB_DIR", str(tmp_path))
     assert hasattr(wandb.about["settings"], "silent") == ("WANDB_SILENT" not in given)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
