@@ -62,8 +62,8 @@ def edit(
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device, large=choices.family is not None)
     channels_last = choose_channels_last(cfg.channels_last, device, dtype)
-    if device.index:
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # an earlier edit of this process may have had another
     check_backend(cfg.attention, device)
     if cfg.compile == "graph" and device.type != "cuda":
         raise InputError("compile=graph takes a CUDA device")
