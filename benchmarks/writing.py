@@ -59,7 +59,6 @@ class Results:
         text = table(head, ([cell(r.get(name, "-")) for name in head] for r in self.rows))
         RESULTS.mkdir(parents=True, exist_ok=True)
         self.file.with_suffix(".md").write_text(f"# {self.title}: {self.about}\n\n{text}")
-        self.file.with_suffix(".json").write_text(
-            json.dumps({"machine": self.about, "rows": self.rows}, indent=1) + "\n"
-        )
+        stored = json.dumps({"machine": self.about, "rows": self.rows}, indent=1)
+        self.file.with_suffix(".json").write_text(stored + "\n")
         print(*map(cell, row.values()), sep="  ", file=sys.stderr, flush=True)
