@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -45,7 +46,7 @@ def composed(overrides: list[str]) -> tuple:
 
 def settings(method: str, model: str) -> dict[str, tuple]:
     """The main settings of a method, {name: (value, meaning)}: those that conf/suited.yaml sets, else all of them."""
-    cfg = composed([f"method={method}", f"model={model}"])[0]
+    cfg, *_ = composed([f"method={method}", f"model={model}"])
     about = {f"{c.target} {name}": words for c in config.choices() for name, (_, words) in c.settings.items()}
     suited = [of[method] for of in OmegaConf.load(CLONE / "conf" / "suited.yaml").values() if method in of]
     names = {f"{group}.{name}": group for of in suited for group, own in of.items() for name in own}
@@ -77,8 +78,7 @@ def page(given: list[str]) -> gr.Blocks:
             prompt = gr.Textbox(first[1], label="prompt", info="what the edited picture should show")
             source = gr.Textbox(first[2], label="source prompt", info="what it shows now; some methods need it")
             with gr.Row():
-                method = gr.Dropdown(options("method"), value=chosen.method, label="method")
-                model = gr.Dropdown(options("model"), value=chosen.model, label="model")
+                method, model = (gr.Dropdown(options(g), value=chosen[g], label=g) for g in ("method", "model"))
             more = gr.Textbox(shlex.join(rest), label="more settings", placeholder="seed=1 model.weights=PATH fit=keep")
         with gr.Column():
             button = gr.Button("Edit", variant="primary")
@@ -87,10 +87,10 @@ def page(given: list[str]) -> gr.Blocks:
             notes, command = gr.Markdown(), gr.Textbox(label="the same from a shell", buttons=["copy"])
             gr.Examples(examples, [picture, prompt, source], examples_per_page=5)
 
-    def load(*path, **how):
-        if (key := repr((path, how))) not in kept:
+    def load(changes: tuple, path: Path, **how):
+        if (key := repr((changes, path, how))) not in kept:  # `changes` are what edit.py makes of the model
             kept.clear()  # before the next model needs its memory
-            kept[key] = models.load(*path, **how)
+            kept[key] = models.load(path, **how)
         return kept[key]
 
     def edited(drawn: dict | None, old: list, typed: list[str]) -> list:
@@ -106,7 +106,7 @@ def page(given: list[str]) -> gr.Blocks:
         own, choices, _ = composed(["logger.mode=disabled", *typed])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            edit.edit(own, place, choices, load)
+            edit.edit(own, place, choices, partial(load, (own.compile, own.channels_last)))
         rows = report.run_rows(place)
         names = [name for name in rows[0] if name.startswith("edit.")]
         shown = old or [(place / rows[0][name], name) for name in ("input", "reconstruction") if name in rows[0]]
@@ -115,8 +115,8 @@ def page(given: list[str]) -> gr.Blocks:
         shares = {n: v for n, v in rows[-1].items() if n in names and isinstance(v, float) and 0 <= v <= 1}
         name, value = next(iter(shares.items()), ("", 0))
         again = gr.Slider(label=f"another edit, with another {name[5:]}", value=value, visible=bool(name))
-        words = ["python edit.py", *("=".join(map(shlex.quote, each.split("=", 1))) for each in typed)]
-        return [shown, again, f"method{name[4:]}", "\n\n".join(lines), " ".join(words)]
+        words = " ".join("=".join(map(shlex.quote, each.split("=", 1))) for each in typed)
+        return [shown, again, f"method{name[4:]}", "\n\n".join(lines), f"python edit.py {words}"]
 
     with blocks, left:
 

@@ -23,13 +23,10 @@ config.register()
 def main(cfg: DictConfig) -> float | list[float] | None:
     with cli.job():
         hydra_config = HydraConfig.get()
-        shared = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        named = any("hydra.run.dir=" in given for given in hydra_config.overrides.hydra)
-        if shared and (hydra_config.mode == RunMode.MULTIRUN or not named):
-            cli.end("error: torchrun shares the tasks of one run: name a hydra.run.dir=PATH, no --multirun", 1)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            cli.end("error: torchrun is for train.py; processes of edit.py share a list by task.shard=0/4, 1/4, ...", 1)
         value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)
-        # A sweep says so in its own end, and torchrun would stop the other processes.
-        if failed and hydra_config.mode == RunMode.RUN and not shared:
+        if failed and hydra_config.mode == RunMode.RUN:  # a sweep says so in its own end
             cli.end(f"error: {failed} tasks failed: results.csv says why", 1)
         return value
 
@@ -64,8 +61,8 @@ def edit(
     dtype = choose_dtype(cfg.dtype, device, large=choices.family is not None)
     convolves_fast = device.type == "cuda" and dtype != torch.float32  # with feature maps that lie channels last
     channels_last = convolves_fast if cfg.channels_last == "auto" else cfg.channels_last
-    if device.index:
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # an earlier edit of this process may have had another
     check_backend(cfg.attention, device)
     if cfg.compile == "graph" and device.type != "cuda":
         raise InputError("compile=graph takes a CUDA device")
@@ -76,12 +73,12 @@ def edit(
     own = [name for name in names if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
-    arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
-    how = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
-    encoders = cfg.model.get("text") or []
+    given = nodes["model"]
+    how = {name: given[name] and find(given[name]) for name in ("vae", "tokenizer") if name in given}
+    encoders = given.get("text") or []
     how["text"] = [find(path) for path in ([encoders] if isinstance(encoders, str) else encoders)]
-    how |= {"arch": arch, "device": device, "dtype": dtype, "ema": cfg.model.ema}
-    model = (load or models.load)(find(cfg.model.weights), **how)
+    how |= {"arch": given["arch"] or None, "device": device, "dtype": dtype, "ema": given["ema"]}
+    model = (load or models.load)(find(given["weights"]), **how)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)
@@ -103,9 +100,12 @@ def edit(
         return editor.edit_task(task, place, seed, alone=source.single)
 
     settings = nodes | {"weights": fingerprint}
-    if int(os.environ.get("RANK", 0)) > 0:
-        logger.mode = "disabled"  # the first process of torchrun logs the whole run
-    with logger.run(folder, settings):
+    about = settings | {"chosen": {group: choices.get(group) for group in ("method", "inversion", "model", "task")}}
+    subject = Path(nodes["task"].get("path") or choices.get("task", "")).name
+    if source.single:  # with the texts of the bundled example
+        about |= {name: str(getattr(source.entries[0], name)) for name in ("image", "prompt", "source_prompt")}
+        subject = about["prompt"]
+    with logger.run(folder, about, choices.method, subject):
         rows = runner.edit_all(source, folder, edit_one, cfg.seed, settings)
         logger.report(folder, rows)
     return runner.objective(cfg.objective, rows), len({row["task"] for row in rows if "error" in row})

@@ -70,7 +70,7 @@ def run(cfg: DictConfig) -> bool:
     else:
         with whole_file(out / "training" / "run.json") as temporary:
             temporary.write_text(json.dumps(cli.provenance() | {"settings": settings}, indent=1) + "\n")
-    with logger.run(out, settings):
+    with logger.run(out, settings, f"train {', '.join(part.name for part in parts)}", out.name):
         for part in parts:
             if part.name != "evaluation":
                 objective, dataset = assemble(cfg, part, out)

@@ -1,65 +1,110 @@
-"""Time whole edits as a user starts them: each is one cold `python edit.py`, without cached tunings and without W&B.
+"""Time whole edits as a user starts them, and the stages of Imagic.
 
     python -m benchmarks.edits                  # into benchmarks/results/edits-MACHINE.{json,md}
     python -m benchmarks.edits model=sd15 model.weights=sd15.safetensors device=cuda
+    python -m benchmarks.edits --stages sd15    # into benchmarks/results/imagic-MACHINE.{json,md}
 
-The bundled example with the shipped model, each method as it comes, with the settings of the command line.
+Whole edits are cold runs of `edit.py` on the bundled example, without cached tunings and W&B: each method as it comes,
+three times, with the settings of the command line. "wall" is the process, "edit" the method alone.
 
-"wall" is all of the process, from its start; "edit" is the method alone, as edit.py writes it into a row. Each is done
-three times, in turns; given are medians and ranges. Rows of earlier runs on the same machine stay.
+Stages are those of Imagic in one process, by way of tuning, as steps of the named model: the shipped one, or Stable
+Diffusion 1.5 with random weights at 512 pixels. `--count` steps of A and of B are done, after a warm-up, and
+extrapolated to the paper's 1000 and 1500; `--compiled` compiles the UNet.
 """
 
+import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from benchmarks.writing import keep, kept, machine, table
+import models
+from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results
+from data.tasks import EditTask
+from files import CLONE
+from methods.base import Run, perform
+from methods.imagic import Imagic
+from models.names import FAMILIES
+from models.unet import SD1
+from samplers import Sampler
 
-ROOT = Path(__file__).resolve().parent.parent
-METHODS = ["method=imagic", "method=direct_inversion", "method=sdedit"]
-REPEATS = 3
+PAPER = {"embedding": 1000, "tuning": 1500, "editing": 50}  # steps of the stages
 
 
-def edit(settings: list[str], folder: Path) -> dict:
+def edit(settings: list[str], folder: Path) -> dict[str, float]:
     """Run edit.py; its wall time, and the cost in the first row that it writes."""
-    command = [sys.executable, str(ROOT / "edit.py"), *settings, "cache.enabled=false", "logger.mode=disabled"]
+    command = [sys.executable, str(CLONE / "edit.py"), *settings, "cache.enabled=false", "logger.mode=disabled"]
     start = time.perf_counter()
-    done = subprocess.run([*command, f"hydra.run.dir={folder}"], cwd=ROOT, capture_output=True, text=True)
+    subprocess.run([*command, f"hydra.run.dir={folder}"], cwd=CLONE, stdout=subprocess.DEVNULL, check=True)
     wall = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(f"{' '.join(settings)}: {done.stderr[-2000:]}")
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
-    return {"wall": wall} | {name: row[name] for name in ("seconds", "evaluations", "peak_memory_gb")}
+    return {"wall, s": wall, "edit, s": row["seconds"], "evaluations": row["evaluations"], "GB": row["peak_memory_gb"]}
 
 
-def report(rows: dict[str, list[dict]]) -> str:
-    def column(runs: list[dict], name: str) -> str:
-        values = [run[name] for run in runs]
-        return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+class Clock(Run):
+    """Milliseconds of a step, by stage."""
 
-    names = ("wall", "seconds", "evaluations", "peak_memory_gb")
-    lines = ((f"`{settings}`", *(column(runs, name) for name in names)) for settings, runs in rows.items())
-    return table(["settings", "wall, s", "edit, s", "evaluations", "peak, GB"], lines)
+    def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
+        def timed(steps: Iterable) -> Iterator:
+            start, steps = self.now(), list(steps)
+            yield from steps
+            setattr(self, stage, 1e3 * (self.now() - start) / len(steps))
+
+        return timed
+
+    def now(self) -> float:
+        if CUDA:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def stages(name: str, count: int, compiled: bool) -> None:
+    """Time Imagic's stages with each way of tuning."""
+    torch.manual_seed(0)
+    if name == "sd15":
+        with DEVICE:
+            few = {"unet": SD1 | {"model_channels": 32}, "image_size": 64} if SMALL else {}
+            model = models.build(FAMILIES["cond_stage_model.transformer."] | {"schedule": {}} | few)
+    else:
+        model = models.load(CLONE / "checkpoints" / name)
+    model.to(DEVICE, DTYPE, memory_format=torch.channels_last if CUDA else torch.contiguous_format)
+    if compiled:
+        model.unet.compile()
+    task = EditTask(torch.rand(1, 3, model.image_size, model.image_size) * 2 - 1, "a cat")
+    results = Results("imagic", f"Imagic at {count} steps", key=3)
+    for way in ("all", "attention", "lora"):
+        for n, m in ((2, 3), (count, 3 if SMALL else PAPER["editing"])):  # the first does not count
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            clock, method = Clock(), Imagic(Sampler(steps=m), embedding_steps=n, tuning_steps=n, tune=way)
+            with closing(perform(method, model, task, clock)) as edits:
+                next(edits)
+        row = {"model": name, "mode": "compiled" if compiled else "eager", "tune": way}
+        row |= {f"{stage}, ms a step": getattr(clock, stage) for stage in PAPER}
+        row["the paper's steps, s"] = sum(getattr(clock, stage) * steps for stage, steps in PAPER.items()) / 1e3
+        results.add(row | {"peak, GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else "-"})
 
 
 def main() -> None:
-    name = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    about, file = f"{name}, torch {torch.__version__}", f"edits-{name.split(' (')[0]}"
-    cases = [[method, *sys.argv[1:]] for method in METHODS]
-    found = kept(file, about).get("rows", {}) | {" ".join(case): [] for case in cases}
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(REPEATS):
-            for j, case in enumerate(cases):
-                found[" ".join(case)].append(edit(case, Path(folder) / f"{i}-{j}"))
-                print(f"{' '.join(case)}: {found[' '.join(case)][-1]['wall']:.1f} s", file=sys.stderr, flush=True)
-    keep(file, f"# Edits: {about}\n\n{report(found)}", {"machine": about, "rows": found})
-    print(report(found))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("settings", nargs="*", help="of edit.py")
+    parser.add_argument("--stages", choices=["openmoji64", "sd15"])
+    parser.add_argument("--count", type=int, default=2 if SMALL else 100)
+    parser.add_argument("--compiled", action="store_true")
+    options = parser.parse_args()
+    if options.stages:
+        return stages(options.stages, options.count, options.compiled)
+    results = Results("edits", "Whole edits", key=1)
+    for settings in ([f"method={method}", *options.settings] for method in ("imagic", "direct_inversion", "sdedit")):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [edit(settings, Path(folder) / str(i)) for i in range(3)]
+        results.add({"settings": " ".join(settings)} | {name: [run[name] for run in runs] for name in runs[0]})
 
 
 if __name__ == "__main__":

@@ -1,142 +1,127 @@
-"""Time the UNet's steps and measure their memory: sampling, embedding and tuning, with each choice of attention.
+"""Time the steps of a network and measure their memory: sampling, embedding, and each way of tuning.
 
     python -m benchmarks.unet                           # into benchmarks/results/unet-MACHINE.{json,md}
     python -m benchmarks.unet --models sd15 --steps guided --modes compiled
 
-Models: the shipped one, and the UNet of Stable Diffusion 1.5 with random weights at 512 pixels.
+Models: the shipped one; Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights.
 
 guided     classifier-free guidance in one batch of two, no gradients, text projected once: a step of sampling
 embedding  forward and backward to the text, weights frozen: a step of Imagic's stage A
 all, attention, lora   forward, backward and Adam, in half precision on float32 copies: a step of Imagic's stage B
 
-Modes: eager; compiled (torch.compile) and graph (one CUDA graph) for guided steps on CUDA. Rows of an earlier run on
-the same machine stay, unless they are measured again.
+Modes: eager, compiled (torch.compile), and on CUDA graph (the step as one CUDA graph). A step that fails leaves a row.
 """
 
 import argparse
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
-from benchmarks.writing import keep, kept, machine, table
+from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results
+from files import CLONE
 from methods.lora import adapters, in_attention
 from methods.optimisation import update
 from models.graphs import captured
-from models.unet import UNet
+from models.mmdit import SD35_MEDIUM, MMDiT
+from models.unet import SD1, SDXL, UNet
 
 STEPS = ("guided", "embedding", "all", "attention", "lora")
 MODES = ("eager", "compiled", "graph")
-KEY = ("model", "dtype", "step", "mode", "attention")
+NETWORKS = {  # kind, sizes, latent, text states, width of the text's vector
+    "sd15": (UNet, SD1, (4, 64, 64), (77, 768), 0),
+    "sdxl": (UNet, SDXL, (4, 128, 128), (77, 2048), 1280),
+    "sd35": (MMDiT, SD35_MEDIUM, (16, 128, 128), (333, 4096), 2048),
+}
+FEW = {UNet: {"model_channels": 32, "transformer_depth": 1}, MMDiT: {"depth": 2, "dual_attention_layers": [0]}}
 
 
-def network(name: str, device: torch.device, dtype: torch.dtype) -> tuple[UNet, Tensor, Tensor]:
-    """The UNet, noisy latents (2, c, h, w) and text states (2, L, C)."""
+def network(name: str) -> tuple[nn.Module, Tensor, list]:
+    """The network, noisy latents (2, c, h, w), and the text's states (2, L, C) and vector (2, D), if it takes one."""
     torch.manual_seed(0)
     if name == "openmoji64":
-        folder = Path(__file__).resolve().parent.parent / "checkpoints" / name
-        unet, shape, text = models.load(folder, device=device, dtype=dtype).unet, (2, 4, 16, 16), (2, 40, 192)
+        net = models.load(CLONE / "checkpoints" / name, device=DEVICE, dtype=DTYPE).unet
+        latent, states, width = (4, 16, 16), (40, 192), 0
     else:
-        with device:
-            unet, shape, text = UNet(num_heads=8).to(dtype), (2, 4, 64, 64), (2, 77, 768)
-    if device.type == "cuda" and dtype != torch.float32:  # as edit.py
-        unet.to(memory_format=torch.channels_last)
-    x, context = torch.randn(shape).to(device, dtype), torch.randn(text).to(device, dtype)
-    return unet.eval().requires_grad_(False), x, context
+        kind, sizes, (c, *sides), states, width = NETWORKS[name]
+        latent = c, *(side // 8 if SMALL else side for side in sides)
+        with DEVICE:
+            net = kind(**sizes | (FEW[kind] if SMALL else {})).to(DTYPE)
+    if CUDA:  # as edit.py
+        net.to(memory_format=torch.channels_last)
+    x, *text = (torch.randn(2, *shape).to(DEVICE, DTYPE) for shape in (latent, states, *([(width,)] if width else ())))
+    return net.eval().requires_grad_(False), x, text
 
 
 @contextmanager
-def step_of(kind: str, unet: UNet, x: Tensor, context: Tensor) -> Iterator[Callable[[], object]]:
+def step_of(kind: str, net: nn.Module, x: Tensor, text: list[Tensor]) -> Iterator[Callable[[], object]]:
     """Inside, a call is one step."""
-    t = torch.full((len(x),), 500, device=x.device)
+    net.requires_grad_(False)
+    t, pixels = torch.full((len(x),), 500, device=x.device), (8 * x.shape[-2], 8 * x.shape[-1])
     if kind == "guided":
         with torch.no_grad():
-            projected = unet.project_context(context)
-            yield torch.no_grad()(lambda: unet(x, t, projected))
+            projected = net.project_context(*text)
+            yield torch.no_grad()(lambda: net(x, t, projected, pixels))
         return
 
-    def backward(e: Tensor) -> None:
-        unet(x[:1], t[:1], e).float().square().mean().backward()
+    def backward(states: Tensor) -> None:
+        projected = net.project_context(states, *(vector[:1] for vector in text[1:]))
+        net(x[:1], t[:1], projected, pixels).float().square().mean().backward()
 
     if kind == "embedding":
-        yield lambda: backward(context[:1].clone().requires_grad_())
+        states = text[0][:1].clone().requires_grad_()
+        yield lambda: backward(states)
         return
-    names = [name for name, _ in unet.named_parameters()]
-    names = in_attention(names) if kind == "attention" else names
-    moved = nullcontext({name: unet.get_parameter(name) for name in names})
-    if kind == "lora":
-        moved = adapters(unet, 8, torch.Generator().manual_seed(0))
-    with moved as params:
+    names = in_attention(dict(net.named_parameters())) if kind == "attention" else dict(net.named_parameters())
+    moved = nullcontext({name: net.get_parameter(name) for name in names})
+    with adapters(net, 8, torch.Generator().manual_seed(0)) if kind == "lora" else moved as params:
         pairs = [(p.requires_grad_(), p.detach().float()) for p in params.values()]
-        optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=True)
+        optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=True, capturable=CUDA)
 
         def work() -> None:
-            backward(context[:1])
+            backward(text[0][:1])
             update(optimizer, pairs)
 
         yield work
-    unet.requires_grad_(False)
 
 
-def measure(work: Callable[[], object], cuda: bool) -> dict:
-    """Milliseconds of each of ten steps, after three that do not count, and on CUDA the peak memory."""
+def measure(kind: str, mode: str, net: nn.Module, x: Tensor, text: list[Tensor]) -> dict:
+    """Milliseconds of each of ten steps, after three that do not count, and on CUDA the peak memory; or why not."""
     times = []
-    for i in range(3 + 10):
-        if cuda and i == 3:
+    try:
+        if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"ms": times[3:], "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
-
-
-def report(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        ms, peak = row["ms"], row["peak_gib"]
-        spread = f"{min(ms):.1f}-{max(ms):.1f}"
-        lines.append((*(row[k] for k in KEY), f"{statistics.median(ms):.1f}", spread, f"{peak:.2f}" if peak else "-"))
-    return table([*KEY, "median ms", "range", "peak GiB"], lines)
+        with step_of(kind, torch.compile(net) if mode == "compiled" else net, x, text) as step:
+            work = captured(step)[0] if mode == "graph" else step
+            for _ in range(3 + 10):
+                start = time.perf_counter()
+                work()
+                if CUDA:
+                    torch.cuda.synchronize()
+                times.append(1e3 * (time.perf_counter() - start))
+    except Exception as error:  # of memory, of a compiler, of a backend that is not there
+        return {"ms": str(error).splitlines()[0][:90]}
+    return {"ms": times[3:], "peak, GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else "-"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the UNet's steps.")
-    parser.add_argument("--models", nargs="+", choices=["openmoji64", "sd15"], help="on CPUs openmoji64, else both")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, else float32")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", choices=["openmoji64", *NETWORKS], default=["openmoji64"])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="on CUDA all, else eager")
-    parser.add_argument("--attentions", nargs="+", help="on CUDA sdpa and fused, else auto and sdpa")
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype = options.dtype or ("bfloat16" if cuda else "float32")
-    about = f"{machine(device)}, torch {torch.__version__}"
-    file = f"unet-{machine(device).split(' (')[0]}"
-    rows = kept(file, about).get("rows", [])
-    for model in options.models or (["openmoji64", "sd15"] if cuda else ["openmoji64"]):
-        unet, x, context = network(model, device, getattr(torch, dtype))
-        for step in options.steps:
-            for mode in options.modes or (MODES if cuda else MODES[:1]):
-                for attention in options.attentions or (("sdpa", "fused") if cuda else ("auto", "sdpa")):
-                    if mode != "eager" and not (cuda and step == "guided"):
-                        continue
-                    unet.attention.backend = attention
-                    with step_of(step, torch.compile(unet) if mode == "compiled" else unet, x, context) as work:
-                        found = measure(captured(work)[0] if mode == "graph" else work, cuda)
-                    key = dict(zip(KEY, (model, dtype, step, mode, attention), strict=True))
-                    rows = [r for r in rows if {k: r[k] for k in KEY} != key] + [key | found]
-                    print(report(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-                    # Now, so that an interrupted run leaves its rows.
-                    keep(file, f"# Steps of the UNet: {about}\n\n{report(rows)}", {"machine": about, "rows": rows})
-    print(report(rows))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:1])
+    parser.add_argument("--attentions", nargs="+", default=["auto"])
+    o = parser.parse_args()
+    results = Results("unet", "Steps of networks", key=5)
+    for model in o.models:
+        net, *inputs = network(model)
+        for mode, step, attention in product(o.modes, o.steps, o.attentions):
+            net.attention.backend = attention
+            row = {"model": model, "dtype": str(DTYPE)[6:], "step": step, "mode": mode, "attention": attention}
+            results.add(row | measure(step, mode, net, *inputs))
 
 
 if __name__ == "__main__":

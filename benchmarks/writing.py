@@ -1,21 +1,27 @@
-"""How every benchmark names the machine and stores its results: a table to read and JSON to compute with."""
+"""How every benchmark names the machine and stores its rows: a table to read and JSON to compute with."""
 
 import json
 import os
 import platform
 import re
+import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(os.environ.get("PALIMPSEST_BENCHMARKS") or Path(__file__).parent / "results")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = bool(os.environ.get("PALIMPSEST_SMALL"))  # tiny networks and few steps, to try the benchmarks themselves
+CUDA = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
-def machine(device: torch.device | None = None) -> str:
+def machine() -> str:
     """The name of the card, or of the processor and the number of threads that torch uses."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if CUDA:
+        return torch.cuda.get_device_name(DEVICE)
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     name = named[1] if named else platform.processor() or platform.machine()
@@ -28,20 +34,31 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def results(name: str, ending: str) -> Path:
-    """Where the results called `name` lie: NAME.md or .json in $PALIMPSEST_BENCHMARKS, or else benchmarks/results."""
-    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.{ending}"
+def cell(value: object) -> object:
+    """A number to three digits; of several measurements the median, and the range in brackets."""
+    if isinstance(value, list):
+        return f"{statistics.median(value):.4g} ({min(value):.3g}-{max(value):.3g})"
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def kept(name: str, about: str) -> dict:
-    """The data of an earlier run under that name, if its "machine" is `about`; else an empty dict."""
-    path = results(name, "json")
-    data = json.loads(path.read_text()) if path.exists() else {}
-    return data if data.get("machine") == about else {}
+class Results:
+    """Rows in NAME-MACHINE.md and .json, in $PALIMPSEST_BENCHMARKS or else benchmarks/results. Rows of an earlier run
+    on the same machine stay, unless they are measured again: those that agree in the first `key` columns."""
 
+    def __init__(self, name: str, title: str, key: int):
+        self.about, self.title, self.key = f"{machine()}, torch {torch.__version__}", title, key
+        self.file = RESULTS / re.sub(r"[^a-z0-9]+", "-", f"{name}-{machine().split(' (')[0]}".lower()).strip("-")
+        stored = self.file.with_suffix(".json")
+        data = json.loads(stored.read_text()) if stored.exists() else {}
+        self.rows = data["rows"] if data.get("machine") == self.about else []
 
-def keep(name: str, text: str, data: dict) -> None:
-    """Write `text` to NAME.md and `data` to NAME.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    results(name, "md").write_text(text)
-    results(name, "json").write_text(json.dumps(data, indent=1) + "\n")
+    def add(self, row: dict) -> None:
+        """Write a row at once, so that an interrupted run leaves it."""
+        self.rows = [r for r in self.rows if [*r.values()][: self.key] != [*row.values()][: self.key]] + [row]
+        head = list(dict.fromkeys(name for r in self.rows for name in r))
+        text = table(head, ([cell(r.get(name, "-")) for name in head] for r in self.rows))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.file.with_suffix(".md").write_text(f"# {self.title}: {self.about}\n\n{text}")
+        stored = json.dumps({"machine": self.about, "rows": self.rows}, indent=1)
+        self.file.with_suffix(".json").write_text(stored + "\n")
+        print(*map(cell, row.values()), sep="  ", file=sys.stderr, flush=True)

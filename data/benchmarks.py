@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from errors import InputError
 
 PIE_BENCH = "PIE-Bench (a form for it: https://github.com/cure-lab/PnPInversion)"
 TED_BENCH = "TEdBench (https://github.com/imagic-editing/imagic-editing.github.io, the folder tedbench)"
-PIE_TYPES = (
-    "random", "change_object", "add_object", "delete_object", "change_content", "change_pose", "change_color",
-    "change_material", "change_background", "change_style",
-)  # fmt: skip
+PIE_TYPES = ["random", "change_object", "add_object", "delete_object"]
+PIE_TYPES += [f"change_{what}" for what in ("content", "pose", "color", "material", "background", "style")]
 
 
 class ListOfEdits(Tasks):
@@ -68,15 +66,11 @@ class PieBench(Tasks):
         return task
 
     def mask(self, entry: Entry) -> Image.Image:
-        return Image.fromarray(decode_mask(self.runs[entry.name]) * np.uint8(255))
-
-
-def decode_mask(runs: Sequence[int], side: int = 512) -> np.ndarray:
-    """(side, side) uint8, 1 where the edit belongs, from start and length pairs over the pixels row by row."""
-    mask = np.zeros(side * side, np.uint8)
-    for start, length in zip(runs[::2], runs[1::2], strict=True):
-        mask[start : start + length] = 1
-    return mask.reshape(side, side)
+        """White in runs, start and length, over the pixels of 512 rows."""
+        mask, runs = np.zeros(512 * 512, np.uint8), self.runs[entry.name]
+        for start, length in zip(runs[::2], runs[1::2], strict=True):
+            mask[start : start + length] = 255
+        return Image.fromarray(mask.reshape(512, 512))
 
 
 class TedBench(Tasks):

@@ -18,7 +18,7 @@ import io
 import os
 import re
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,8 +154,7 @@ class Library:
 
     def draw_picture(self, rng: np.random.Generator, split: str) -> Picture:
         """A picture: kind by its share, concept evenly, then direction, gender and skin tone each evenly."""
-        kind = _choice(rng, list(KIND_SHARES), list(KIND_SHARES.values()))
-        pictures = _choice(rng, self.concepts[split, kind])
+        pictures = _choice(rng, self.concepts[split, _choice(rng, [*KIND_SHARES], KIND_SHARES.values())])
         for name in ("facing", "gender", "skin"):
             value = _choice(rng, sorted({getattr(p, name) for p in pictures}))
             pictures = [p for p in pictures if getattr(p, name) == value]
@@ -168,7 +167,7 @@ class Library:
         if count == 2 and pictures[0].base == pictures[1].base:
             pictures = pictures[:1]
         line = rng.random() < 0.12
-        background = _choice(rng, list(BACKGROUND_SHARES), list(BACKGROUND_SHARES.values()))
+        background = _choice(rng, [*BACKGROUND_SHARES], BACKGROUND_SHARES.values())
         if background == "black" and (line or not all(p.bright for p in pictures)):
             background = "white"
         if len(pictures) == 2:
@@ -186,11 +185,9 @@ def _over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
     return (top + (below * rest + 127) // 255).astype(np.uint8)
 
 
-def _choice(rng: np.random.Generator, items: Sequence, shares: Sequence[float] | None = None):
+def _choice(rng: np.random.Generator, items: Sequence, shares: Iterable[float] | None = None):
     """One of the items, evenly or by shares; a fraction of the cost of `rng.choice`."""
-    if shares is None:
-        return items[int(rng.random() * len(items))]
-    ends = list(accumulate(shares))
+    ends = range(1, len(items) + 1) if shares is None else list(accumulate(shares))
     return items[bisect(ends, rng.random() * ends[-1])]
 
 
@@ -280,7 +277,6 @@ class OpenMoji:
 
     def vocabulary(self) -> list[str]:
         """Texts that together hold every word that the grammar can produce, held-out concepts included."""
-        pictures = load_library(self.size).pictures
-        names = {text for p in pictures for text in (*p.phrases, *p.line_phrases, p.skin)}
+        names = {text for p in load_library(self.size).pictures for text in (*p.phrases, *p.line_phrases, p.skin)}
         grammar = "a line drawing of small large facing right, skin tone, tilted to the left and above on an background"
         return sorted({grammar, *names, *BACKGROUNDS, *POSITIONS})

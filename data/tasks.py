@@ -4,7 +4,6 @@
 pictures of one task, at about `size` x `size` pixels, with sides that are multiples of the model's own.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,10 +58,9 @@ class Tasks:
     """The chosen `entries`, and the `share` of them that this process edits.
 
     `fit` crops, pads or stretches pictures to a square, or keeps their shape. `categories`, one or a list, keeps some
-    kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0; by default the
-    processes of torchrun get one each. With `confine` the masks hold the edits, and do not only serve metrics. Raises
-    InputError for a wrong setting, where no task is left, and for a picture that is missing or of another shape than
-    its image."""
+    kinds, and `limit` at most that many of each. `shard` "i/n" is the i-th of n shares, counted from 0, for processes
+    side by side. With `confine` the masks hold the edits, and do not only serve metrics. Raises InputError for a wrong
+    setting, where no task is left, and for a picture that is missing or of another shape than its image."""
 
     single = False  # True for one picture: its files go to the run's own folder
 
@@ -87,11 +85,10 @@ class Tasks:
             paths = {name: getattr(entry, name) for name in ("image", "mask", "truth")}
             check_shapes(entry, {name: size_of(path) for name, path in paths.items() if path})
         parts = re.fullmatch(r"(\d+)/(\d+)", "0/1" if shard is None else str(shard))
-        if not parts or not int(parts[1]) < int(parts[2]):
+        index, count = map(int, parts.groups()) if parts else (1, 0)
+        if index >= count:
             raise InputError(f"task.shard={shard}: i/n, the i-th of n shares counted from 0, for example 0/4")
-        index, count = map(int, parts.groups())
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-        self.share = self.entries[index::count][rank::world]
+        self.share = self.entries[index::count]
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
         """Read the task's pictures. Raises InputError for a broken one, and for a mask or truth of another shape."""
@@ -124,20 +121,16 @@ def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
 
 class OneImage(Tasks):
     """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named. `texts` may
-    be `source_prompt` and `negative_prompt`. Raises InputError for a missing picture or prompt, and for several
-    processes, which would write the same files."""
+    be `source_prompt` and `negative_prompt`. Raises InputError for a missing picture or prompt."""
 
     single = True
 
     def __init__(self, image: str | None, prompt: str | None, fit="crop", example=None, mask=None, **texts):
         if image is None and example:
-            image = example["image"]
+            image, source = example["image"], texts.get("source_prompt")
             if prompt is None:
-                prompt, source = example["prompt"], texts.get("source_prompt")
-                texts["source_prompt"] = source or example["source_prompt"]
+                prompt, texts["source_prompt"] = example["prompt"], source or example["source_prompt"]
         texts = {name: "" if v is None else str(v).strip() for name, v in (texts | {"prompt": prompt}).items()}
         if image is None or not texts["prompt"]:
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError("torchrun shares the tasks of a list: edit one picture without it, or name a task=")
         super().__init__([Entry("edit", image=find(image), mask=mask and find(mask), **texts)], fit, confine=True)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, check
 from files import whole_file
 
 
@@ -43,20 +43,20 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class TuningCache:
     """Tuned states, so that a run that differs only in what follows the tuning does not tune again."""
 
+    group = "cache"  # its settings on the command line
+
     enabled: bool = True  # false: tune again
     dir: str = "~/.cache/palimpsest/tuning"  # or tuning/ in $PALIMPSEST_CACHE, where that is set
     max_gb: float = 10.0  # at most, of 10^9 bytes; the least recently used entries are removed first
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_gb, int | float) or self.dir is None:
-            raise InputError(f"cache.dir={self.dir} must be a folder, and cache.max_gb={self.max_gb} a number")
-        self.folder, self.max_bytes = Path(str(self.dir)).expanduser(), self.max_gb * 1e9
+        check(self)
+        self.folder = Path(self.dir).expanduser()
 
-    def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
-        """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.
-        `determined_by`, in JSON's types, names all that the tensors depend on. Notes, in JSON's types too, are stored
-        beside them. An entry that cannot be written costs a warning. Raises InputError where the folder cannot be
-        made."""
+    def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict]:
+        """The tensors that `build` gives, on the CPU, and its notes. `determined_by`, in JSON's types, names all that
+        the tensors depend on. Notes, in JSON's types too, are stored beside them. An entry that cannot be written costs
+        a warning. Raises InputError where the folder cannot be made."""
         path = self.folder / f"{digest(json.dumps(determined_by, sort_keys=True))}.tuning.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ class TuningCache:
                 os.utime(path)  # recently used
                 with safe_open(path, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                    return tensors, json.loads(file.metadata()["notes"]), True
+                    return tensors, json.loads(file.metadata()["notes"])
             tensors, notes = build()
             tensors = on_cpu(tensors)
             try:
                 with whole_file(path) as partial:
                     save_file(tensors, partial, {"notes": json.dumps(notes)})
-                left = self.max_bytes
+                left = 1e9 * self.max_gb
                 for entry in sorted(self.folder.glob("*.tuning.safetensors"), key=os.path.getmtime, reverse=True):
                     left -= entry.stat().st_size
                     if left < 0:
@@ -81,4 +81,4 @@ class TuningCache:
                         entry.with_suffix(".lock").unlink(missing_ok=True)
             except (OSError, SafetensorError) as error:  # a full disk, or another process that removes entries now
                 warnings.warn(f"the tuning cache {self.folder}: {error}", stacklevel=2)
-        return tensors, notes, False
+        return tensors, notes

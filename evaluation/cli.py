@@ -134,11 +134,9 @@ class Summary(Callback):
 
 def provenance() -> dict:
     """The command, the versions that it runs with, and the commit, with "-dirty" after it where files are changed."""
-    git = ["git", "-C", CLONE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    git, commit = ["git", "-C", CLONE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], ""
+    with suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
     versions = {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
     return {"command": shlex.join(sys.argv), "commit": commit, "versions": {"python": sys.version} | versions}
 

@@ -84,12 +84,11 @@ def build(node: Any) -> Any:
 def markdown() -> str:
     """The settings of all methods as Markdown: the page docs/methods.md."""
     lines = [HEADING]
-    for choice in choices():
-        title = choice.group if choice.group in OTHERS else f"{choice.group}={choice.name}"
+    for group, name, _, settings in choices():
+        title = group if group in OTHERS else f"{group}={name}"
         lines += ["", f"## {title}", "", "| setting | default | meaning |", "|---|---|---|"]
-        own = {name: item for name, item in choice.settings.items() if name not in GROUPS}
-        for name, (default, about) in own.items():
-            lines.append(f"| `{choice.group}.{name}` | {json.dumps(default)} | {about.replace('|', 'or')} |")
+        own = ((name, *item) for name, item in settings.items() if name not in GROUPS)
+        lines += [f"| `{group}.{n}` | {json.dumps(value)} | {about.replace('|', 'or')} |" for n, value, about in own]
     return "\n".join([*lines, ""])
 
 
@@ -110,9 +109,8 @@ def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> 
         """`hydra.help.header`, the chosen method's settings, the choices of some groups, and `hydra.help.footer`."""
         lines = ["Settings of the chosen method (method.NAME=VALUE):", ""]
         for name, (default, comment) in settings[target].items():
-            if name not in GROUPS:
-                value = default if isinstance(default, str) else json.dumps(default)
-                lines.append(f"  {f'{name}={value}':<28} {comment}")
+            value = default if isinstance(default, str) else json.dumps(default)
+            lines += [] if name in GROUPS else [f"  {f'{name}={value}':<28} {comment}"]
         lines += ["", "Choices (group=option):", ""]
         for group in groups:
             options = {*store.repo.get(group, {}), *(file.name for file in (conf / group).glob("*.yaml"))}

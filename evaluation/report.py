@@ -7,7 +7,7 @@ with one `label` (the method, and the settings in which edits differ) are averag
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +23,7 @@ FILES = {  # paths of pictures, and the numbers under them
 }  # fmt: skip
 TASK = ["task", "prompt", "pictures"]  # rows that agree in these edit one picture to one end
 MARKS = ("task", "category", "prompt", "source_prompt", "negative_prompt", "blend_word", "pictures")
-ABOUT = ("job", "category", "method", "sample", "seed", *TASK, "source_prompt", *FILES, "error")
+ABOUT = ("job", *TASK, "source_prompt", *FILES, "category", "method", "sample", "seed", "error")
 HEADLINE = {  # the columns of tables, and their formats
     "edits": ".0f", "failed": ".0f", "success": ".0%", "attainable": ".0%", "psnr_to_truth": ".1f",
     "psnr_to_input": ".1f", "psnr_to_input_kept": ".1f", "clip_score": ".3f", "clip_similarity_to_input": ".3f",
@@ -68,7 +68,7 @@ def complete(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that a DataFrame of rows lacks."""
     rows = rows.reindex(columns=[*ABOUT, *(name for name in rows if name not in ABOUT)])
     texts = ("job", "category", "prompt", "source_prompt", "pictures")
-    return rows.astype({name: object for name in (*texts, "method")}).fillna({name: "" for name in texts})
+    return rows.astype(dict.fromkeys((*texts, "method"), object)).fillna(dict.fromkeys(texts, ""))
 
 
 def records(rows: pd.DataFrame) -> list[dict]:
@@ -89,7 +89,7 @@ def swept(rows: pd.DataFrame) -> list[str]:
     return [name for name in overrides if rows[name].nunique(dropna=False) > 1] + edits
 
 
-def describe(row: dict, settings: Sequence[str]) -> str:
+def describe(row: dict, settings: Iterable[str]) -> str:
     """{"edit.eta": 0.4, ...} -> "eta 0.4, ..." for the settings that the row has."""
     return ", ".join(f"{name.rsplit('.', 1)[-1]} {short(row[name])}" for name in settings if name in row)
 
@@ -282,10 +282,8 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     """Draw lines of pictures (a grey field for None) with words under them, and a heading above each line."""
     from matplotlib.figure import Figure
 
-    pictures = {None: Image.new("RGB", (64, 64), "#dddddd")}
-    pictures |= {file: Image.open(folder / file).convert("RGB") for _, cells in lines for file, _ in cells if file}
-    side, columns = 2.56, max(len(cells) for _, cells in lines)
-    wide = max(5, columns * (side + 0.1) + 0.1)  # inches, of 100 pixels
+    side, columns = 2.56, max(len(cells) for _, cells in lines)  # inches, of 100 pixels
+    wide = max(5, columns * (side + 0.1) + 0.1)
 
     def wrapped(words: str, room: float) -> str:
         return "\n".join(part for line in words.split("\n") for part in textwrap.wrap(line, int(room * 13)))
@@ -302,7 +300,8 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     for i, (heading, cells) in enumerate(lines):
         for j, (file, words) in enumerate(cells):
             panel = figure.add_subplot(grid[i, j], xticks=[], yticks=[], anchor="NW")
-            panel.imshow(pictures[file], interpolation="lanczos")
+            picture = Image.open(folder / file).convert("RGB") if file else Image.new("RGB", (64, 64), "#dddddd")
+            panel.imshow(picture, interpolation="lanczos")
             panel.spines[:].set_color("#cccccc")
             panel.set_xlabel(words, loc="left", fontsize=9)
             panel.set_title("" if j else textwrap.shorten(heading, int(wide * 13)), loc="left", fontsize=9)

@@ -4,8 +4,6 @@ A run that stopped goes on by skipping the tasks whose rows are there. Processes
 rows each. One picture is a run of one task, which is edited anew each time.
 """
 
-import errno
-import hashlib
 import json
 import math
 import os
@@ -17,14 +15,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -41,10 +37,8 @@ from evaluation.wandb_log import WandbLogger
 from files import CLONE, whole_file
 from methods.base import RECONSTRUCTION, Method, Run, cosine, perform
 
-OUTPUTS = (  # of a run or a task
-    "input.png", "truth.png", "reconstruction.png", "edits", "tensors.safetensors", "plots", "error.txt", "results.csv",
-    "sheet.png", "table.md", "index.html", "rows.jsonl",
-)  # fmt: skip
+# Of a run or a task, as far as the next attempt does not write them again.
+OUTPUTS = ("truth.png", "reconstruction.png", "edits", "plots", "error.txt", "results.csv", "sheet.png", "rows.jsonl")
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
 NOT_COMPARED = re.compile(r"(logger|cache|device|objective|model\.weights|task\.(categories|limit|shard))(\.|$)")
 
@@ -59,10 +53,9 @@ class TaskRun(Run):
         self.alone = alone  # else the tasks have a bar of their own
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.bar: tqdm | None = None
-        self.peak = 0.0  # of cached tunings, in 10^9 bytes
+        self.offset, self.peak = np.zeros(2), 0.0  # the costs of cached tunings; memory in 10^9 bytes
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
-        self.offset = np.zeros(2)
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def bars(iterable: Iterable) -> Iterator:
@@ -89,7 +82,7 @@ class TaskRun(Run):
             before, tensors = self.cost(), build()
             return tensors, {"cost": list(self.cost() - before), "peak": peak_memory(self.model.device)}
 
-        tensors, notes, _ = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
+        tensors, notes = self.cache.get(self.identity | {"stage": stage, "key": key}, measured)
         self.offset = self.offset + start + notes["cost"] - self.cost()  # reading, writing and waiting cost nothing
         self.peak = max(self.peak, notes["peak"])
         return tensors
@@ -115,15 +108,10 @@ class Editor:
     fingerprint: str | None = None  # the model's
 
     def __post_init__(self) -> None:
-        device = self.model.device
-        self.identity = {
-            "model": self.fingerprint,
-            "dtype": str(self.model.dtype),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "kernels": list(self.kernels),
-            "torch": torch.__version__,
-            "code": digest(*(file.read_bytes() for file in code_of(self.method))),
-        }
+        device, code = self.model.device, digest(*(file.read_bytes() for file in code_of(self.method)))
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.identity = {"model": self.fingerprint, "dtype": str(self.model.dtype), "device": card, "code": code}
+        self.identity |= {"kernels": list(self.kernels), "torch": torch.__version__}
 
     def edit_task(self, task: EditTask, place: Path, seed: int, alone: bool = True) -> tuple[list[dict], dict]:
         """Edit one task and write its files to `place`. Returns a row for each edit, with a path for each file, and the
@@ -174,9 +162,9 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
     `error`; the next run tries it again. One picture is edited anew, and its errors are raised. Raises InputError where
     the folder holds results of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    used = (folder / "run.json").exists()
+    used, typed = (folder / "run.json").exists(), overrides()
     claim(folder, settings, source.single)
-    typed, about = overrides(), {entry.name: marks(entry) for entry in source.entries}
+    about = {entry.name: marks(entry) for entry in source.entries}
     done = set() if source.single else {row["task"] for row in rows_of(about, folder) if "error" not in row}
     waiting = [entry for entry in source.share if entry.name not in done]
     mine = folder / "rows.jsonl"
@@ -201,14 +189,10 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
                 rows = [{"error": line}]
             append(mine, [typed | about[entry.name] | row for row in rows])
             bar.update()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the first process of torchrun reports on all
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-            dist.barrier()
-            dist.destroy_process_group()
     finally:
         bar.close()
         rows = rows_of(about, folder)
-        if rows and int(os.environ.get("RANK", 0)) == 0:
+        if rows:
             print(report.write(folder, pd.DataFrame(rows), len(source.entries), curves if source.single else None))
             if len({row["task"] for row in rows if "error" not in row}) < len(source.entries):
                 print(f"the same command goes on from here with hydra.run.dir={folder} (a sweep: with hydra.sweep.dir)")
@@ -218,14 +202,11 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
 def append(file: Path, rows: Sequence[dict]) -> None:
     """Write the rows of one task at once, so that a process that is killed leaves all of them or none."""
     encode = lambda row: json.dumps(row, default=lambda path: path.relative_to(file.parent).as_posix()) + "\n"
-    with file.open("a+b", buffering=0) as out:
-        size = out.seek(0, os.SEEK_END)
-        out.seek(max(0, size - 1))
+    with file.open("a+b") as out:
+        out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
         cut = out.read(1) not in (b"", b"\n")  # an earlier process left half a line
-        data = ("\n" * cut + "".join(map(encode, rows))).encode()
-        if out.write(data) < len(data):
-            out.truncate(size)
-            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        out.write(("\n" * cut + "".join(map(encode, rows))).encode())
+        out.flush()
         os.fsync(out.fileno())
 
 
@@ -238,8 +219,8 @@ def rows_of(about: dict[str, dict], folder: Path) -> list[dict]:
 
 def marks(entry: Entry) -> dict[str, str]:
     """The part of a row that says which task it is: its name, its texts, and its pictures with a hash of each."""
-    paths = (path for path in (entry.image, entry.mask, entry.truth) if path)
-    pictures = ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
+    paths = filter(None, (entry.image, entry.mask, entry.truth))
+    pictures = ", ".join(f"{path.name} {digest(path.read_bytes())[:12]}" for path in paths)
     texts = {name: getattr(entry, name) for name in report.MARKS if hasattr(entry, name)}
     return {"task": entry.name, "pictures": pictures} | texts
 
@@ -262,7 +243,7 @@ def claim(folder: Path, settings: dict, anew: bool) -> None:
 
 def task_seed(seed: int, name: str) -> int:
     """A task's own seed, from the run's and its name; seed= edits that picture alone alike."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+    return int(digest(f"{seed}/{name}")[:8], 16) >> 1
 
 
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:

@@ -2,18 +2,24 @@
 
 import functools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from PIL import Image
 
 from errors import InputError
+from evaluation import report
+from evaluation.cli import overrides
 
 
 class WandbLogger:
     """Outside of `run`, and in mode disabled, nothing is logged. `about` goes to wandb.init: project, name, tags. W&B's
-    own variables win over these defaults: WANDB_MODE, WANDB_PROJECT (conf/logger), and those that `run` leaves out."""
+    own variables win over the defaults in conf/logger and in `run`."""
 
     def __init__(self, mode: str = "offline", **about):
         mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # as WANDB_MODE may have it
@@ -22,9 +28,10 @@ class WandbLogger:
         self.mode, self.about, self.active = mode, about, None
 
     @contextmanager
-    def run(self, folder: Path, config: dict) -> Iterator[None]:
-        """Inside, a W&B run with this config is active; its files, also those of tables, are in `folder`/wandb. Raises
-        InputError where W&B cannot start, without a network after ten seconds."""
+    def run(self, folder: Path, config: dict, method: str = "", subject: str = "") -> Iterator[None]:
+        """Inside, a W&B run with this config is active, named after what it does: "imagic, eta 0.4: a sitting dog". The
+        jobs of a sweep are a group. Files, also those of tables, are in `folder`/wandb. Raises InputError where W&B
+        cannot start, without a network after ten seconds."""
         if self.mode == "disabled":
             yield
             return
@@ -33,10 +40,15 @@ class WandbLogger:
         quiet = {"silent": True, "console": "off", "init_timeout": 10, "x_disable_stats": self.mode == "offline"}
         quiet = {name: value for name, value in quiet.items() if f"WANDB_{name.upper()}" not in os.environ}
         about = dict(mode=self.mode, dir=os.environ.get("WANDB_DIR", folder), config=config, reinit="finish_previous")
+        typed = {name: v for name, v in overrides().items() if re.match(r"seed$|(method|sampler|inversion)\.", name)}
+        about["name"] = f"{', '.join(filter(None, [method, report.describe(typed, typed)]))}: {subject}"[:128]
+        hydra = HydraConfig.get() if HydraConfig.initialized() else None
+        about["group"] = hydra.sweep.dir[-128:] if hydra and hydra.mode == RunMode.MULTIRUN else None
+        about |= {name: value for name, value in self.about.items() if value is not None}
         data = os.environ.get("WANDB_DATA_DIR")
         os.environ["WANDB_DATA_DIR"] = data or str(folder / "wandb")  # where a table waits for its upload
         try:
-            self.active = wandb.init(**about, **self.about, settings=wandb.Settings(**quiet))
+            self.active = wandb.init(**about, settings=wandb.Settings(**quiet))
         except wandb.errors.Error as error:
             line = " ".join(str(error).split())
             raise InputError(f"W&B could not start: {line} (logger.mode=offline needs no account)") from error
@@ -64,10 +76,7 @@ class WandbLogger:
         """Log a run in `folder`: a table with the pictures of each edit, the sheet, plots, and means as the summary."""
         if self.active is None or not rows:
             return
-        import pandas as pd
         import wandb
-
-        from evaluation import report
 
         @functools.cache  # W&B keeps pictures in memory until the run ends: each file once
         def small(name: str) -> wandb.Image:
@@ -75,10 +84,11 @@ class WandbLogger:
             picture.thumbnail((256, 256))
             return wandb.Image(picture)
 
-        table = report.complete(pd.DataFrame(rows)).dropna(axis="columns", how="all").astype(object)
+        table = report.complete(pd.DataFrame(rows)).replace("", None).dropna(axis="columns", how="all").astype(object)
         table = table.where(table.notna(), None)
         for column in table.columns.intersection([*report.FILES]):
             table[column] = [small(file) if file else None for file in table[column]]
+        table = table.drop(columns="pictures", errors="ignore").rename(columns={"file": "edit"})
         self.active.log({"results": wandb.Table(dataframe=table, allow_mixed_types=True)})
         files = [folder / "sheet.png", *folder.glob("plots/*.png")]
         self.active.log({file.stem: wandb.Image(str(file)) for file in files if file.exists()})

@@ -20,13 +20,7 @@ from methods.base import RECONSTRUCTION, Run, perform
 TINY = {
     "image_size": 32,
     "prediction": "v",
-    "unet": {
-        "model_channels": 32,
-        "channel_mult": [1, 2],
-        "num_res_blocks": 1,
-        "num_head_channels": 16,
-        "context_dim": 32,
-    },
+    "unet": dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, num_head_channels=16, context_dim=32),
     "vae": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "patch": 2, "scale_factor": 1.0},
     "text": {"width": 32, "heads": 2, "layers": 2, "context_length": 24, "embed_dim": 32},
     "vision": {"image_size": 32, "width": 32, "heads": 2, "layers": 2, "patch": 8},
@@ -62,13 +56,8 @@ def same(a, b):
 def hub_folder(path, ending=".safetensors", prediction=None, name="sd1_tiny"):
     """A fixture in the hub's layout: its configs, and the single file's tensors under the names of its hub folder. A
     tensor is all of another, a third of it (0, 1, 2), its transpose (T), or has its halves exchanged (swap)."""
-    scheduler = {
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "num_train_timesteps": 1000,
-    }
-    scheduler = {"shift": 3.0} if name == "sd3_tiny" else scheduler
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = {"shift": 3.0} if name == "sd3_tiny" else betas | {"num_train_timesteps": 1000}
     scheduler |= {"prediction_type": prediction} if prediction else {}  # 1.4 states none
     (path / "scheduler").mkdir(parents=True)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))

@@ -49,37 +49,18 @@ def test_held_out_pictures_are_the_same_for_every_seed(photos):
     assert len(Folder(photos, "heldout").names) == 10
 
 
-def test_captions_lie_beside_pictures_also_in_folders_within(tmp_path):
+def test_captions_lie_beside_pictures_and_metadata_comes_first(tmp_path):
     paint(tmp_path / "dog.jpg", 9, "a dog\n")
     paint(tmp_path / "a" / "b" / "cat.PNG", 9, "\ufeffa cat", ".caption")
-    paint(tmp_path / ".hidden" / "x.png", 9, "hidden")
-    (tmp_path / "notes.txt").write_text("not a caption")
-    data = Folder(tmp_path)
-    assert data.captions == {"dog.jpg": "a dog", "a/b/cat.PNG": "a cat"} and data.vocabulary() == ["a cat", "a dog"]
-
-
-def test_silent_pictures_are_counted_and_metadata_comes_first(tmp_path):
     paint(tmp_path / "in" / "a.png", 9, "second")
-    paint(tmp_path / "b.png", 9, "b")
+    paint(tmp_path / ".hidden" / "x.png", 9, "hidden")
     paint(tmp_path / "silent.png", 9)
+    (tmp_path / "notes.txt").write_text("not a caption")
     (tmp_path / "in" / "metadata.csv").write_text('file_name,text\na.png,"first,\nof two lines"\n')
     with pytest.warns(UserWarning, match="1 pictures without"):
-        assert Folder(tmp_path).captions == {"in/a.png": "first,\nof two lines", "b.png": "b"}
-
-
-@pytest.mark.parametrize(
-    "metadata, wanted",
-    [
-        (b'{"file_name": "a.png", "text": "x"}\n\n{"file_name": ', "line 3"),
-        (b'{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": "y"}', "line 2"),
-        (b"", "captions"),
-    ],
-)
-def test_broken_metadata_is_named_by_its_line(tmp_path, metadata, wanted):
-    paint(tmp_path / "a.png", 9)
-    (tmp_path / "metadata.jsonl").write_bytes(metadata)
-    with pytest.raises(InputError, match=wanted):
-        Folder(tmp_path)
+        data = Folder(tmp_path)
+    assert data.captions == {"dog.jpg": "a dog", "a/b/cat.PNG": "a cat", "in/a.png": "first,\nof two lines"}
+    assert data.vocabulary() == ["a cat", "a dog", "first,\nof two lines"]
 
 
 def test_unfit_folders_and_settings_are_refused(tmp_path):
@@ -90,3 +71,6 @@ def test_unfit_folders_and_settings_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"a\.png"):
         Folder(tmp_path)[0]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": "y"}')
+    with pytest.raises(InputError, match="line 2"):
+        Folder(tmp_path)

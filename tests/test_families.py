@@ -6,12 +6,12 @@ The weights were rounded to half precision before the outputs were computed in f
 import copy
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import hydra
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -186,6 +186,6 @@ def test_every_method_edits_with_it_or_says_in_one_line_why_not(folder, tmp_path
             cfg = hydra.compose("edit", [*model, *case, *given, *few.get(method, [])])
         refused = any(word in " ".join(case) for word in cannot.split())
         with pytest.raises(InputError, match=r"^[^\n]*(flow model|UNet)[^\n]*$") if refused else nullcontext():
-            assert command.edit(cfg, out, SimpleNamespace(method=method, family=None))[1] == 0, case
+            assert command.edit(cfg, out, OmegaConf.create({"method": method, "family": None}))[1] == 0, case
             (picture,) = out.glob("edits/*.png")
             assert Image.open(picture).size == ((40, 24) if name == "sdxl_tiny" else (20, 12))

@@ -1,7 +1,9 @@
 """Reports as a function of rows: reading, means, tables, the sheet and plots. No edit and no failure vanishes."""
 
+import html
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -106,7 +108,8 @@ def test_means_and_standard_errors_by_hand():
 
 
 def test_the_report_on_a_benchmark(tmp_path):
-    rows = [edit(f"t{i}", "ab"[i % 2], success=float(i > 1), truth=f"t{i}/truth.png") for i in range(4)]
+    hostile, truth = 'a "red" <script>alert(1)</script> & {{ title }}', "t{}/truth.png".format
+    rows = [edit(f"t{i}", "ab"[i % 2], success=float(i > 1), truth=truth(i), prompt=hostile) for i in range(4)]
     write_run(tmp_path, rows := [*rows, failure("t4", "b")])
     text = report.write(tmp_path, pd.DataFrame(rows), 6)
     table = (tmp_path / "table.md").read_text()
@@ -117,6 +120,13 @@ def test_the_report_on_a_benchmark(tmp_path):
     written = pd.read_csv(tmp_path / "results.csv")
     assert len(written) == 5 and written["error"].notna().sum() == 1 and written["success"].sum() == 2
     assert Image.open(tmp_path / "sheet.png").width > 192 * 3 and not list(tmp_path.glob(".*"))
+    page = (tmp_path / "index.html").read_text()
+    files = {html.unescape(link) for link in re.findall('(?:src|href)="(.*?)"', page)}
+    assert files >= {row[name] for row in rows[:4] for name in ("file", "input", "truth")}
+    assert all((tmp_path / file).is_file() for file in files)  # relative, and nothing from elsewhere
+    text = html.unescape(re.sub("<.*?>", "", page))
+    assert text.count(hostile) == 4 and page.count("<script") == 1  # shown as it is, never obeyed
+    assert "too <b>large" in text
 
 
 @pytest.mark.parametrize("edits", [1, 11])

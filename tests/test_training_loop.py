@@ -1,4 +1,4 @@
-"""The loop on a small problem: resuming, averaging, accumulating, ending by steps or by time."""
+"""The loop on a small problem: resuming, averaging, ending by steps or by time."""
 
 import math
 import os
@@ -93,13 +93,6 @@ def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
         torch.testing.assert_close(whole, cut, atol=0, rtol=0)
 
 
-def test_accumulation_equals_one_large_batch(tmp_path):
-    run(tmp_path / "one", objective=Regression(noise=0))  # micro-batches draw their noise in other pieces
-    run(tmp_path / "four", replace(SETTINGS, accumulate=4), Regression(noise=0))
-    one, four = (state(tmp_path / name)["trained"] for name in ("one", "four"))
-    torch.testing.assert_close(one, four, atol=1e-5, rtol=1e-4)
-
-
 def test_minutes_end_a_run_and_bend_its_cosine(tmp_path, monkeypatch):
     """Every step takes a second, the first of a process 100; ten seconds are to be trained."""
     clock = SimpleNamespace(now=0.0)
@@ -155,19 +148,17 @@ def test_a_damaged_state_is_one_line(tmp_path):
         with pytest.raises(InputError, match=r"state\.pt") as error:
             run(tmp_path)
         assert "\n" not in str(error.value)
+    (tmp_path / "state.pt").write_bytes(whole)
+    for word, options in {"seed": {"seed": 1}, "sizes": {"objective": Regression(width=32)}}.items():
+        with pytest.raises(InputError, match=word):
+            run(tmp_path, **options)
 
 
-NUMBERS = ["ema_decay", "min_lr", "lr", "weight_decay", "clip_grad", "minutes", "warmup", "betas"]
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_out_of_range_are_refused(name):
-    for value in (math.nan, math.inf, -1, "x"):
+def test_numbers_out_of_range_are_refused():
+    wrong = [(name, v) for name in ("ema_decay", "lr", "minutes", "warmup") for v in (math.nan, math.inf, -1, "x")]
+    for name, value in (*wrong, ("steps", 0), ("batch_size", 2.5), ("save_every", 0), ("min_lr", 1.5)):
         with pytest.raises(InputError, match=rf"training\.{name}"):
-            replace(SETTINGS, **{name: (0.9, value) if name == "betas" else value})
-    for setting in ({"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}, {"betas": (0.9, 1)}):
-        with pytest.raises(InputError, match=next(iter(setting))):
-            replace(SETTINGS, **setting)
+            replace(SETTINGS, **{name: value})
 
 
 def test_a_kill_before_the_publication_is_made_up_for(tmp_path):
@@ -178,14 +169,6 @@ def test_a_kill_before_the_publication_is_made_up_for(tmp_path):
     finished, lines = run(tmp_path, replace(SETTINGS, save_every=100), again)
     assert finished and again.exported == 1 and lines[-1] == {"score": 1.0, "step": 12}
     assert run(tmp_path, objective=again) == (True, [])
-
-
-def test_settings_that_do_not_fit_are_refused(tmp_path):
-    run(tmp_path)
-    wrong = {"multiple": {"settings": replace(SETTINGS, accumulate=3)}, "seed": {"seed": 1}}
-    for word, options in (wrong | {"sizes": {"objective": Regression(width=32)}}).items():
-        with pytest.raises(InputError, match=word):
-            run(tmp_path, **options)
 
 
 def test_learning_rate_and_average_are_their_formulas():

@@ -4,8 +4,10 @@ import os
 import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -15,49 +17,36 @@ from evaluation.config import build
 from evaluation.wandb_log import WandbLogger
 
 
-class Wandb:
-    """Records what is logged."""
-
-    Settings = SimpleNamespace
-    errors = SimpleNamespace(Error=RuntimeError)
-    Image = staticmethod(lambda picture: ("image", picture))
-    Table = staticmethod(lambda dataframe, allow_mixed_types: dataframe)
-
-    def __init__(self):
-        self.logged, self.axes, self.summary, self.ended = [], {}, {}, None
-
-    def init(self, **about):
-        self.about = about
-        return self
-
-    def define_metric(self, name, step_metric=None, hidden=False):
-        self.axes[name] = step_metric
-
-    def log(self, values):
-        self.logged.append(values)
-
-    def finish(self, exit_code):
-        self.ended = exit_code
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", library := Wandb())
+    monkeypatch.setitem(sys.modules, "wandb", library := MagicMock())
+    library.errors.Error, library.Settings, library.Image = RuntimeError, SimpleNamespace, lambda picture: picture
+    library.Table = lambda dataframe, allow_mixed_types: dataframe
+    library.init.return_value.summary = {}
     return library
 
 
-def test_each_stage_has_a_step_axis(tmp_path, wandb):
+def logged(wandb):
+    return [call.args[0] for call in wandb.init.return_value.log.call_args_list]
+
+
+def test_each_stage_has_a_step_axis_and_each_sweep_is_a_group(tmp_path, wandb, monkeypatch):
     logger = WandbLogger(project="p")
     logger.scalars("before", 0, {"loss": 1})  # outside of a run nothing happens
     with logger.run(tmp_path, {"eta": 1}):
         for stage in ("embedding", "tuning"):
             logger.scalars(stage, 7, {"loss": 0.5})
-    assert wandb.axes["tuning/*"] == "tuning/step" and wandb.axes["embedding/*"] == "embedding/step"
-    assert wandb.logged[1] == {"tuning/loss": 0.5, "tuning/step": 7} and len(wandb.logged) == 2
-    assert wandb.about["mode"] == "offline" and wandb.about["dir"] == tmp_path and wandb.ended == 0
+    axes = {call.args[0]: call.kwargs.get("step_metric") for call in wandb.init.return_value.define_metric.mock_calls}
+    assert axes["tuning/*"] == "tuning/step" and axes["embedding/*"] == "embedding/step"
+    assert logged(wandb)[1:] == [{"tuning/loss": 0.5, "tuning/step": 7}]
+    assert wandb.init.call_args.kwargs.items() >= {"mode": "offline", "dir": tmp_path, "group": None}.items()
+    job = SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir="multirun/x"))
+    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: job)
+    monkeypatch.setattr("evaluation.wandb_log.HydraConfig", hydra)
     with pytest.raises(ValueError), logger.run(tmp_path, {}):
         raise ValueError
-    assert wandb.ended == 1
+    assert wandb.init.call_args.kwargs["group"] == "multirun/x"
+    assert [call.kwargs for call in wandb.init.return_value.finish.mock_calls] == [{"exit_code": i} for i in (0, 1)]
 
 
 def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
@@ -69,25 +58,30 @@ def test_the_report_is_logged_as_tables_pictures_and_means(tmp_path, wandb):
     logger = WandbLogger()
     with logger.run(tmp_path, {}):
         logger.report(tmp_path, rows)
-    results = wandb.logged[0]["results"]
-    assert len(results) == 3 and results["file"][1][1].size == (256, 128) and results["file"][2] is None
+    (results, others), summary = logged(wandb), wandb.init.return_value.summary
+    results = results["results"]
+    assert len(results) == 3 and results["edit"][1].size == (256, 128) and results["edit"][2] is None
     assert results["input"][0] is results["input"][1]  # a picture is in memory once
-    assert "sheet" in wandb.logged[1] and wandb.summary["psnr"] == 1.5 and wandb.summary["failed"] == 1
+    assert "sheet" in others and summary["psnr"] == 1.5 and summary["failed"] == 1
 
 
-@pytest.mark.parametrize("given", [{}, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x", "WANDB_SILENT": "false"}])
+@pytest.mark.parametrize(
+    "given", [{}, {"WANDB_MODE": "dryrun", "WANDB_DIR": "/x", "WANDB_SILENT": "false", "WANDB_NAME": "n"}]
+)
 def test_the_variables_of_wandb_win(tmp_path, wandb, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     node = OmegaConf.load(CLONE / "conf" / "logger" / "wandb.yaml")
-    with build(OmegaConf.to_container(node, resolve=True)).run(tmp_path, {}):
+    with build(OmegaConf.to_container(node, resolve=True)).run(tmp_path, {}, "imagic", "a dog"):
         assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "wandb")  # where tables wait for an upload
     assert "WANDB_DATA_DIR" not in os.environ
-    assert wandb.about["mode"] == "offline" and wandb.about["project"] == "palimpsest"
-    assert wandb.about["tags"] is wandb.about["entity"] is None  # so W&B reads its own variables
-    assert str(wandb.about["dir"]) == given.get("WANDB_DIR", str(tmp_path))
-    assert hasattr(wandb.about["settings"], "silent") == ("WANDB_SILENT" not in given)
+    about = wandb.init.call_args.kwargs
+    assert about["mode"] == "offline" and about["project"] == "palimpsest"
+    assert about["name"] == given.get("WANDB_NAME", "imagic: a dog")
+    assert not {"tags", "entity"} & set(about)  # so W&B reads its own variables
+    assert str(about["dir"]) == given.get("WANDB_DIR", str(tmp_path))
+    assert hasattr(about["settings"], "silent") == ("WANDB_SILENT" not in given)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert OmegaConf.to_container(node, resolve=True).items() >= {"project": "mine", "mode": "disabled"}.items()

@@ -115,11 +115,9 @@ class UNetObjective(Objective):
 
     def draw(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         where = {"generator": generator, "device": generator.device}
-        return {
-            "noise": torch.randn(batch_size, *self.model.latent_shape, **where),
-            "t": self.model.schedule.draw(batch_size, generator),
-            "keep": torch.rand(batch_size, **where) >= self.prompt_dropout,
-        }
+        noise = torch.randn(batch_size, *self.model.latent_shape, **where)
+        t = self.model.schedule.draw(batch_size, generator)
+        return {"noise": noise, "t": t, "keep": torch.rand(batch_size, **where) >= self.prompt_dropout}
 
     def forward(self, batch: dict[str, Tensor], unet: nn.Module | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of `unet`, or else of the trained one, and the plain loss."""
