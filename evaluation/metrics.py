@@ -85,8 +85,10 @@ def clip_metrics(
     clip_directional  of the change of the pictures and that of the texts (Gal et al., 2021, arXiv 2108.00946, section
                       4.1); NaN where either did not change
 
-    And two judgements, 1 or 0. `success`, the edit was done: `change_error` is at most 1/2 and `clip_margin` above 0;
-    NaN where the true result equals the input. `attainable`: the true result has a margin above 0.
+    And three judgements, 1 or 0. `success`, the edit was done: `change_error` is at most 1/2 and `clip_margin` above 0;
+    NaN where the true result equals the input. `success_closer`, a weaker one: the margin is above 0, and the edit is
+    closer to the true result than the input is, in pixels and in features. `attainable`: the true result has a margin
+    above 0.
     """
     edit, *seen = (clip.image_features(x)[0] for x in (image, *others.values()))
     (text,), numbers = clip.text_features([prompt]), {}
@@ -102,7 +104,8 @@ def clip_metrics(
         if "truth" in others:
             source, truth = others.values()
             shown, error = numbers["clip_margin"] > 0, change_error(image, source, truth)
-            numbers["attainable"] = seen[1] @ turn > 0
+            closer = mse(image, truth) < mse(source, truth) and edit @ seen[1] > seen[0] @ seen[1]
+            numbers |= {"attainable": seen[1] @ turn > 0, "success_closer": shown and closer}
             numbers["success"] = error if math.isnan(error) else shown and error <= 0.5
     return numbers
 

@@ -105,7 +105,8 @@ def test_success_is_an_edit_that_went_half_of_the_way():
     source, truth = colour(1, 0), colour(0, 1)
     for edit, done in ((truth, True), (colour(0.4, 0.6), True), (colour(0.7, 0.75), False), (source, False)):
         found = clip_metrics(edit, source, truth, source_prompt="1 0", prompt="0 1")
-        assert found["success"] == done
+        assert found["success"] == done and found["success_closer"] >= done  # which is the weaker rule
+    assert not found["success_closer"]  # of the source itself
     wrong = clip_metrics(truth, source, truth, source_prompt="0 1", prompt="1 0")
     assert wrong["success"] == wrong["attainable"] == 0 < found["attainable"]  # CLIP prefers the source prompt
     assert math.isnan(clip_metrics(edit, source, source, source_prompt="1 0", prompt="0 1")["success"])  # no change
@@ -124,10 +125,10 @@ def test_every_metric_is_there_for_which_the_task_has_the_means(tiny_model):
     mask[..., :16] = 1
     full = dict(source_prompt="a heart", mask=mask, truth=noise(2))
     every = measured(tiny_model, **full)
-    assert len(every) == 23 and all(math.isfinite(value) for value in every.values())
+    assert len(every) == 24 and all(math.isfinite(value) for value in every.values())
     kept = {name for name in every if name.endswith("_kept")}
-    truth = {name for name in every if "truth" in name} | {"change_error", "success", "attainable"}
-    source = {"clip_margin", "clip_directional", "success", "attainable"}
+    truth = {name for name in every if "truth" in name} | {"change_error", "success", "success_closer", "attainable"}
+    source = {"clip_margin", "clip_directional", "success", "success_closer", "attainable"}
     for lacking, gone in (("mask", kept | {"clip_score_edited"}), ("truth", truth), ("source_prompt", source)):
         found = measured(tiny_model, **full | {lacking: None if lacking != "source_prompt" else ""})
         assert found.keys() == every.keys() - gone
