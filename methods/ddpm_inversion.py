@@ -26,8 +26,8 @@ class DDPMInversion(Method):
 
     sampler: Sampler  # with eta above 0; the paper's is DDPM, eta 1
     skip: float = 0.2  # [T_skip / T] share of the steps left out at the noisy end: 0 edits most, 1 hardly at all
-    guidance_scale: float = 2.0  # classifier-free guidance of the edit [strength]
-    source_guidance_scale: float = 2.0  # and of the inversion
+    guidance_scale: float = 1.5  # classifier-free guidance of the edit [strength]
+    source_guidance_scale: float = 1.0  # and of the inversion
     num_samples: int = 1  # edits, each along a path of its own
 
     def __post_init__(self) -> None:

@@ -24,9 +24,9 @@ class MasaCtrl(Method):
 
     sampler: Sampler  # without noise (eta 0): steps both ways
     inversion: Inversion  # the source branch: ddim | null_text | negative_prompt | pnp
-    guidance_scale: float = 2.0  # classifier-free guidance [w]; 1 is without
+    guidance_scale: float = 2.5  # classifier-free guidance [w]; 1 is without
     start_step: int = 4  # [S] the first step, counted from 0, whose attention is edited
-    start_layer: int = 3  # [L] the first self-attention layer, counted from 0 in the order of execution
+    start_layer: int = 6  # [L] the first self-attention layer, counted from 0 in the order of execution
 
     def __post_init__(self) -> None:
         check_invertible(self)

@@ -24,11 +24,11 @@ class PlugAndPlay(Method):
 
     sampler: Sampler  # without noise (eta 0): steps both ways
     inversion: Inversion  # the source branch: ddim | null_text | negative_prompt | pnp
-    guidance_scale: float = 2.0  # classifier-free guidance of the target [w]; 1 is without
+    guidance_scale: float = 2.5  # classifier-free guidance of the target [w]; 1 is without
     negative_prompt: str = ""  # where the task has none; the authors' code has one for photographs
     source_prompted: bool = False  # the source branch: false, under the empty prompt; true, under the source prompt
-    feature_share: float = 0.8  # [tau_f] share of the steps in which features are the source's
-    attention_share: float = 0.5  # [tau_A] share of the steps in which queries and keys are the source's
+    feature_share: float = 0.4  # [tau_f] share of the steps in which features are the source's
+    attention_share: float = 0.25  # [tau_A] share of the steps in which queries and keys are the source's
 
     def __post_init__(self) -> None:
         check_invertible(self, shares=["feature_share", "attention_share"])

@@ -34,8 +34,8 @@ class PromptToPrompt(Method):
     inversion: Inversion  # the source branch: ddim | null_text | negative_prompt | pnp
     guidance_scale: float = 2.0  # classifier-free guidance [w]; 1 is without
     words: str = "replace"  # words in the place of others: replace (take their attention) | refine (keep their own)
-    cross_replace: float = 0.8  # [tau] share of the steps in which cross-attention is that of the source's words
-    self_replace: float = 0.5  # share of the steps in which self-attention is the source's
+    cross_replace: float = 0.4  # [tau] share of the steps in which cross-attention is that of the source's words
+    self_replace: float = 0.2  # share of the steps in which self-attention is the source's
     reweight: dict[str, float] | None = None  # [c] factors for words of the prompt, such as {blue: 2}, in those steps
     blend_word: str = ""  # "cat dog", the source's word and the target's: only near them is edited; lists bring theirs
     blend_weight: float = 2.0  # [c] the factor of the target's one

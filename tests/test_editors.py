@@ -29,8 +29,8 @@ SD1 = {**TINY, "unet": UNET, "vae": VAE, "schedule": {}, "prediction": "epsilon"
 STEPS, W = 5, 3.0
 EDITORS = {
     "prompt_to_prompt": partial(PromptToPrompt, words="refine", cross_replace=0.4, self_replace=0.6),
-    "masactrl": partial(MasaCtrl, start_step=1),
-    "plug_and_play": PlugAndPlay,
+    "masactrl": partial(MasaCtrl, start_step=1, start_layer=3),
+    "plug_and_play": partial(PlugAndPlay, feature_share=0.8, attention_share=0.5),
 }
 OFF = {
     "prompt_to_prompt": {"cross_replace": 0, "self_replace": 0},
