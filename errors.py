@@ -18,8 +18,7 @@ def check_number(name: str, value: Any, whole: bool = False, low: float = 0, hig
     """Raise InputError unless `value` is a finite number, a whole one if so asked, from `low` to `high`."""
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not number or not low <= value <= high or value == math.inf:
-        what = "whole number" if whole else "number"
-        raise InputError(f"{name} is {value}: it must be a {what} from {low} to {high}")
+        raise InputError(f"{name} is {value}: it must be a {'whole ' * whole}number from {low} to {high}")
 
 
 def check(settings: Any, shares: Sequence[str] = (), counts: Sequence[str] = (), **choices: Iterable[str]) -> None:

@@ -79,7 +79,6 @@ def measure(backend: str, backward: bool, tensors: list[Tensor]) -> float | str:
 
 
 def main() -> None:
-    torch.manual_seed(0)
     results = Results("attention", f"Attention, {DTYPE}, median µs on the device", key=2)
     for side, heads, d in LEVELS[2:3] if SMALL else LEVELS:
         for m in (side**2, TOKENS):

@@ -40,7 +40,8 @@ def main(folder: str, out: Path) -> None:
     for preset in sorted(PRESETS.glob("*.yaml")):
         published = re.search("# published: (.*)", preset.read_text())[1].split(", ")  # in its comment
         ours = reproduced(out / preset.stem, tasks)
-        cells = (f"{text.split()[-1]} / {mean:.2f}" for text, mean in zip(published, ours.mean(), strict=True))
+        means = ("-" if mean != mean else f"{mean:.2f}" for mean in ours.mean())
+        cells = (f"{text.split()[-1]} / {mean}" for text, mean in zip(published, means, strict=True))
         lines.append([preset.stem, len(ours), *cells])
     (out / "table.md").write_text(table(["published / reproduced", "edits", *SCALES], lines))
 

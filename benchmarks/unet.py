@@ -3,7 +3,7 @@
     python -m benchmarks.unet                           # into benchmarks/results/unet-MACHINE.{json,md}
     python -m benchmarks.unet --models sd15 --steps guided --modes compiled
 
-Models: the shipped one; Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights.
+Models: the shipped one; Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights. Steps:
 
 guided     classifier-free guidance in one batch of two, no gradients, text projected once: a step of sampling
 embedding  forward and backward to the text, weights frozen: a step of Imagic's stage A
@@ -51,8 +51,7 @@ def network(name: str) -> tuple[nn.Module, Tensor, list]:
         latent = c, *(side // 8 if SMALL else side for side in sides)
         with DEVICE:
             net = kind(**sizes | (FEW[kind] if SMALL else {})).to(DTYPE)
-    if CUDA:  # as edit.py
-        net.to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last if CUDA else torch.contiguous_format)  # as edit.py
     x, *text = (torch.randn(2, *shape).to(DEVICE, DTYPE) for shape in (latent, states, *([(width,)] if width else ())))
     return net.eval().requires_grad_(False), x, text
 
@@ -104,7 +103,7 @@ def measure(kind: str, mode: str, net: nn.Module, x: Tensor, text: list[Tensor])
                     torch.cuda.synchronize()
                 times.append(1e3 * (time.perf_counter() - start))
     except Exception as error:  # of memory, of a compiler, of a backend that is not there
-        return {"ms": str(error).splitlines()[0][:90]}
+        return {"ms": repr(error)[:90]}
     return {"ms": times[3:], "peak, GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else "-"}
 
 

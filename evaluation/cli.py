@@ -39,8 +39,7 @@ def run(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # A launcher's jobs start elsewhere, where Python would not find this clone.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
-    multirun = {"--multirun", "-m"} & set(sys.argv)
-    for flag in multirun:  # Hydra's parser refuses it between overrides
+    for flag in (multirun := {"--multirun", "-m"} & set(sys.argv)):  # Hydra's parser refuses it between overrides
         sys.argv.insert(1, sys.argv.pop(sys.argv.index(flag)))
     for before, word in pairwise(sys.argv):
         if word != word.encode(errors="replace").decode():

@@ -265,8 +265,3 @@ def test_a_run_can_be_repeated_from_what_it_leaves(user):
     assert not {"edits/99_old.png", "plots/old.png"} & files_of(folder)
     with pytest.raises(InputError, match="other settings"):
         run_here(user, folder, "task=openmoji_edits", "method=sdedit")
-    foreign = user / "foreign"
-    (foreign / "edits").mkdir(parents=True)
-    (foreign / "edits" / "mine").touch()  # in a folder that no run has used
-    run_here(user, foreign, *PHOTO, "method=sdedit", "sampler.steps=2")
-    assert (foreign / "edits" / "mine").exists()
