@@ -49,12 +49,12 @@ def edit(
     from models.graphs import StepGraph
 
     others = {"model.ema": None, "compile": "graph"}  # beside true and false
-    for name in ("deterministic", "cache.enabled", "metrics.fetch", "mask_pixels", "task.confine", *others):
+    for name in ("deterministic", "metrics.fetch", "mask_pixels", "task.confine", *others):
         value = OmegaConf.select(cfg, name, default=False)
         if value not in (True, False, others.get(name, False)):
             raise InputError(f"{name}={value} is unknown: true, false{' or graph' * (name == 'compile')}")
-    for name in ("seed", "mask_feather"):
-        check_number(name, cfg[name], whole=True, high=2**63 - 1)
+    check_number("seed", cfg.seed, whole=True, high=2**63 - 1)
+    check_number("mask_feather", cfg.mask_feather, whole=True, high=4096)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
@@ -69,15 +69,15 @@ def edit(
         raise InputError("compile=graph takes a CUDA device")
     nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     parts = ("method", "task", "cache", "logger", "metrics")
-    method, source, cache, logger, metrics = (config.build(nodes[name]) for name in parts)
+    method, source, cache, logger, metrics = (config.build(nodes, name) for name in parts)
     names = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
     own = [name for name in names if cfg[name] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
     arch = OmegaConf.to_container(cfg.model.arch) if cfg.model.arch else None
     how = {name: cfg.model[name] and find(cfg.model[name]) for name in ("vae", "tokenizer") if name in cfg.model}
-    encoders = cfg.model.get("text") or []
-    how["text"] = [find(path) for path in ([encoders] if isinstance(encoders, str) else encoders)]
+    encoders = nodes["model"].get("text") or []
+    how["text"] = [find(path) for path in (encoders if isinstance(encoders, list) else [encoders])]
     how |= {"arch": arch, "device": device, "dtype": dtype, "ema": cfg.model.ema}
     model = (load or models.load)(find(cfg.model.weights), **how)
     model.unet.attention.backend = cfg.attention

@@ -6,7 +6,6 @@ Under `torchrun --nproc-per-node=N train.py ...` N processes share each batch.
 
 import atexit
 import json
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import to_pil
-from errors import InputError, check_number
+from errors import MOST, InputError, check_number
 from evaluation import cli
 from files import whole_file
 from models import build, load
@@ -53,7 +52,7 @@ def run(cfg: DictConfig) -> bool:
         for name, value in part.get("objective", part).items():
             if name not in ("name", "prompts"):
                 count, share = name in COUNTS, name in ("prompt_dropout", "unknown_rate")
-                check_number(f"{part.name}: {name}", value, count, int(count), 1 if share else math.inf)
+                check_number(f"{part.name}: {name}", value, count, int(count), 1 if share else MOST)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)

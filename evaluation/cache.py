@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, check
 from files import whole_file
 
 
@@ -43,14 +43,15 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class TuningCache:
     """Tuned states, so that a run that differs only in what follows the tuning does not tune again."""
 
+    group = "cache"  # its settings on the command line
+
     enabled: bool = True  # false: tune again
     dir: str = "~/.cache/palimpsest/tuning"  # or tuning/ in $PALIMPSEST_CACHE, where that is set
     max_gb: float = 10.0  # at most, of 10^9 bytes; the least recently used entries are removed first
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_gb, int | float) or self.dir is None:
-            raise InputError(f"cache.dir={self.dir} must be a folder, and cache.max_gb={self.max_gb} a number")
-        self.folder, self.max_bytes = Path(str(self.dir)).expanduser(), self.max_gb * 1e9
+        check(self)
+        self.folder, self.max_bytes = Path(self.dir).expanduser(), self.max_gb * 1e9
 
     def get(self, determined_by: dict, build: Callable[[], tuple[dict, dict]]) -> tuple[dict[str, Tensor], dict, bool]:
         """The tensors that `build` gives, on the CPU, its notes, and whether both come from the folder.

@@ -268,7 +268,7 @@ def task_seed(seed: int, name: str) -> int:
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
     Raises InputError where no edit has it, or tasks failed."""
-    names = [setting] if isinstance(setting, str) else list(setting or [])
+    names = [setting] if isinstance(setting, str | int | float) else list(setting or [])
     if names and any("error" in row for row in rows):
         raise InputError("objective: tasks failed, so the rest does not compare with other settings")
     means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()

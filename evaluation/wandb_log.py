@@ -16,7 +16,7 @@ class WandbLogger:
     own variables win over these defaults: WANDB_MODE, WANDB_PROJECT (conf/logger), and those that `run` leaves out."""
 
     def __init__(self, mode: str = "offline", **about):
-        mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # as WANDB_MODE may have it
+        mode = {"run": "online", "dryrun": "offline"}.get(str(mode), mode)  # as WANDB_MODE may have it
         if mode not in ("online", "offline", "disabled"):
             raise InputError(f"logger.mode={mode} is unknown: choose from online, offline, disabled")
         self.mode, self.about, self.active = mode, about, None

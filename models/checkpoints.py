@@ -93,8 +93,8 @@ def load(
         parts.load_state_dict(fitted(own, unscaled(named, dtype), device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-    except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
-        raise InputError(f"{source}: its sizes describe no network of a Stable Diffusion ({error!r})") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a config in the hub's layout
+        raise InputError(f"{source}: its sizes or model.arch describe no network ({error!r})") from error
     parts.to(device)  # the buffers that no file brings
     if "t5" in config:
         for file in [Path(tokenizer)] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:

@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import InputError, check_number
 from models.autoencoder import Autoencoder
 from models.mmdit import MMDiT
 from models.t5 import T5
@@ -115,22 +116,37 @@ def build(
     """A model with random weights from the sizes in `config`: `unet`, `vae`, `text` (and `text_2`, where there are two
     towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_is_zero`. `seed` makes the weights
     reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
-    leaves all weights on the meta device, where they take neither time nor memory."""
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta") if meta else nullcontext():
-        if seed is not None:
-            torch.manual_seed(seed)
-        text = build_text(**config["text"], vocabulary=vocabulary)
-        towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
-        if "t5" in config:
-            towers["t5"] = T5(**config["t5"])
-        unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
-        autoencoder = Autoencoder(**config["vae"])
-        vision = config.get("vision")
-        clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
-    others = {name: config[name] for name in ("prediction", "image_size") if name in config}
-    width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
-    towers = TextTowers(towers, config.get("empty_is_zero", False), width)
-    schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
-    model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
+    leaves all weights on the meta device, where they take neither time nor memory. Raises InputError for sizes of no
+    network."""
+    check_sizes("arch", config)
+    try:
+        with torch.random.fork_rng([], seed is not None), torch.device("meta") if meta else nullcontext():
+            if seed is not None:
+                torch.manual_seed(seed)
+            text = build_text(**config["text"], vocabulary=vocabulary)
+            towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
+            if "t5" in config:
+                towers["t5"] = T5(**config["t5"])
+            unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+            autoencoder = Autoencoder(**config["vae"])
+            vision = config.get("vision")
+            clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
+        others = {name: config[name] for name in ("prediction", "image_size") if name in config}
+        width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
+        towers = TextTowers(towers, config.get("empty_is_zero", False), width)
+        schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
+        model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        line = str(error) if isinstance(error, InputError) else f"the sizes of arch describe no network ({error!r})"
+        raise InputError(line) from error
     model.config = dict(config)
     return model.eval()
+
+
+def check_sizes(name: str, value: Any) -> None:
+    """Raise InputError for a number in a config that is negative, infinite or NaN."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            check_sizes(f"{name}.{key}", inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_number(name, value)

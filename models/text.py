@@ -44,6 +44,8 @@ class TextEncoder(nn.Module):
         added_tokens: Mapping[str, int] | None = None,
     ):
         super().__init__()
+        if hidden_layer not in ("last", "penultimate") or vector not in (None, "end", "projected"):
+            raise InputError(f"arch.text: hidden_layer={hidden_layer} or vector={vector} is unknown")
         self.final_norm, self.vector, self.added_tokens = final_norm, vector, dict(added_tokens or {})
         known = tower.vocab_size - len(self.added_tokens)
         size = min(known, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens

@@ -57,7 +57,8 @@ class Settings:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "save_every", "validate_every", "log_every")
         check(self, shares=("min_lr", "ema_decay"), counts=counts)
-        for beta in self.betas:
+        check_number("training.workers", self.workers, whole=True, high=1024)
+        for beta in self.betas if len(self.betas) == 2 else [f"{self.betas}, not two"]:
             check_number("training.betas", beta, high=0.999999)
 
     def progress(self, step: int, seconds: float) -> float:
@@ -182,8 +183,8 @@ def train(
                 means = torch.stack([value.float() for value in numbers.values()]) / world
                 values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
                 weights = [*trained.parameters(), *average.parameters()] if saving else []
-                finite = values["loss"] + values["grad_norm"] + sum(weight.sum().item() for weight in weights)
-                if not math.isfinite(finite):  # the last good state stays
+                finite = values["loss"] + values["grad_norm"] + sum(w.abs().max().half().item() for w in weights)
+                if not math.isfinite(finite):  # in half precision, as they are exported; the last good state stays
                     raise InputError(f"loss, gradient or weights are not finite by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
