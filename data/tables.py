@@ -33,10 +33,10 @@ def read_rows(file: Path) -> list[tuple[str, dict]]:
         else:
             for line, row in enumerate(text.split("\n"), start=1):  # not splitlines: its other ends may be in a text
                 if row.strip():
-                    row = dict(json.loads(row, object_pairs_hook=unique))
+                    row = {**json.loads(row, object_pairs_hook=unique)}
                     json.dumps(row, ensure_ascii=False).encode()
                     rows.append((f"{file}, line {line}", row))
-    except (csv.Error, TypeError, ValueError) as error:
+    except (csv.Error, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{file}, line {line} is not a row of a list: {error}") from None
     return rows
 

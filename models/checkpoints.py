@@ -402,7 +402,7 @@ def read_config(path: Path, file: str = "config.json") -> dict:
     """The sizes in a folder's `config.json`, or in another file of JSON. Raises InputError where it cannot be read."""
     try:
         return json.loads((path / file).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path / file} cannot be read: {error}") from None
 
 
