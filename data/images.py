@@ -29,8 +29,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generators sto
 
 
 def find(path: str | Path) -> Path:
-    """`path` from the working directory, or else inside this clone: bundled files are found anywhere. Raises InputError
-    for a number or a list."""
+    """`path` from the working directory, or else inside this clone. Raises InputError for a number or a list."""
     if not isinstance(path, str | Path):
         raise InputError(f"{path} is no path: image, mask, model.weights, .vae and .text name files")
     path = Path(path).expanduser()

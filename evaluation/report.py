@@ -15,6 +15,7 @@ import matplotlib
 import pandas as pd
 from PIL import Image
 
+from data.images import open_rgb
 from files import whole_file
 
 FILES = {  # paths of pictures, and the numbers under them
@@ -52,7 +53,8 @@ def run_rows(folder: Path) -> list[dict]:
     rows = {}
     for path in sorted(folder.glob("rows*.jsonl")):
         for line in path.read_text("utf-8", "replace").splitlines():
-            with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+            # A line that a killed process did not finish, or of another program.
+            with suppress(AttributeError, RecursionError, TypeError, ValueError):
                 row = json.loads(line)
                 rows[task_of(row), row.get("file")] = row
     done = {task for task, file in rows if file}
@@ -283,7 +285,7 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     from matplotlib.figure import Figure
 
     pictures = {None: Image.new("RGB", (64, 64), "#dddddd")}
-    pictures |= {file: Image.open(folder / file).convert("RGB") for _, cells in lines for file, _ in cells if file}
+    pictures |= {file: open_rgb(folder / file) for _, cells in lines for file, _ in cells if file}
     side, columns = 2.56, max(len(cells) for _, cells in lines)
     wide = max(5, columns * (side + 0.1) + 0.1)  # inches, of 100 pixels
 

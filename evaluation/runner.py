@@ -249,8 +249,8 @@ def claim(folder: Path, settings: dict, anew: bool) -> None:
     `anew` only where it holds those of a list."""
     path, theirs = folder / "run.json", {}
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
-    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
-        theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # there is none, or it is damaged
+        theirs = {**json.loads(path.read_text(encoding="utf-8"))["settings"]}
     if theirs and any(folder.glob("rows*.jsonl")):
         names = ["task._target_"] if anew else {**theirs, **ours}
         if names := [name for name in names if theirs.get(name) != ours.get(name) and not NOT_COMPARED.match(name)]:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
-
+from data.images import open_rgb
 from errors import InputError
 
 
@@ -71,7 +70,7 @@ class WandbLogger:
 
         @functools.cache  # W&B keeps pictures in memory until the run ends: each file once
         def small(name: str) -> wandb.Image:
-            picture = Image.open(folder / name).convert("RGB")
+            picture = open_rgb(folder / name)
             picture.thumbnail((256, 256))
             return wandb.Image(picture)
 
