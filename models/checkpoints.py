@@ -211,6 +211,8 @@ def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
             continue
         scale = named.get(f"{stem}.scale_weight", named.get(f"{stem}.weight_scale")) if kind == "weight" else None
         if scale is not None and scale.numel():
+            if scale.numel() not in (1, *tensor.shape[:1]):
+                raise InputError(f"{name} of {len(tensor)} rows has {scale.numel()} scales")
             scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))  # one number, or one for each row
             tensor = (tensor.float() * scale).to(dtype)
         out[name] = tensor

@@ -28,7 +28,7 @@ class Build:
 def test_an_entry_is_read_back_bit_by_bit(tmp_path):
     build = Build()
     for found in (False, True):
-        tensors, notes, hit = TuningCache(dir=tmp_path / "new").get({"seed": 0}, build)
+        tensors, notes, hit = TuningCache(dir=str(tmp_path / "new")).get({"seed": 0}, build)
         assert (hit, notes) == (found, {"seconds": 1.5})
         assert all(torch.equal(tensors[n], STATE[n]) and tensors[n].dtype == STATE[n].dtype for n in STATE)
     assert build.calls == 1
@@ -46,7 +46,7 @@ def test_only_an_equal_key_finds_an_entry(tmp_path_factory, one, other):
 
 
 def test_a_damaged_entry_is_built_again(tmp_path):
-    cache = TuningCache(dir=tmp_path)
+    cache = TuningCache(dir=str(tmp_path))
     cache.get({}, Build())
     (entry,) = tmp_path.glob("*.safetensors")
     entry.write_bytes(entry.read_bytes()[:20])
@@ -55,7 +55,7 @@ def test_a_damaged_entry_is_built_again(tmp_path):
 
 def test_the_least_recently_used_entry_goes_first(tmp_path):
     state, moment = {"a": torch.zeros(250)}, time.time() - 100  # a little over 1000 bytes
-    cache = TuningCache(dir=tmp_path, max_gb=2.5e-6)
+    cache = TuningCache(dir=str(tmp_path), max_gb=2.5e-6)
     for i in range(2):
         before = set(tmp_path.glob("*.safetensors"))
         cache.get({"i": i}, Build(state))
@@ -71,7 +71,7 @@ def test_the_least_recently_used_entry_goes_first(tmp_path):
 
 def test_of_two_that_want_one_entry_one_builds(tmp_path):
     build, found = Build(seconds=0.3), []
-    get = lambda: found.append(TuningCache(dir=tmp_path).get({}, build)[2])
+    get = lambda: found.append(TuningCache(dir=str(tmp_path)).get({}, build)[2])
     work = [threading.Thread(target=get) for _ in range(2)]
     for thread in work:
         thread.start()

@@ -234,6 +234,9 @@ STEM, BIAS, KEY = UNET + "input_blocks.0.0.weight", UNET + "time_embed.0.bias", 
         ({"unet": {"num_heads": 5}}, "heads"),
         ({"unet": {"context_dim": 64}}, "to_kv"),  # as with model=sd15 for weights of 2.x
         ({"prediction": "x0"}, "x0"),
+        ({"unet": {"model_channels": -32}}, "negative"),
+        ({"vae": {"scale_factor": "wide"}}, "wide"),
+        ({"schedule": 7}, "describe no network"),
         (lambda state: state | {UNET + "surprise": torch.ones(3)}, "surprise is unexpected"),  # of the tensors
         (lambda state: state | {BIAS: torch.zeros(7)}, "[7]"),
         (lambda state: {k: t for k, t in state.items() if not k.endswith(KEY)}, "attn1.to_qkv.weight is missing"),

@@ -70,14 +70,15 @@ def test_an_edit_costs_its_tuning_wherever_it_was_done_and_no_reconstruction(tmp
         return get(self, *arguments)
 
     monkeypatch.setattr(TuningCache, "get", slow)
-    for cache in (TuningCache(dir=tmp_path / "cache"), TuningCache(dir=tmp_path / "cache"), TuningCache(enabled=False)):
+    for settings in ({"dir": str(tmp_path)}, {"dir": str(tmp_path)}, {"enabled": False}):
+        cache = TuningCache(**settings)
         rows, _ = editor(tiny_model, Tuned(clock), cache).edit_task(task, tmp_path / "run", 0)
         assert [(row["seconds"], row["evaluations"], row["peak_memory_gb"]) for row in rows] == [(11, 4, 2), (12, 5, 2)]
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_a_tuning_is_reused_for_the_same_picture_and_settings_only(tmp_path, tiny_model, task):
-    cache = TuningCache(dir=tmp_path / "cache")
+    cache = TuningCache(dir=str(tmp_path / "cache"))
     other = replace(task, image=-task.image)
     for its, settings, entries in ((task, {}, 1), (task, {}, 1), (other, {}, 2), (task, {"kernels": ["sdpa"]}, 3)):
         editor(tiny_model, Tuned([0.0]), cache, **settings).edit_task(its, tmp_path / "run", 0)

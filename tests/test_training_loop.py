@@ -165,7 +165,7 @@ def test_numbers_out_of_range_are_refused(name):
     for value in (math.nan, math.inf, -1, "x"):
         with pytest.raises(InputError, match=rf"training\.{name}"):
             replace(SETTINGS, **{name: (0.9, value) if name == "betas" else value})
-    for setting in ({"steps": 0}, {"batch_size": 2.5}, {"save_every": 0}, {"min_lr": 1.5}, {"betas": (0.9, 1)}):
+    for setting in ({"steps": 0}, {"betas": [0.9]}, {"batch_size": 2.5}, {"min_lr": 1.5}, {"betas": (0.9, 1)}):
         with pytest.raises(InputError, match=next(iter(setting))):
             replace(SETTINGS, **setting)
 
