@@ -93,13 +93,15 @@ def load(
         parts.load_state_dict(fitted(own, unscaled(named, dtype), device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a config in the hub's layout
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of a hub's config
         raise InputError(f"{source}: its sizes or model.arch describe no network ({error!r})") from error
     parts.to(device)  # the buffers that no file brings
     if "t5" in config:
         for file in [Path(tokenizer)] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:
             if tokenizer or file.exists():
                 model.towers["t5"].tokenizer = read_tokenizer(file)
+    elif tokenizer:
+        raise InputError(f"{source}: model.tokenizer is for T5, which it lacks")
     elif "mmdit" in config:
         warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):

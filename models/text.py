@@ -47,6 +47,8 @@ class TextEncoder(nn.Module):
         if hidden_layer not in ("last", "penultimate") or vector not in (None, "end", "projected"):
             raise InputError(f"arch.text: hidden_layer={hidden_layer} or vector={vector} is unknown")
         self.final_norm, self.vector, self.added_tokens = final_norm, vector, dict(added_tokens or {})
+        if strange := [f"{word}={n}" for word, n in self.added_tokens.items() if n not in range(tower.vocab_size)]:
+            raise InputError(f"the added tokens {', '.join(strange[:3])} have no row among {tower.vocab_size}")
         known = tower.vocab_size - len(self.added_tokens)
         size = min(known, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
         self.tower, self.context_length = tower, tower.context_length
