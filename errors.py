@@ -4,7 +4,8 @@ Any room raises it with a single line that names the mistake and a right choice.
 line without a traceback and exit with 1. Every other exception is a defect of this code and keeps its traceback.
 """
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
@@ -40,3 +41,12 @@ def check(settings: Any, shares: Sequence[str] = (), counts: Sequence[str] = (),
         several = Sequence[float] in kinds and isinstance(value, Sequence) and value
         for number in (value if several else [value]) if {int, float} & set(kinds) else ():
             check_number(name, number, float not in kinds, int(field in counts), 1 if field in shares else MOST)
+
+
+def made(kind: Callable, *own: Any, **settings: Any) -> Any:
+    """`kind` called with its own arguments and the user's settings. Raises InputError for one that it does not have."""
+    try:
+        inspect.signature(kind).bind(*own, **settings)
+    except TypeError as error:
+        raise InputError(f"{kind.__module__}.{kind.__name__}: {error}") from error
+    return kind(*own, **settings)

@@ -44,7 +44,6 @@ class TuningCache:
     """Tuned states, so that a run that differs only in what follows the tuning does not tune again."""
 
     group = "cache"  # its settings on the command line
-
     enabled: bool = True  # false: tune again
     dir: str = "~/.cache/palimpsest/tuning"  # or tuning/ in $PALIMPSEST_CACHE, where that is set
     max_gb: float = 10.0  # at most, of 10^9 bytes; the least recently used entries are removed first

@@ -30,7 +30,7 @@ from files import CLONE
 
 # Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
 TEXT = re.compile(
-    r"\+{0,2}(image|mask|(source_|negative_)?prompt|(task|data)\.path|model\.(weights|vae|tokenizer)|cache\.dir|init|out)="
+    r"\+*(image|mask|(source_|negative_)?prompt|(task|data)\.path|model\.(weights|vae)|cache\.dir|init|out)="
 )
 
 LESS_IS_BETTER = ("mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb")

@@ -5,7 +5,6 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 """
 
 import ast
-import inspect
 import json
 import re
 import uuid
@@ -16,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
-from errors import InputError
+from errors import InputError, made
 from files import CLONE
 
 HEADING = """# Methods and their settings
@@ -72,12 +71,7 @@ def build(nodes: dict, name: str) -> Any:
     if not isinstance(node, dict) or "_target_" not in node:
         raise InputError(f"{name}={node} is unknown: choose {name}=NAME, and {name}.SETTING=VALUE")
     settings = {key: build(node, key) if key in GROUPS else value for key, value in node.items() if key != "_target_"}
-    kind = get_class(node["_target_"])
-    try:
-        inspect.signature(kind).bind(**settings)
-    except TypeError as error:
-        raise InputError(f"{node['_target_']}: {error}") from error
-    return kind(**settings)
+    return made(get_class(node["_target_"]), **settings)
 
 
 def markdown() -> str:

@@ -138,6 +138,6 @@ def test_bad_settings_end_before_the_training(run, trained, tmp_path):
         setting = wrong if "seed" in wrong else f"part.{wrong}"
         with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
             run("part=autoencoder", f"out={tmp_path}", setting)
-    for wrong in ("objective.prompts=5", "objective.prompts=cat", "objective.prompts=[5]"):
-        with pytest.raises(InputError, match="prompts"):
-            run("part=unet", f"out={trained[0]}", f"part.{wrong}")
+    for wrong in ("objective.prompts=5", "objective.prompts=cat", "objective.foo=1", "training.foo=1"):
+        with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
+            run("part=unet", f"out={trained[0]}", f"++part.{wrong}")

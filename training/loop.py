@@ -119,7 +119,9 @@ def train(
         objective.to(memory_format=torch.channels_last)
     trained = objective.trained
     average = copy.deepcopy(trained).requires_grad_(False)
-    optimizer = adamw(trained, s)
+    matrices = {"params": [p for p in trained.parameters() if p.ndim > 1], "weight_decay": s.weight_decay}
+    vectors = {"params": [p for p in trained.parameters() if p.ndim <= 1], "weight_decay": 0.0}  # biases and gains
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=s.lr, betas=tuple(s.betas), fused=True)
     stateful = {"trained": trained, "average": average, "optimizer": optimizer}
     identity = {"seed": seed, "batch_size": s.batch_size}
     step, seconds = restore(state_file, stateful, identity, device) if state_file.exists() else (0, 0.0)
@@ -208,13 +210,6 @@ def train(
 def leave_ctrl_c(worker: int) -> None:
     """In a process that draws pictures: Ctrl-C is for the training, which needs the pictures up to its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def adamw(trained: nn.Module, s: Settings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019); biases and gains do not decay."""
-    matrices = {"params": [p for p in trained.parameters() if p.ndim > 1], "weight_decay": s.weight_decay}
-    vectors = {"params": [p for p in trained.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=s.lr, betas=tuple(s.betas), fused=True)
 
 
 @torch.no_grad()
