@@ -87,8 +87,7 @@ def edit(
         model.unet.forward = StepGraph(model.unet)
     elif cfg.compile:
         model.unet.compile()
-    multiple = model.autoencoder.downsampling * model.unet.downsampling
-    size = model.image_size if cfg.size is None else cfg.size
+    size, multiple = model.image_size if cfg.size is None else cfg.size, model.multiple
     if not isinstance(size, int) or size < 1 or size % multiple:
         raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
     fingerprint = None if source.single and not cache.enabled else model.fingerprint

@@ -144,9 +144,3 @@ def to_pil(image: Tensor) -> Image.Image:
     image = image.detach().float().cpu().reshape(image.shape[-3:])
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
-
-
-def read_image(path: str | Path, size: int, fit: str = "crop", multiple: int = 1) -> Tensor:
-    """The picture at `path` by `fit_picture` -> (1, 3, H, W) float32 in [-1, 1]. Raises InputError for a missing,
-    broken or far too large file."""
-    return to_tensor(fit_picture(open_rgb(path), size, fit, multiple))
