@@ -107,6 +107,8 @@ def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, D
     if part.name == "clip" and not cfg.init:
         vocabulary = compact_vocabulary(data["trained"].vocabulary())
     model = build(arch, seed=cfg.seed, vocabulary=vocabulary)
+    if part.name == "clip" and model.clip is None:
+        raise InputError("part=clip takes an image tower: arch.vision says its sizes")
     for name, state in states.items():
         start_from(part_of(model, name), state, f"{cfg.init if name == part.name else out}/{name}")
     return made(OBJECTIVES[part.name], model, out, data, **OmegaConf.to_container(part.objective)), data["trained"]

@@ -44,8 +44,9 @@ class TextEncoder(nn.Module):
         added_tokens: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        if hidden_layer not in ("last", "penultimate") or vector not in (None, "end", "projected"):
-            raise InputError(f"arch.text: hidden_layer={hidden_layer} or vector={vector} is unknown")
+        known = hidden_layer in ("last", "penultimate") and vector in (None, "end", "projected")
+        if not known or tower.context_length < 2:
+            raise InputError(f"arch.text: {hidden_layer=}, {vector=} and context_length give no encoder")
         self.final_norm, self.vector, self.added_tokens = final_norm, vector, dict(added_tokens or {})
         if strange := [f"{word}={n}" for word, n in self.added_tokens.items() if n not in range(tower.vocab_size)]:
             raise InputError(f"the added tokens {', '.join(strange[:3])} have no row among {tower.vocab_size}")
