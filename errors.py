@@ -43,7 +43,7 @@ def check(settings: Any, shares: Sequence[str] = (), counts: Sequence[str] = (),
             check_number(name, number, float not in kinds, int(field in counts), 1 if field in shares else MOST)
 
 
-def made(kind: Callable, *own: Any, **settings: Any) -> Any:
+def made(kind: Callable, /, *own: Any, **settings: Any) -> Any:
     """`kind` called with its own arguments and the user's settings. Raises InputError for one that it does not have."""
     try:
         inspect.signature(kind).bind(*own, **settings)
