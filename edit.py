@@ -46,13 +46,13 @@ def edit(
     from models.graphs import StepGraph
 
     others = {"model.ema": None, "compile": "graph", "channels_last": "auto"}  # beside true and false
-    for name in ("deterministic", "cache.enabled", "metrics.fetch", "mask_pixels", "task.confine", *others):
+    for name in ("deterministic", "metrics.fetch", "mask_pixels", "task.confine", *others):
         value = OmegaConf.select(cfg, name, default=False)
         if value not in (True, False, others.get(name, False)):
             more = f", {others[name]}" if others.get(name) else ""
             raise InputError(f"{name}={value} is unknown: true, false{more}")
-    for name in ("seed", "mask_feather"):
-        check_number(name, cfg[name], whole=True, high=2**63 - 1)
+    check_number("seed", cfg.seed, whole=True, high=2**63 - 1)
+    check_number("mask_feather", cfg.mask_feather, whole=True, high=4096)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
@@ -68,7 +68,7 @@ def edit(
         raise InputError("compile=graph takes a CUDA device")
     nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     parts = ("method", "task", "cache", "logger", "metrics")
-    method, source, cache, logger, metrics = (config.build(nodes[name]) for name in parts)
+    method, source, cache, logger, metrics = (config.build(nodes, name) for name in parts)
     names = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
     own = [name for name in names if cfg[name] not in (None, "")]
     if own and not source.single:
@@ -76,7 +76,7 @@ def edit(
     given = nodes["model"]
     how = {name: given[name] and find(given[name]) for name in ("vae", "tokenizer") if name in given}
     encoders = given.get("text") or []
-    how["text"] = [find(path) for path in ([encoders] if isinstance(encoders, str) else encoders)]
+    how["text"] = [find(path) for path in (encoders if isinstance(encoders, list) else [encoders])]
     how |= {"arch": given["arch"] or None, "device": device, "dtype": dtype, "ema": given["ema"]}
     model = (load or models.load)(find(given["weights"]), **how)
     model.unet.attention.backend = cfg.attention
@@ -86,8 +86,7 @@ def edit(
         model.unet.forward = StepGraph(model.unet)
     elif cfg.compile:
         model.unet.compile()
-    multiple = model.autoencoder.downsampling * model.unet.downsampling
-    size = model.image_size if cfg.size is None else cfg.size
+    size, multiple = model.image_size if cfg.size is None else cfg.size, model.multiple
     if not isinstance(size, int) or size < 1 or size % multiple:
         raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
     fingerprint = None if source.single and not cache.enabled else model.fingerprint

@@ -6,7 +6,6 @@ Under `torchrun --nproc-per-node=N train.py ...` N processes share each batch.
 
 import atexit
 import json
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import to_pil
-from errors import InputError, check_number
+from errors import MOST, InputError, check_number, made
 from evaluation import cli
 from files import whole_file
 from models import build, load
@@ -50,10 +49,12 @@ def run(cfg: DictConfig) -> bool:
     check_number("seed", cfg.seed, whole=True, high=2**32 - 1)
     parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
     for part in parts:
-        for name, value in part.get("objective", part).items():
+        for name, value in OmegaConf.to_container(part.get("objective", part), resolve=True).items():
             if name not in ("name", "prompts"):
                 count, share = name in COUNTS, name in ("prompt_dropout", "unknown_rate")
-                check_number(f"{part.name}: {name}", value, count, int(count), 1 if share else math.inf)
+                check_number(f"{part.name}: {name}", value, count, int(count), 1 if share else MOST)
+    trained = {part.name: part.training for part in parts if part.name != "evaluation"}
+    plans = {name: made(Settings, **OmegaConf.to_container(own, resolve=True)) for name, own in trained.items()}
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)
@@ -74,9 +75,8 @@ def run(cfg: DictConfig) -> bool:
         for part in parts:
             if part.name != "evaluation":
                 objective, dataset = assemble(cfg, part, out)
-                settings, file = OmegaConf.to_object(part.training), out / "training" / f"{part.name}.pt"
-                logged = partial(log, logger, out, part.name)
-                if not train(objective, dataset, settings, file, device, cfg.seed, bfloat16, logged):
+                file, logged = out / "training" / f"{part.name}.pt", partial(log, logger, out, part.name)
+                if not train(objective, dataset, plans[part.name], file, device, cfg.seed, bfloat16, logged):
                     return False
             elif rank == 0:
                 model = load(out, device=device)
@@ -107,9 +107,11 @@ def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, D
     if part.name == "clip" and not cfg.init:
         vocabulary = compact_vocabulary(data["trained"].vocabulary())
     model = build(arch, seed=cfg.seed, vocabulary=vocabulary)
+    if part.name == "clip" and model.clip is None:
+        raise InputError("part=clip takes an image tower: arch.vision says its sizes")
     for name, state in states.items():
         start_from(part_of(model, name), state, f"{cfg.init if name == part.name else out}/{name}")
-    return OBJECTIVES[part.name](model, out, data, **OmegaConf.to_container(part.objective)), data["trained"]
+    return made(OBJECTIVES[part.name], model, out, data, **OmegaConf.to_container(part.objective)), data["trained"]
 
 
 def start_from(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

@@ -34,7 +34,8 @@ class ListOfEdits(Tasks):
             for name, value in row.items():
                 if name not in Entry.__annotations__ or isinstance(value, (list, dict)):
                     raise InputError(f"{place}: {name} must be one text, and one of {', '.join(Entry.__annotations__)}")
-            texts = {name: str(value).strip() for name, value in row.items() if value not in (None, "")}
+            texts = {name: str(value).strip() for name, value in row.items() if value is not None}
+            texts = {name: text for name, text in texts.items() if text}
             if not texts.keys() >= {"image", "prompt"}:
                 raise InputError(f"{place}: image and prompt are needed")
             paths = {name: file.parent / texts.pop(name) for name in ("image", "mask", "truth") if name in texts}
@@ -58,6 +59,7 @@ class PieBench(Tasks):
                 image, words = folder / "annotation_images" / item["image_path"], item.get("blended_word", "").split()
                 entries.append(Entry(folder_name(name), *prompts, kind, image, blend_word=" ".join(words[:2])))
                 self.runs[entries[-1].name] = item["mask"]
+                self.mask(entries[-1])  # now, not amid the work
         super().__init__(entries, fit, **choice)
 
     def load(self, entry: Entry, size: int, multiple: int = 1) -> EditTask:
@@ -93,7 +95,7 @@ def index(path: str | None, name: str, source: str) -> Iterator[tuple[Path, Any]
     folder = Path(str(path or "")).expanduser()
     try:
         yield folder, json.loads((folder / name).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"task.path={path} holds no {name} of {source}: {error!r}") from error
 
 

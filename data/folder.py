@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import FITS, read_image
+from data.images import FITS, fit_picture, open_rgb
 from data.tables import read_rows, read_text
 from errors import InputError
 
@@ -44,8 +44,8 @@ class Folder:
         epoch, place = divmod(i, len(self.names))
         order = np.random.default_rng([self.seed, int(self.heldout), epoch]).permutation(len(self.names))
         name = self.names[order[place]]
-        image = read_image(self.folder / name, self.size, self.fit)[0]
-        return {"image": ((image + 1) * 127.5).round().to(torch.uint8), "caption": self.captions[name]}
+        image = fit_picture(open_rgb(self.folder / name), self.size, self.fit)
+        return {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1), "caption": self.captions[name]}
 
     def vocabulary(self) -> list[str]:
         """Texts that hold every word of the captions of both splits."""

@@ -29,7 +29,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generators sto
 
 
 def find(path: str | Path) -> Path:
-    """`path` from the working directory, or else inside this clone: bundled files are found anywhere."""
+    """`path` from the working directory, or else inside this clone. Raises InputError for a number or a list."""
+    if not isinstance(path, str | Path):
+        raise InputError(f"{path} is no path: image, mask, model.weights, .vae and .text name files")
     path = Path(path).expanduser()
     return CLONE / path if not path.exists() and (CLONE / path).exists() else path
 
@@ -142,9 +144,3 @@ def to_pil(image: Tensor) -> Image.Image:
     image = image.detach().float().cpu().reshape(image.shape[-3:])
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy())
-
-
-def read_image(path: str | Path, size: int, fit: str = "crop", multiple: int = 1) -> Tensor:
-    """The picture at `path` by `fit_picture` -> (1, 3, H, W) float32 in [-1, 1]. Raises InputError for a missing,
-    broken or far too large file."""
-    return to_tensor(fit_picture(open_rgb(path), size, fit, multiple))

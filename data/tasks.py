@@ -120,17 +120,18 @@ def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
 
 
 class OneImage(Tasks):
-    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named. `texts` may
-    be `source_prompt` and `negative_prompt`. Raises InputError for a missing picture or prompt."""
+    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named. Raises
+    InputError for a missing picture or prompt."""
 
     single = True
 
-    def __init__(self, image: str | None, prompt: str | None, fit="crop", example=None, mask=None, **texts):
+    def __init__(self, image, prompt, fit="crop", example=None, mask=None, source_prompt=None, negative_prompt=None):
         if image is None and example:
-            image, source = example["image"], texts.get("source_prompt")
+            image = example["image"]
             if prompt is None:
-                prompt, texts["source_prompt"] = example["prompt"], source or example["source_prompt"]
-        texts = {name: "" if v is None else str(v).strip() for name, v in (texts | {"prompt": prompt}).items()}
+                prompt, source_prompt = example["prompt"], source_prompt or example["source_prompt"]
+        texts = {"prompt": prompt, "source_prompt": source_prompt, "negative_prompt": negative_prompt}
+        texts = {name: "" if v is None else str(v).strip() for name, v in texts.items()}
         if image is None or not texts["prompt"]:
             raise InputError('name the picture and say what it should show: image=dog.jpg prompt="a sitting dog"')
         super().__init__([Entry("edit", image=find(image), mask=mask and find(mask), **texts)], fit, confine=True)

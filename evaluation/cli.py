@@ -29,7 +29,9 @@ from errors import InputError
 from files import CLONE
 
 # Free text and paths: one text, whatever stands in it, unless it is quoted or null. A sweep may list several.
-TEXT = re.compile(r"(image|(source_|negative_)?prompt|task\.path|data\.path|model\.weights|init)=")
+TEXT = re.compile(
+    r"\+*(image|mask|(source_|negative_)?prompt|(task|data)\.path|model\.(weights|vae)|cache\.dir|init|out)="
+)
 
 LESS_IS_BETTER = ("mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb")
 
@@ -159,7 +161,8 @@ def explain(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     raised_in = "".join(frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])
     theirs = isinstance(error, HydraException | OmegaConfBaseException) or re.search("/(hydra|omegaconf)/", raised_in)
-    return " ".join(str(error).split()) if theirs else None
+    reason = str(error.__cause__ or "").partition("\n")[0]
+    return " ".join(f"{error} {reason}".split()) if theirs else None
 
 
 def end_with(error: BaseException) -> None:

@@ -5,7 +5,6 @@ conf/method holds presets: NAME.yaml builds on /settings/NAME, the dataclass in 
 """
 
 import ast
-import inspect
 import json
 import re
 import uuid
@@ -16,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
-from errors import InputError
+from errors import InputError, made
 from files import CLONE
 
 HEADING = """# Methods and their settings
@@ -65,20 +64,14 @@ def inherited(known: dict, module: str, name: str) -> tuple[set[str], dict]:
     return roots, settings
 
 
-def build(node: Any) -> Any:
-    """The object of a config's _target_, with those within it. Hydra's own would resolve a text `${...}` once more.
-    Raises InputError for a setting that it does not have, and for a sampler or an inversion that is none."""
+def build(nodes: dict, name: str) -> Any:
+    """The object of the _target_ at `name`, with the sampler and the inversion in it. Hydra's own would resolve a text
+    `${...}` once more. Raises InputError where there is none, and for a setting that it does not have."""
+    node = nodes.get(name)
     if not isinstance(node, dict) or "_target_" not in node:
-        return node
-    settings = {name: build(value) for name, value in node.items() if name != "_target_"}
-    kind = get_class(node["_target_"])
-    for name in (name for name in GROUPS if not isinstance(node.get(name, {}), dict)):
-        raise InputError(f"method.{name}={node[name]} is unknown: choose {name}=NAME, and {name}.SETTING=VALUE")
-    try:
-        inspect.signature(kind).bind(**settings)
-    except TypeError as error:
-        raise InputError(f"{node['_target_']}: {error}") from error
-    return kind(**settings)
+        raise InputError(f"{name}={node} is unknown: choose {name}=NAME, and {name}.SETTING=VALUE")
+    settings = {key: build(node, key) if key in GROUPS else value for key, value in node.items() if key != "_target_"}
+    return made(get_class(node["_target_"]), **settings)
 
 
 def markdown() -> str:

@@ -15,6 +15,7 @@ import matplotlib
 import pandas as pd
 from PIL import Image
 
+from data.images import open_rgb
 from files import whole_file
 
 FILES = {  # paths of pictures, and the numbers under them
@@ -52,7 +53,8 @@ def run_rows(folder: Path) -> list[dict]:
     rows = {}
     for path in sorted(folder.glob("rows*.jsonl")):
         for line in path.read_text("utf-8", "replace").splitlines():
-            with suppress(json.JSONDecodeError):  # a line that a killed process did not finish
+            # A line that a killed process did not finish, or of another program.
+            with suppress(AttributeError, RecursionError, TypeError, ValueError):
                 row = json.loads(line)
                 rows[task_of(row), row.get("file")] = row
     done = {task for task, file in rows if file}
@@ -300,7 +302,7 @@ def draw_sheet(folder: Path, title: str, lines: Sequence[tuple[str, Sequence[tup
     for i, (heading, cells) in enumerate(lines):
         for j, (file, words) in enumerate(cells):
             panel = figure.add_subplot(grid[i, j], xticks=[], yticks=[], anchor="NW")
-            picture = Image.open(folder / file).convert("RGB") if file else Image.new("RGB", (64, 64), "#dddddd")
+            picture = open_rgb(folder / file) if file else Image.new("RGB", (64, 64), "#dddddd")
             panel.imshow(picture, interpolation="lanczos")
             panel.spines[:].set_color("#cccccc")
             panel.set_xlabel(words, loc="left", fontsize=9)

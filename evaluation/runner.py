@@ -230,8 +230,8 @@ def claim(folder: Path, settings: dict, anew: bool) -> None:
     `anew` only where it holds those of a list."""
     path, theirs = folder / "run.json", {}
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
-    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
-        theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # there is none, or it is damaged
+        theirs = {**json.loads(path.read_text(encoding="utf-8"))["settings"]}
     if theirs and any(folder.glob("rows*.jsonl")):
         names = ["task._target_"] if anew else {**theirs, **ours}
         if names := [name for name in names if theirs.get(name) != ours.get(name) and not NOT_COMPARED.match(name)]:
@@ -249,7 +249,7 @@ def task_seed(seed: int, name: str) -> int:
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
     Raises InputError where no edit has it, or tasks failed."""
-    names = [setting] if isinstance(setting, str) else list(setting or [])
+    names = [setting] if isinstance(setting, str | int | float) else list(setting or [])
     if names and any("error" in row for row in rows):
         raise InputError("objective: tasks failed, so the rest does not compare with other settings")
     means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from PIL import Image
 
+from data.images import open_rgb
 from errors import InputError
 from evaluation import report
 from evaluation.cli import overrides
@@ -22,7 +22,7 @@ class WandbLogger:
     own variables win over the defaults in conf/logger and in `run`."""
 
     def __init__(self, mode: str = "offline", **about):
-        mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # as WANDB_MODE may have it
+        mode = {"run": "online", "dryrun": "offline"}.get(str(mode), mode)  # as WANDB_MODE may have it
         if mode not in ("online", "offline", "disabled"):
             raise InputError(f"logger.mode={mode} is unknown: choose from online, offline, disabled")
         self.mode, self.about, self.active = mode, about, None
@@ -49,7 +49,7 @@ class WandbLogger:
         os.environ["WANDB_DATA_DIR"] = data or str(folder / "wandb")  # where a table waits for its upload
         try:
             self.active = wandb.init(**about, settings=wandb.Settings(**quiet))
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, TypeError) as error:  # the second of a setting that it does not have
             line = " ".join(str(error).split())
             raise InputError(f"W&B could not start: {line} (logger.mode=offline needs no account)") from error
         self.stages, code = set(), 1
@@ -80,7 +80,7 @@ class WandbLogger:
 
         @functools.cache  # W&B keeps pictures in memory until the run ends: each file once
         def small(name: str) -> wandb.Image:
-            picture = Image.open(folder / name).convert("RGB")
+            picture = open_rgb(folder / name)
             picture.thumbnail((256, 256))
             return wandb.Image(picture)
 

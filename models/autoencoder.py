@@ -99,7 +99,7 @@ class Autoencoder(nn.Module):
     ):
         super().__init__()
         self.patch, self.z_channels = patch, z_channels
-        self.scale_factor, self.shift_factor = scale_factor, shift_factor
+        self.scale_factor, self.shift_factor = float(scale_factor), float(shift_factor)
         self.downsampling = patch * 2 ** (len(ch_mult) - 1)
         pixels = 3 * patch**2
         self.encoder = Encoder(pixels, ch, ch_mult, num_res_blocks, z_channels)

@@ -87,13 +87,15 @@ def load(
         parts.load_state_dict(fitted(parts.state_dict(), unscaled(named, dtype), device), assign=True)
     except InputError as error:
         raise error if str(source) in str(error) else InputError(f"{source}: {error}") from None
-    except (KeyError, TypeError, ValueError, AssertionError) as error:  # torch asserts the sizes of its layers
-        raise InputError(f"{source}: its sizes describe no network of a Stable Diffusion ({error!r})") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of a hub's config
+        raise InputError(f"{source}: its sizes or model.arch describe no network ({error!r})") from error
     parts.to(device)  # the buffers that no file brings
     if "t5" in config:
         for file in [Path(tokenizer)] if tokenizer else [folder / SPIECE for folder in (source, *texts)]:
             if tokenizer or file.exists():
                 model.towers["t5"].tokenizer = read_tokenizer(file)
+    elif tokenizer:
+        raise InputError(f"{source}: model.tokenizer is for T5, which it lacks")
     elif "mmdit" in config:
         warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
     if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):
@@ -205,6 +207,8 @@ def unscaled(named: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
             continue
         scale = named.get(f"{stem}.scale_weight", named.get(f"{stem}.weight_scale")) if kind == "weight" else None
         if scale is not None and scale.numel():
+            if scale.numel() not in (1, *tensor.shape[:1]):
+                raise InputError(f"{name} of {len(tensor)} rows has {scale.numel()} scales")
             scale = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))  # one number, or one for each row
             tensor = (tensor.float() * scale).to(dtype)
         out[name] = tensor
@@ -397,7 +401,7 @@ def read_config(path: Path, file: str = "config.json") -> dict:
     """The sizes in a folder's `config.json`, or in another file of JSON. Raises InputError where it cannot be read."""
     try:
         return json.loads((path / file).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path / file} cannot be read: {error}") from None
 
 

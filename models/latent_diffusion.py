@@ -40,6 +40,9 @@ class LatentDiffusion(nn.Module):
             raise InputError("a schedule of zero terminal SNR ends in pure noise, which only prediction=v can use")
         self.unet, self.autoencoder, self.towers = unet, autoencoder, towers
         self.schedule, self.prediction, self.image_size = schedule, prediction, image_size
+        self.multiple = autoencoder.downsampling * unet.downsampling  # of which a picture's sides are multiples
+        if not isinstance(image_size, int) or image_size < 1 or image_size % self.multiple:
+            raise InputError(f"image_size is {image_size}: the side in pixels must be a multiple of {self.multiple}")
         self.clip = clip
         self.config: dict = {}  # the sizes it was built from, which `save` writes down
         self.evaluations = 0  # of the network so far, one for each latent in a batch
@@ -76,10 +79,11 @@ class LatentDiffusion(nn.Module):
     def encode_image(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, c, h, w): the posterior's mean, or with a generator
         a sample. Raises InputError where H or W does not fit the networks."""
-        factor = self.autoencoder.downsampling * self.unet.downsampling
-        if x.shape[-2] % factor or x.shape[-1] % factor:
-            size = f"{x.shape[-1]}x{x.shape[-2]}"
-            raise InputError(f"an image of {size} pixels does not fit this model: it takes multiples of {factor}")
+        high, wide = x.shape[-2:]
+        if high % self.multiple or wide % self.multiple:
+            raise InputError(
+                f"a picture of {wide}x{high} pixels does not fit: the sides are multiples of {self.multiple}"
+            )
         return self.autoencoder.encode(x.to(self.autoencoder.encoder.conv_in.weight), generator)
 
     def decode_latents(self, z: Tensor) -> Tensor:
@@ -113,22 +117,29 @@ def build(
     """A model with random weights from the sizes in `config`: `unet`, `vae`, `text` (and `text_2`, where there are two
     towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_is_zero`. `seed` makes the weights
     reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
-    leaves all weights on the meta device, where they take neither time nor memory."""
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device("meta") if meta else nullcontext():
-        if seed is not None:
-            torch.manual_seed(seed)
-        text = build_text(**config["text"], vocabulary=vocabulary)
-        towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
-        if "t5" in config:
-            towers["t5"] = T5(**config["t5"])
-        unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
-        autoencoder = Autoencoder(**config["vae"])
-        vision = config.get("vision")
-        clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
-    others = {name: config[name] for name in ("prediction", "image_size") if name in config}
-    width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
-    towers = TextTowers(towers, config.get("empty_is_zero", False), width)
-    schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
-    model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
+    leaves all weights on the meta device, where they take neither time nor memory. Raises InputError for sizes of no
+    network."""
+    try:
+        with torch.random.fork_rng([], seed is not None), torch.device("meta") if meta else nullcontext():
+            if seed is not None:
+                torch.manual_seed(seed)
+            text = build_text(**config["text"], vocabulary=vocabulary)
+            towers = {"text": text} | {name: build_text(**config[name]) for name in ("text_2",) if name in config}
+            if "t5" in config:
+                towers["t5"] = T5(**config["t5"])
+            unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+            autoencoder = Autoencoder(**config["vae"])
+            vision = config.get("vision")
+            clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None
+        others = {name: config[name] for name in ("prediction", "image_size") if name in config}
+        width = unet.context_embedder.in_features if isinstance(unet, MMDiT) else None
+        towers = TextTowers(towers, config.get("empty_is_zero", False), width)
+        schedule = (FlowSchedule if config["schedule"].get("kind") == "flow" else NoiseSchedule)(**config["schedule"])
+        model = LatentDiffusion(unet, autoencoder, towers, schedule, clip=clip, **others)
+        if not all(weight.numel() for weight in model.parameters()):
+            raise InputError("the sizes of arch describe a layer without weights")
+    except Exception as error:  # torch and open_clip have many
+        line = str(error) if isinstance(error, InputError) else f"the sizes of arch describe no network ({error!r})"
+        raise InputError(line) from error
     model.config = dict(config)
     return model.eval()

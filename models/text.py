@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import InputError
 from samplers import Conditioning
 
 VOCABULARY = 49408  # entries of CLIP's tokenizer: 256 bytes, each inside and at the end of a word, merges, begin, end
@@ -41,7 +42,12 @@ class TextEncoder(nn.Module):
         added_tokens: Mapping[str, int] | None = None,
     ):
         super().__init__()
+        known = hidden_layer in ("last", "penultimate") and vector in (None, "end", "projected")
+        if not known or tower.context_length < 2:
+            raise InputError(f"arch.text: {hidden_layer=}, {vector=} and context_length give no encoder")
         self.final_norm, self.vector, self.added_tokens = final_norm, vector, dict(added_tokens or {})
+        if strange := [f"{word}={n}" for word, n in self.added_tokens.items() if n not in range(tower.vocab_size)]:
+            raise InputError(f"the added tokens {', '.join(strange[:3])} have no row among {tower.vocab_size}")
         known = tower.vocab_size - len(self.added_tokens)
         size = min(known, VOCABULARY) if vocabulary is None else VOCABULARY  # extra rows are not tokens
         self.tower, self.context_length = tower, tower.context_length

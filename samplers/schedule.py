@@ -105,7 +105,7 @@ class NoiseSchedule(Schedule):
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        check(self, counts=["timesteps"], kind=KINDS, final_alpha_bar=("first", "one"))
+        check(self, ["beta_start", "beta_end"], ["timesteps"], kind=KINDS, final_alpha_bar=("first", "one"))
         self.alpha_bars = torch.cumprod(1 - self._betas(), dim=0)  # (timesteps,) float64, strictly decreasing
         if self.zero_snr:
             roots = self.alpha_bars.sqrt()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from data.images import FITS, TURNS, bucket, fit_picture, open_mask, open_rgb, read_image, to_pil, to_tensor
+from data.images import FITS, TURNS, bucket, fit_picture, open_mask, open_rgb, to_pil, to_tensor
 from errors import InputError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -84,7 +84,7 @@ def test_broken_files_are_one_clear_line(tmp_path, monkeypatch):
     for name in (*files, "missing.png"):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000 if name == "big.png" else 10**6)
         with pytest.raises(InputError, match=name) as error:
-            read_image(tmp_path / name, 16)
+            open_rgb(tmp_path / name)
         assert "\n" not in str(error.value)
 
 
@@ -128,5 +128,5 @@ def test_a_bucket_has_the_shape_the_area_and_sides_of_multiples(width, height, s
 def test_eight_bits_survive_the_round_trip_and_values_beyond_are_clamped(tmp_path, fit):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     to_pil(to_tensor(Image.fromarray(pixels))).save(tmp_path / "x.png")
-    assert np.array_equal(np.array(to_pil(read_image(tmp_path / "x.png", 16, fit))), pixels)
+    assert np.array_equal(np.array(to_pil(to_tensor(fit_picture(open_rgb(tmp_path / "x.png"), 16, fit)))), pixels)
     assert np.array(to_pil(torch.tensor([-3.0, 0.0, 3.0]).view(3, 1, 1)))[0, 0].tolist() == [0, 128, 255]

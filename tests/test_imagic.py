@@ -195,9 +195,10 @@ def test_the_model_comes_back_unchanged_also_after_an_error(task, tune, failing)
     model = randomised(models.build(TINY, seed=1)).requires_grad_(True)
     before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
     settings = {"tune": tune, "decoder_steps": 2, "gradient_checkpointing": True, "clip_weight": 1.0, "eta": [0, 1]}
-    if failing in STAGES:
-        settings["lora_lr" if (failing, tune) == ("tuning", "lora") else f"{failing}_lr"] = 1e30
-    results = perform(imagic(**settings, steps=2), model, task, Run())
+    method = imagic(**settings, steps=2)
+    if failing in STAGES:  # beyond the setting's range
+        setattr(method, "lora_lr" if (failing, tune) == ("tuning", "lora") else f"{failing}_lr", 1e30)
+    results = perform(method, model, task, Run())
     if failing == "midway":
         next(results)
         results.close()

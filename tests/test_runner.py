@@ -70,11 +70,11 @@ def test_an_edit_costs_its_tuning_wherever_it_was_done_and_no_reconstruction(tmp
         return get(self, *arguments)
 
     monkeypatch.setattr(TuningCache, "get", slow)
-    of = lambda enabled: TuningCache(enabled, str(tmp_path / "cache"))
-    for cache in (of(True), of(True), of(False)):
+    for settings in ({"dir": str(tmp_path)}, {"dir": str(tmp_path)}, {"enabled": False}):
+        cache = TuningCache(**settings)
         rows, _ = editor(tiny_model, Tuned(clock), cache).edit_task(task, tmp_path / "run", 0)
         assert [(row["seconds"], row["evaluations"], row["peak_memory_gb"]) for row in rows] == [(11, 4, 2), (12, 5, 2)]
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_a_tuning_is_reused_for_the_same_picture_and_settings_only(tmp_path, tiny_model, task):

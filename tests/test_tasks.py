@@ -147,6 +147,8 @@ def test_a_list_of_ones_own(pictures, kind):
         ("a.csv", b'image,prompt\ndog.png,"a "red" cat"\n', "line 2"),
         ("a.jsonl", b'\n{"image": "dog.png", "prompt": "a \\ud800 cat"}', "line 2"),
         ("a.jsonl", b'{"image": "gone.png", "prompt": "x"}', "gone.png"),
+        ("a.jsonl", b'{"image": "dog.png", "prompt": "  "}', "line 1: .*prompt"),
+        ("a.jsonl", b"[" * 10**5, "line 1"),
     ],
 )
 def test_a_broken_list_is_refused_by_its_line(tmp_path, name, content, wanted):

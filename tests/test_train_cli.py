@@ -130,8 +130,11 @@ def test_a_part_needs_the_others_in_the_same_sizes(run, trained, tmp_path):
         run("part=unet", f"out={trained[0]}", "arch.text.width=64")
 
 
-def test_bad_numbers_end_before_the_training(run, tmp_path):
+def test_bad_settings_end_before_the_training(run, trained, tmp_path):
     for wrong in ("seed=-1", "seed=1.5", "objective.probes=0", "objective.kl_weight=nan", "training.lr=inf"):
         setting = wrong if "seed" in wrong else f"part.{wrong}"
         with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
             run("part=autoencoder", f"out={tmp_path}", setting)
+    for wrong in ("objective.prompts=5", "objective.prompts=cat", "objective.foo=1", "training.foo=1"):
+        with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
+            run("part=unet", f"out={trained[0]}", f"++part.{wrong}")

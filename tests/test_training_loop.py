@@ -159,6 +159,9 @@ def test_numbers_out_of_range_are_refused():
     for name, value in (*wrong, ("steps", 0), ("batch_size", 2.5), ("save_every", 0), ("min_lr", 1.5)):
         with pytest.raises(InputError, match=rf"training\.{name}"):
             replace(SETTINGS, **{name: value})
+    for betas in ([0.9], (0.9, 1), (0.9, math.nan)):
+        with pytest.raises(InputError, match="betas"):
+            replace(SETTINGS, betas=betas)
 
 
 def test_a_kill_before_the_publication_is_made_up_for(tmp_path):

@@ -73,7 +73,7 @@ def test_the_variables_of_wandb_win(tmp_path, wandb, monkeypatch, given):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     node = OmegaConf.load(CLONE / "conf" / "logger" / "wandb.yaml")
-    with build(OmegaConf.to_container(node, resolve=True)).run(tmp_path, {}, "imagic", "a dog"):
+    with build({"logger": OmegaConf.to_container(node, resolve=True)}, "logger").run(tmp_path, {}, "imagic", "a dog"):
         assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "wandb")  # where tables wait for an upload
     assert "WANDB_DATA_DIR" not in os.environ
     about = wandb.init.call_args.kwargs

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from errors import InputError, check
+from errors import InputError, check, check_number
 from files import whole_file
 from models.checkpoints import export_part
 
@@ -56,6 +56,9 @@ class Settings:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "save_every", "validate_every", "log_every")
         check(self, shares=("min_lr", "ema_decay"), counts=counts)
+        check_number("training.workers", self.workers, whole=True, high=1024)
+        for beta in self.betas if len(self.betas) == 2 else [f"{self.betas}, not two"]:
+            check_number("training.betas", beta, high=0.999999)
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the training that is done, in [0, 1], after `step` steps and `seconds`."""
@@ -109,7 +112,9 @@ def train(
         objective.to(memory_format=torch.channels_last)
     trained = objective.trained
     average = copy.deepcopy(trained).requires_grad_(False)
-    optimizer = adamw(trained, s)
+    matrices = {"params": [p for p in trained.parameters() if p.ndim > 1], "weight_decay": s.weight_decay}
+    vectors = {"params": [p for p in trained.parameters() if p.ndim <= 1], "weight_decay": 0.0}  # biases and gains
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=s.lr, betas=tuple(s.betas), fused=True)
     stateful = {"trained": trained, "average": average, "optimizer": optimizer}
     identity = {"seed": seed, "batch_size": s.batch_size}
     step, seconds = restore(state_file, stateful, identity, device) if state_file.exists() else (0, 0.0)
@@ -166,9 +171,9 @@ def train(
             if saving or step % s.log_every == 0:
                 means = torch.stack([value.float() for value in numbers.values()]) / world
                 values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
-                weights = [*trained.parameters(), *average.parameters()] if saving else []  # 20 ms on a CPU thread
-                finite = values["loss"] + values["grad_norm"] + sum(weight.sum().item() for weight in weights)
-                if not math.isfinite(finite):  # the last good state stays
+                weights = [*trained.parameters(), *average.parameters()] if saving else []
+                finite = values["loss"] + values["grad_norm"] + sum(w.abs().max().half().item() for w in weights)
+                if not math.isfinite(finite):  # in half precision, as they are exported; the last good state stays
                     raise InputError(f"loss, gradient or weights are not finite by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
@@ -192,13 +197,6 @@ def train(
 def leave_ctrl_c(worker: int) -> None:
     """In a process that draws pictures: Ctrl-C is for the training, which needs the pictures up to its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def adamw(trained: nn.Module, s: Settings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019); biases and gains do not decay."""
-    matrices = {"params": [p for p in trained.parameters() if p.ndim > 1], "weight_decay": s.weight_decay}
-    vectors = {"params": [p for p in trained.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=s.lr, betas=tuple(s.betas), fused=True)
 
 
 @torch.no_grad()

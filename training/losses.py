@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from errors import InputError
 from models.latent_diffusion import LatentDiffusion
 from models.text import BEGIN, END, UNKNOWN
 from training.evaluate import clip_scores, grid, pictures, reconstruct, sample, top1
@@ -102,6 +103,8 @@ class UNetObjective(Objective):
     ):  # fmt: skip
         super().__init__(model, "unet", out)
         self.prompt_dropout, self.guidance_scale = prompt_dropout, guidance_scale
+        if prompts and not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
+            raise InputError(f"objective.prompts is {prompts}: it must be a list of texts")
         self.prompts = prompts or pictures(data["trained"], range(UNSEEN, UNSEEN + 16))[1]
         weight = torch.ones(model.schedule.timesteps)
         if min_snr_gamma and model.prediction != "flow":
