@@ -49,7 +49,7 @@ class WandbLogger:
         os.environ["WANDB_DATA_DIR"] = data or str(folder / "wandb")  # where a table waits for its upload
         try:
             self.active = wandb.init(**about, settings=wandb.Settings(**quiet))
-        except (wandb.errors.Error, TypeError) as error:  # the second of a setting that it does not have
+        except (wandb.errors.Error, TypeError, ValueError) as error:  # the last two of a setting
             line = " ".join(str(error).split())
             raise InputError(f"W&B could not start: {line} (logger.mode=offline needs no account)") from error
         self.stages, code = set(), 1

@@ -175,9 +175,8 @@ def test_learned_tokens(tmp_path):
     assert model.text.tokenize(["a <toy> a<toy>_1"])[0, :6].tolist() == [begin, a, n, a, n + 1, end]
     models.save(model, tmp_path / "own", dtype=None)
     assert models.load(tmp_path / "own").text.tokenize(["<toy>"])[0, 1] == n
-    for n in (-1, 10**6, "x"):
-        (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<toy>": n}))
-        assert f"<toy>={n}" in refused(folder, arch=None)
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<toy>": "x", "<toys>": -1}')
+    assert "<toy>=x, <toys>=-1" in refused(folder, arch=None)
     ids = model.text.tokenize(["a <toy>"])
     assert torch.equal(model.text.at_end(torch.arange(77.0).view(1, 77, 1), ids), torch.tensor([[3.0]]))
 
@@ -225,7 +224,6 @@ STEM, BIAS, KEY = UNET + "input_blocks.0.0.weight", UNET + "time_embed.0.bias", 
         ({"prediction": "x0"}, "x0"),
         ({"unet": {"model_channels": -32}}, "negative"),
         ({"vae": {"scale_factor": "wide"}}, "wide"),
-        ({"schedule": 7}, "describe no network"),
         (lambda state: state | {UNET + "surprise": torch.ones(3)}, "surprise is unexpected"),  # of the tensors
         (lambda state: state | {BIAS: torch.zeros(7)}, "[7]"),
         (lambda state: {k: t for k, t in state.items() if not k.endswith(KEY)}, "attn1.to_qkv.weight is missing"),

@@ -157,7 +157,7 @@ def test_a_cut_or_empty_file_of_rows_is_read(tmp_path):
     for length in (0, 1, len(whole) // 2 + 20, len(whole) - 1):
         (tmp_path / "rows.jsonl").write_bytes(whole[:length])
         assert len(report.run_rows(tmp_path)) == (length > len(whole) // 2) + (length > len(whole) - 2)
-    (tmp_path / "rows.jsonl").write_bytes(whole[: len(whole) // 2 + 20] + bytes(30) + b"\xff\xfe\n" + whole)
-    with (tmp_path / "rows.jsonl").open("a") as file:  # lines that no run wrote
-        file.write('7\nnull\n[]\n"x"\n{"task": ["t0"], "file": {}}\n' + "[" * 10**5 + "\n" + "9" * 5000 + "\n")
+    foreign = b'7\nnull\n[]\n"x"\n{"task": ["t0"], "file": {}}\n' + b"[" * 10**5 + b"\n" + b"9" * 5000 + b"\n"
+    cut = whole[: len(whole) // 2 + 20] + bytes(30) + b"\xff\xfe\n"
+    (tmp_path / "rows.jsonl").write_bytes(cut + foreign + whole)
     assert len(report.run_rows(tmp_path)) == 2

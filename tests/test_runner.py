@@ -71,8 +71,7 @@ def test_an_edit_costs_its_tuning_wherever_it_was_done_and_no_reconstruction(tmp
 
     monkeypatch.setattr(TuningCache, "get", slow)
     for settings in ({"dir": str(tmp_path)}, {"dir": str(tmp_path)}, {"enabled": False}):
-        cache = TuningCache(**settings)
-        rows, _ = editor(tiny_model, Tuned(clock), cache).edit_task(task, tmp_path / "run", 0)
+        rows, _ = editor(tiny_model, Tuned(clock), TuningCache(**settings)).edit_task(task, tmp_path / "run", 0)
         assert [(row["seconds"], row["evaluations"], row["peak_memory_gb"]) for row in rows] == [(11, 4, 2), (12, 5, 2)]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
