@@ -119,6 +119,8 @@ def build(
     reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
     leaves all weights on the meta device, where they take neither time nor memory. Raises InputError for sizes of no
     network."""
+    import open_clip  # noqa: F401 (now: torch 2.6 cannot import what it needs on the meta device)
+
     try:
         with torch.random.fork_rng([], seed is not None), torch.device("meta") if meta else nullcontext():
             if seed is not None:
