@@ -27,7 +27,7 @@ DDIM, DDPM = Sampler(4), Sampler(4, eta=1.0)
 METHODS = {
     "sdedit": SDEdit(DDPM, strength=1.0),
     "ddim_inversion": DDIMInversion(DDIM, inversion_scale=2.0),
-    "ddpm_inversion": DDPMInversion(DDPM, skip=0.0),
+    "ddpm_inversion": DDPMInversion(DDPM, skip=0.0, source_guidance_scale=1.5),
     "prompt_to_prompt": PromptToPrompt(DDIM, Inversion()),
     "null_text": PromptToPrompt(DDIM, NullText(inner_steps=1)),
     "negative_prompt": PromptToPrompt(DDIM, NegativePrompt()),

@@ -158,7 +158,7 @@ def test_both_layouts_and_a_saved_folder_are_one_model(folder, tmp_path, spiece)
     name, path = folder
     single, hub = tiny(name), models.load(path)
     models.save(hub, tmp_path, dtype=None)
-    own = models.load(tmp_path, tokenizer=spiece)
+    own = models.load(tmp_path, tokenizer=spiece if name == "sd3_tiny" else None)
     for other in (hub, own):
         same(other, single)
         for fact in ("image_size", "prediction", "schedule", "latent_shape"):
