@@ -44,13 +44,9 @@ def cohere(model, prompt: str, z_edit: Tensor, weight: float, steps: int, lr: fl
     """
     z, text = z_edit.float().clone(), model.clip.text_features([prompt])
 
-    def agreement() -> Tensor:
-        return (model.clip.image_features(model.decode_latents(z)) * text).sum()
-
     def loss() -> dict[str, Tensor]:
-        return {"clip": weight * (1 - agreement()), "distance": F.mse_loss(z, z_edit.float())}
+        agreement = (model.clip.image_features(model.decode_latents(z)) * text).sum()
+        return {"clip": weight * (1 - agreement), "distance": F.mse_loss(z, z_edit.float())}
 
-    run.metrics["clip_cosine_before"] = float(agreement())
     minimise(loss, [z], run, stage, steps, lr)
-    run.metrics["clip_cosine_after"] = float(agreement())
     return z.detach().to(z_edit)

@@ -21,10 +21,7 @@ def adafactor(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
     return Adafactor(params, lr=lr, scale_parameter=False)
 
 
-OPTIMIZERS = {
-    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True),
-    "adafactor": adafactor,
-}
+OPTIMIZERS = {"adam": lambda params, lr: torch.optim.Adam(params, lr=lr, fused=True), "adafactor": adafactor}
 
 
 @contextmanager
@@ -72,8 +69,7 @@ def minimise(
             total = sum(terms.values())
             values = {"loss": total.item()} | {name: v.item() for name, v in terms.items() if len(terms) > 1}
             if not math.isfinite(values["loss"]):
-                where = f"in stage '{stage}' at step {step}"
-                raise InputError(f"the loss became {values['loss']} {where}: lower its learning rate")
+                raise InputError(f"{stage}: the loss is {values['loss']} at step {step}: lower its learning rate")
             for name, value in values.items():
                 curves.setdefault(name, []).append(value)
             run.scalar(stage, step, **values)

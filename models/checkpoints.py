@@ -319,9 +319,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name: t for name, t in content.items() if isinstance(t, Tensor)}
 
 
-def weight_files(
-    files: Sequence[str], folders: Iterable[str] = names.FOLDERS, half: bool = False
-) -> dict[str, list[str]]:
+def weight_files(files: Sequence[str], folders: Iterable[str] = names.FOLDERS, half=False) -> dict[str, list[str]]:
     """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`,
     but half precision first where it is enough; those of a large network are in several files. Raises InputError where
     a sub-folder has none."""
@@ -379,12 +377,9 @@ def part_of(model: LatentDiffusion, part: str) -> nn.Module:
 
 def save_part(module: nn.Module, path: Path, part: str, dtype: torch.dtype | None = torch.float16) -> None:
     """Write one part's safetensors file."""
-    state = {
-        name: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous().cpu()
-        for name, t in module.state_dict().items()
-    }
+    cast = lambda t: (t.to(dtype) if dtype and t.is_floating_point() else t).contiguous().cpu()
     with whole_file(path / f"{part}.safetensors") as file:
-        save_file(state, file)
+        save_file({name: cast(tensor) for name, tensor in module.state_dict().items()}, file)
 
 
 def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str) -> None:

@@ -81,9 +81,7 @@ class LatentDiffusion(nn.Module):
         a sample. Raises InputError where H or W does not fit the networks."""
         high, wide = x.shape[-2:]
         if high % self.multiple or wide % self.multiple:
-            raise InputError(
-                f"a picture of {wide}x{high} pixels does not fit: the sides are multiples of {self.multiple}"
-            )
+            raise InputError(f"a picture of {wide}x{high} does not fit: its sides are multiples of {self.multiple}")
         return self.autoencoder.encode(x.to(self.autoencoder.encoder.conv_in.weight), generator)
 
     def decode_latents(self, z: Tensor) -> Tensor:

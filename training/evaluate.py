@@ -1,7 +1,5 @@
 """Judging a trained model: reconstructions, CLIP, and samples under two judges, with grids to look at."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ is the weights, their average, the optimizer's state, n and the seconds spent, a
 an uninterrupted one. Each of W processes takes its slice of the same global batch, so any W computes the same steps.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

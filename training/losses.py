@@ -1,7 +1,5 @@
 """The losses of the three parts of a model, their random numbers, and how progress is judged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
