@@ -77,6 +77,7 @@ def terminate(call, number=signal.SIGTERM):
 
 
 def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):  # after the state of step 4, before that of step 8
         run(tmp_path / "killed", objective=Regression(before=interrupt))
@@ -86,7 +87,7 @@ def test_a_run_cut_short_resumes_to_the_bit(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "ctrl-c", objective=Regression(before=lambda call: terminate(call, signal.SIGINT)))
     assert state(tmp_path / "ctrl-c")["step"] == 6
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     for folder in ("killed", "stopped", "ctrl-c"):
         assert run(tmp_path / folder)[0]
         whole, cut = (state(tmp_path / name) | {"seconds": 0} for name in ("whole", folder))
