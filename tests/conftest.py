@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from threads; subprocesses inherit it
 
+import hydra
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ if not torch.cuda.is_available():  # fused attention on the CPU: Triton reads th
 
 import models
 from data.tasks import EditTask
+from evaluation import config
+from files import CLONE
 from methods.base import RECONSTRUCTION, Run, perform
 
 TINY = {
@@ -44,6 +47,13 @@ def tiny(name, **options):
     """The single file of a checkpoint in `FIXTURES` as a model, that of Stable Diffusion 3 with T5."""
     t5 = [*(FIXTURES / name).glob("t5.safetensors")]
     return models.load(FIXTURES / name / "model.safetensors", **({"arch": fixture_arch(name), "text": t5} | options))
+
+
+def compose(program, *arguments, **options):
+    """The settings of `edit.py` or `train.py` for the given arguments."""
+    config.register()
+    with hydra.initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
+        return hydra.compose(program, list(arguments), **options)
 
 
 def same(a, b):
@@ -84,6 +94,10 @@ def close(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def latents(results):
     """The latents of the edits that the fixture `edit` gives, in one batch."""
     return torch.cat([latent for _, latent, _ in results[0]])
@@ -97,11 +111,6 @@ def randomised(model):
             if not p.any():
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
     return model.requires_grad_(False)
-
-
-@pytest.fixture
-def tiny_config():
-    return TINY
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +132,18 @@ def spiece(tmp_path_factory):
             sentence_iterator=iter(lines), model_writer=out, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, **sizes
         )
     return file
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function of tensors: a safetensors file of them."""
+
+    def to_file(tensors, name="model", metadata=None):
+        file = tmp_path / f"{name}.safetensors"
+        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file, metadata)
+        return file
+
+    return to_file
 
 
 @pytest.fixture

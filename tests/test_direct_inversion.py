@@ -13,7 +13,7 @@ from methods.base import Run, cosine
 from methods.direct_inversion import DirectInversion
 from methods.direct_inversion_extras import other_grid, with_cosine
 from samplers import Sampler, ddim, guided
-from tests.conftest import TINY, WITHOUT_CLIP, latents, randomised
+from tests.conftest import TINY, WITHOUT_CLIP, latents, normal, randomised
 
 
 def method(steps=4, eta=0.0, **kwargs):
@@ -109,25 +109,24 @@ def test_similarity_and_diversity_set_the_cosine_of_the_start(tiny_model, task, 
     assert torch.equal(latents(one), results[0][0][1])  # a sample does not depend on how many there are
 
 
-def draws(count, mix, alpha, beta):
-    """Start latents, (count, ...), for one inverted latent that is far from standard normal."""
-    z_x = 0.7 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
-    start = method(mix=mix, alpha=alpha, beta=beta).start_latent
-    return z_x, torch.cat([start(z_x, Run(i).noise("start", 0)) for i in range(count)])
-
-
 def test_the_linear_and_the_gaussian_mix():
-    z_x, starts = draws(1, "linear", 0.8, 0.6)
+    z_x = 0.7 * normal(1, 4, 8, 8) + 0.2  # far from standard normal
+
+    def draws(count, mix, alpha, beta):
+        start = method(mix=mix, alpha=alpha, beta=beta).start_latent
+        return torch.cat([start(z_x, Run(i).noise("start", 0)) for i in range(count)])
+
+    starts = draws(1, "linear", 0.8, 0.6)
     z_t = torch.randn(1, 4, 8, 8, generator=Run(0).noise("start", 0)).double()
     torch.testing.assert_close(starts, 0.8 * 0.6 * z_x + 0.2 * z_t)
     a, b, count = 0.7, 0.4, 4000
-    starts = draws(count, "gaussian", a, b)[1]
+    starts = draws(count, "gaussian", a, b)
     # over z_t and the draw: mean a b z_x; variance (1-a)^2 from z_t in the mean, and a(1-b) var(z_x) + (1-a) var(z_t)
     variance = (1 - a) ** 2 + a * (1 - b) * float(z_x.var()) + (1 - a)
     assert float((starts.mean(dim=0) - a * b * z_x[0]).abs().max()) < 5 * math.sqrt(variance / count)
     assert float(starts.var(dim=0).mean()) == pytest.approx(variance, rel=0.01)
     for mix in ("linear", "gaussian"):
-        torch.testing.assert_close(draws(1, mix, 1.0, 1.0)[1], z_x)
+        torch.testing.assert_close(draws(1, mix, 1.0, 1.0), z_x)
 
 
 def test_semantic_coherence_raises_clips_agreement(tiny_model, task, edit):

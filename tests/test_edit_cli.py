@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hydra
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from errors import InputError
 from evaluation import config
 from evaluation.cli import explain, quoted
 from evaluation.runner import task_seed
+from tests.conftest import compose
 
 EDIT = Path(command.__file__).resolve()
 SHORT = ["sampler.steps=3", "method.embedding_steps=3", "method.tuning_steps=2"]
@@ -68,10 +68,9 @@ def run_here(user, folder, *arguments):
     before = Path.cwd()
     os.chdir(user)
     try:
-        with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
-            given = ["model.weights=tiny", f"cache.dir={user / 'cache/tuning'}", "logger.mode=disabled", *arguments]
-            choices = OmegaConf.create({"method": "imagic", "family": None})
-            return command.edit(hydra.compose("edit", given), folder, choices)
+        given = ["model.weights=tiny", f"cache.dir={user / 'cache/tuning'}", "logger.mode=disabled", *arguments]
+        choices = OmegaConf.create({"method": "imagic", "family": None})
+        return command.edit(compose("edit", *given), folder, choices)
     finally:
         os.chdir(before)
 

@@ -5,9 +5,7 @@ The weights were rounded to half precision before the outputs were computed in f
 
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 
-import hydra
 import numpy as np
 import pytest
 import torch
@@ -22,7 +20,7 @@ from evaluation import config
 from models.attention import why_not_fused
 from models.names import FAMILIES
 from samplers import Conditioning, ddim, guided
-from tests.conftest import FIXTURES, close, hub_folder, same, tiny
+from tests.conftest import FIXTURES, close, compose, hub_folder, same, tiny
 
 SCALES = {"sdxl_tiny": (0.13025, 0), "sd3_tiny": (1.5305, 0.0609)}  # of latents, and their shift
 
@@ -182,8 +180,7 @@ def test_every_method_edits_with_it_or_says_in_one_line_why_not(folder, tmp_path
     Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / "photo.png")
     for number, case in enumerate(cases):
         method, out = case[0].removeprefix("method="), tmp_path / str(number)
-        with hydra.initialize_config_dir(str(Path(command.__file__).parent / "conf"), version_base="1.3"):
-            cfg = hydra.compose("edit", [*model, *case, *given, *few.get(method, [])])
+        cfg = compose("edit", *model, *case, *given, *few.get(method, []))
         refused = any(word in " ".join(case) for word in cannot.split())
         with pytest.raises(InputError, match=r"^[^\n]*(flow model|UNet)[^\n]*$") if refused else nullcontext():
             assert command.edit(cfg, out, OmegaConf.create({"method": method, "family": None}))[1] == 0, case

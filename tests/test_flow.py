@@ -11,16 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import InputError
-from samplers import FlowSchedule, Sampler, ddim
+from samplers import FlowSchedule, ddim
+from tests.conftest import normal
 
 MU, S = 0.7, 0.5
 schedules = st.builds(FlowSchedule, shift=st.floats(1, 6))
 few = settings(max_examples=40, deadline=None)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def variance(sigma):
@@ -78,11 +74,3 @@ def test_walks_converge_to_the_exact_flow_at_first_order(up):
         found = ddim.invert(velocity, x, trajectory).latent if up else ddim.sample(velocity, x, trajectory)
         errors.append(float((found - flowed(x, *((0, 1) if up else (1, 0)))).abs().max()))
     assert errors[0] < 0.06 and errors[0] / errors[1] == pytest.approx(2, rel=0.15)
-
-
-def test_what_needs_another_schedule_says_so():
-    flow = FlowSchedule()
-    with pytest.raises(InputError, match="flow model"):
-        Sampler(eta=0.5).trajectory(flow)
-    with pytest.raises(InputError, match="steps"):
-        flow.trajectory(0)

@@ -10,6 +10,7 @@ from methods.imagic import Imagic
 from models.graphs import StepGraph
 from samplers import Sampler, ddim, guided
 from tests import test_fused_attention as oracle
+from tests.conftest import normal
 
 pytestmark = pytest.mark.gpu
 
@@ -21,13 +22,8 @@ def on_gpu(tiny_model, tmp_path):
     return lambda dtype: models.load(tmp_path / "tiny", device="cuda", dtype=dtype)
 
 
-def latents(model):
-    """Two of them on the CPU, normal."""
-    return torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-
-
 def test_networks_agree_with_the_cpu(tiny_model, on_gpu):
-    model, x, t = on_gpu(torch.float32), latents(tiny_model), torch.tensor([5, 900])
+    model, x, t = on_gpu(torch.float32), normal(2, 4, 8, 8).float(), torch.tensor([5, 900])
     texts = [m.encode_text(["a cat", "a red heart"]) for m in (model, tiny_model)]
     torch.testing.assert_close(texts[0].states.cpu(), texts[1].states, atol=1e-3, rtol=1e-3)
     actual = model.predict(x.to("cuda"), t.to("cuda"), texts[0])
@@ -80,7 +76,7 @@ def test_fused_attention_agrees_with_float64_also_in_a_cuda_graph(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replayed_steps_are_eager_steps(on_gpu, dtype):
     model, results = on_gpu(dtype), []
-    x = latents(model)[:1].to("cuda").double()
+    x = normal(1, 4, 8, 8).to("cuda")
     for forward in (model.unet.forward, StepGraph(model.unet)):
         model.unet.forward = forward
         denoise = guided(model, "a cat", 2.0)

@@ -7,6 +7,7 @@ import torch
 
 from models.graphs import StepGraph
 from samplers import ddim, guided
+from tests.conftest import normal
 
 
 @pytest.fixture
@@ -27,8 +28,7 @@ def graphed(tiny_model):
 
 
 def sample(model, text):
-    z = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ddim.sample(guided(model, text, 2.0), z, model.schedule.trajectory(6))
+    return ddim.sample(guided(model, text, 2.0), normal(1, 4, 8, 8), model.schedule.trajectory(6))
 
 
 def test_replayed_sampling_is_eager_sampling(graphed):

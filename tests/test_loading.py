@@ -30,17 +30,6 @@ def plain():
     return tiny("sd1_tiny")
 
 
-@pytest.fixture
-def write(tmp_path):
-    """A safetensors file of the given tensors."""
-
-    def to_file(tensors):
-        save_file({k: t.clone() for k, t in tensors.items()}, tmp_path / "model.safetensors")
-        return tmp_path / "model.safetensors"
-
-    return to_file
-
-
 def refused(path, arch=ARCH, **options) -> str:
     """The one line with which `load` refuses."""
     with pytest.raises(InputError) as error:

@@ -4,21 +4,19 @@ import math
 
 import pytest
 import torch
+from hydra.utils import get_class
 from torch import nn
 
 from errors import InputError
+from evaluation import config
 from methods.base import Run
 from methods.ddim_inversion import DDIMInversion
 from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from methods.inversion import Inversion
-from methods.masactrl import MasaCtrl
-from methods.null_text import NullText
 from methods.optimisation import OPTIMIZERS, minimise
-from methods.plug_and_play import PlugAndPlay
 from methods.prompt_to_prompt import PromptToPrompt
-from methods.rf_inversion import RFInversion
 from methods.sdedit import SDEdit
 from samplers import Sampler
 
@@ -83,8 +81,7 @@ def test_a_picture_that_is_not_finite_is_refused(tiny_model, task, edit, monkeyp
             edit(SDEdit(Sampler(steps=1)), tiny_model, task)
 
 
-KINDS = [Imagic, DirectInversion, SDEdit, DDIMInversion, DDPMInversion, PromptToPrompt, MasaCtrl, PlugAndPlay, NullText]
-KINDS += [RFInversion]
+KINDS = [get_class(choice.target) for choice in config.choices() if choice.group in ("method", "inversion")]
 TEXTS = {"inversion_prompt", "negative_prompt", "blend_word"}
 
 

@@ -14,11 +14,7 @@ from models.attention import CrossAttention, SelfAttention, attention
 from models.device import choose_device, choose_dtype
 from models.text import BEGIN, END, UNKNOWN, compact, compact_vocabulary
 from models.unet import UNet
-from tests.conftest import randomised
-
-
-def latents(model, batch, seed=0):
-    return torch.randn(batch, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
+from tests.conftest import TINY, normal, randomised
 
 
 @settings(max_examples=25, deadline=None)
@@ -51,7 +47,7 @@ def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
     unet, other, seen = copy.deepcopy(tiny_model.unet), copy.deepcopy(tiny_model.unet), []
     layers = [m for m in unet.modules() if isinstance(m, SelfAttention | CrossAttention)]
     assert all(layer.attention is unet.attention for layer in layers) and other.attention is not unet.attention
-    x, context = latents(tiny_model, 2), tiny_model.encode_text(["a cat", "a dog"]).states
+    x, context = normal(2, 4, 8, 8).float(), tiny_model.encode_text(["a cat", "a dog"]).states
     plain = unet(x, 3, context)
     with unet.attention.hooked(lambda q, k, v, cross: seen.append((cross, q.shape[-2], k.shape[-2]))):
         assert torch.equal(unet(x, 3, context), plain)
@@ -84,28 +80,6 @@ def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook()
     assert len(graphs) == 1 and seen
 
 
-def test_projection_and_checkpointing_change_no_gradient_of_the_text(tiny_model):
-    unet, x, context = copy.deepcopy(tiny_model.unet), latents(tiny_model, 1), tiny_model.encode_text(["a cat"]).states
-    context.requires_grad_()
-    direct = torch.autograd.grad(unet(x, 500, context).square().sum(), context)[0]
-    projected = torch.autograd.grad(unet(x, 500, unet.project_context(context)).square().sum(), context)[0]
-    unet.gradient_checkpointing = True
-    recomputed = torch.autograd.grad(unet(x, 500, context).square().sum(), context)[0]
-    assert direct.abs().max() > 0
-    torch.testing.assert_close(direct, projected)
-    torch.testing.assert_close(direct, recomputed)
-
-
-@pytest.mark.parametrize("heads", [{"num_heads": 2}, {"num_head_channels": 16}])
-def test_unet_topologies(heads):
-    """Untrained, a network predicts nothing rather than noise of its own: last layers are zero."""
-    unet = UNet(model_channels=32, channel_mult=(1, 1, 2), num_res_blocks=2, context_dim=16, **heads,
-                transformer_depth=2, attention_levels=[0, 2])  # fmt: skip
-    out = unet(torch.randn(2, 4, 8, 12), torch.tensor([1, 2]), torch.randn(2, 5, 16))
-    assert out.shape == (2, 4, 8, 12) and not out.any()
-    assert len(unet.project_context(torch.randn(1, 5, 16)).states) == 2 * (2 + 2 + 1 + 3 + 3)
-
-
 def test_autoencoder_shapes_scale_and_posterior(tiny_model):
     x = torch.rand(2, 3, 32, 64) * 2 - 1
     _, logvar = tiny_model.autoencoder.posterior(x)
@@ -119,9 +93,9 @@ def test_autoencoder_shapes_scale_and_posterior(tiny_model):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_predicting_noise_neither_reads_from_the_device_nor_copies_to_it(tiny_config, prediction):
+def test_predicting_noise_neither_reads_from_the_device_nor_copies_to_it(prediction):
     """On the meta device, which has no values to read; a GPU would make the step wait for either."""
-    model = models.build(tiny_config | {"prediction": prediction}, meta=True)
+    model = models.build(TINY | {"prediction": prediction}, meta=True)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -157,8 +131,8 @@ def test_prompts_become_the_known_ids_and_long_ones_are_cut_with_a_warning():
         assert text.tokenize(["very " * 80 + "long"])[0, -1] == END
 
 
-def test_compact_text_encoder_names_unknown_words(tiny_config):
-    text = models.build(tiny_config, seed=0, vocabulary=compact_vocabulary(["a red heart"])).text
+def test_compact_text_encoder_names_unknown_words():
+    text = models.build(TINY, seed=0, vocabulary=compact_vocabulary(["a red heart"])).text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text(["a red heart"])
@@ -181,13 +155,13 @@ def test_pool_is_the_projected_end_state(tiny_model):
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(2))
 
 
-def test_a_build_is_its_config_and_seed_and_leaves_the_global_generator_alone(tiny_config):
+def test_a_build_is_its_config_and_seed_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    prints = {models.build(tiny_config, seed=seed).fingerprint for seed in (0, 0, 1)}
+    prints = {models.build(TINY, seed=seed).fingerprint for seed in (0, 0, 1)}
     assert torch.equal(torch.get_rng_state(), before)
     changes = {"unet": {"num_head_channels": 8}, "vae": {"scale_factor": 0.5}, "text": {"pad_token": END}}
     for section, values in (changes | {"schedule": {"kind": "linear"}}).items():
-        prints.add(models.build(tiny_config | {section: tiny_config[section] | values}, seed=0).fingerprint)
+        prints.add(models.build(TINY | {section: TINY[section] | values}, seed=0).fingerprint)
     assert len(prints) == 6
 
 

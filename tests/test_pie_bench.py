@@ -3,7 +3,6 @@
 import json
 import re
 
-import hydra
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
@@ -12,8 +11,7 @@ import edit as command
 import models
 from benchmarks import pie_bench
 from data.benchmarks import PieBench
-from evaluation import config
-from tests.test_edit_cli import EDIT
+from tests.conftest import compose
 
 ROWS = sorted(path.stem for path in pie_bench.PRESETS.glob("*.yaml"))
 EDITS = [("a [cat] runs", "a [dog] runs", "cat dog", "1"), ("a cat", "a red cat", "", "6"), ("a dog", "a cat", "", "0")]
@@ -36,15 +34,9 @@ def benchmark(tmp_path_factory, tiny_model):
     return folder
 
 
-def compose(benchmark, row, *more):
-    config.register()
-    with hydra.initialize_config_dir(str(EDIT.parent / "conf"), version_base="1.3"):
-        return hydra.compose("edit", [f"+experiment=pie/{row}", f"task.path={benchmark}", *more])
-
-
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "flowedit_sd35"])
-def test_a_row_has_the_settings_that_were_published(benchmark, row):
-    cfg = compose(benchmark, row)
+def test_a_row_has_the_settings_that_were_published(row):
+    cfg = compose("edit", f"+experiment=pie/{row}")
     inversion, editor = re.fullmatch(r"(.*)_(prompt_to_prompt|masactrl|plug_.*)", row).groups()
     plug = editor == "plug_and_play"  # whose rows are of another model, with its own grid
     assert cfg.method._target_.startswith(f"methods.{editor}.") and cfg.method.guidance_scale == 7.5
@@ -56,8 +48,9 @@ def test_a_row_has_the_settings_that_were_published(benchmark, row):
 
 def test_the_table_has_published_and_reproduced_numbers(benchmark, tmp_path):
     assert PieBench(str(benchmark)).entries[0].blend_word == "cat dog"
+    own = [f"task.path={benchmark}", f"model.weights={benchmark / 'tiny'}", f"cache.dir={tmp_path / 'cache'}"]
     for row in ("pnp_prompt_to_prompt", "ddim_masactrl", "ddim_plug_and_play"):
-        cfg = compose(benchmark, row, *TINY, f"model.weights={benchmark / 'tiny'}", f"cache.dir={tmp_path / 'cache'}")
+        cfg = compose("edit", f"+experiment=pie/{row}", *TINY, *own)
         for _ in range(2):  # the second goes on, with nothing left
             assert command.edit(cfg, tmp_path / row, CHOICES)[1] == 0
     pie_bench.main(str(benchmark), tmp_path)

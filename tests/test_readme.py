@@ -4,17 +4,16 @@ import re
 import shlex
 import sys
 import types
-from pathlib import Path
 
-import hydra
 import pytest
 from PIL import Image
 
 import train  # noqa: F401 (registers the settings of training)
 from evaluation import config
+from files import CLONE
 from samplers import Sampler
+from tests.conftest import compose
 
-CLONE = Path(__file__).resolve().parents[1]
 PAGES = {page.name: page.read_text() for page in [CLONE / "README.md", *sorted((CLONE / "docs").glob("*.md"))]}
 COMMANDS = [
     (program, arguments.partition("  #")[0])
@@ -50,12 +49,10 @@ def test_the_example_method_keeps_more_with_less_strength(tiny_model, task, edit
 
 @pytest.mark.parametrize(("program", "arguments"), COMMANDS)
 def test_a_command_names_settings_that_exist(program, arguments):
-    config.register()
     words = [word for word in shlex.split(arguments) if not word.startswith("-") and not word.startswith("hydra")]
     words = [re.sub(r"=([^\[',]*),.*", r"=\1", word) for word in words]  # of a sweep the first value
     words = [re.sub(r"^prompt=.*", "prompt=text", word) for word in words]
-    with hydra.initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
-        hydra.compose(program, words)
+    compose(program, *words)
 
 
 def test_the_page_of_methods_is_that_of_the_dataclasses():

@@ -151,6 +151,7 @@ def test_every_task_has_its_rows_and_a_seed_of_its_own(tmp_path, reports):
     assert [(row["task"], row["sample"]) for row in rows[:3]] == [("t0", 0), ("t0", 1), ("t1", 0)]
     assert rows[2].items() >= {"file": "t1/0.png", "category": "b", "prompt": "prompt 1"}.items()
     assert edit.given == [(f"t{i}", runner.task_seed(7, f"t{i}")) for i in range(6)] and reports == [(6, 12)]
+    assert [run(tmp_path / "shared", shard=f"{i}/3") for i in range(3)][-1] == rows and reports[-1] == (6, 12)
     assert runner.task_seed(0, "colour_00") == 320021889  # for ever, so that results can be made again
 
 
@@ -190,15 +191,6 @@ def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
     Image.new("RGB", (8, 8), "red").save(mask)  # another picture of the same name
     run(tmp_path, again := Edit(), entries=changed)
     assert again.names == ["t4", "t5"]
-
-
-def test_shares_of_a_folder_merge(tmp_path, reports):
-    edits = [Edit() for _ in range(3)]
-    rows = [run(tmp_path, edit, shard=f"{i}/3") for i, edit in enumerate(edits)]
-    assert [edit.names for edit in edits] == [["t0", "t3"], ["t1", "t4"], ["t2", "t5"]]
-    assert rows[-1] == run(tmp_path / "whole") and reports[2] == (6, 12)
-    run(tmp_path, idle := Edit())
-    assert idle.names == []
 
 
 def test_a_folder_is_not_continued_with_other_settings(tmp_path, reports):

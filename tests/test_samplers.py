@@ -15,6 +15,7 @@ from torch import Tensor
 
 from errors import InputError
 from samplers import FlowSchedule, NoiseSchedule, Sampler, Trajectory, ddim, noise_like
+from tests.conftest import normal
 
 KINDS = ["scaled_linear", "linear", "cosine"]
 SPACINGS = ["leading", "trailing"]
@@ -32,10 +33,6 @@ def network(x: Tensor, t: int) -> Tensor:
     """An arbitrary smooth denoiser that mixes coordinates; nobody's optimal one. x: (B, 4)."""
     mix = torch.linspace(-1, 1, 16, dtype=x.dtype).reshape(4, 4)
     return torch.tanh(x @ mix + t / 500) + 0.3 * torch.sin(3 * x)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def test_alpha_bars_by_their_formulas() -> None:
@@ -182,5 +179,6 @@ def test_callback_replaces_the_latent_and_progress_sees_every_step() -> None:
 def test_a_wrong_setting_is_named() -> None:
     wrong = [("spacing", "karras"), ("eta", 1.1), ("eta", "some"), ("offset", -1), ("offset", 0.5)]
     for name, value in [*wrong, ("steps", 0), ("steps", 1001), ("steps", 10.0)]:
-        with pytest.raises(InputError, match=f"sampler.{name}"):
-            Sampler(**{name: value}).trajectory(SD)
+        for schedule in (SD, FlowSchedule()):
+            with pytest.raises(InputError, match=f"sampler.{name}"):
+                Sampler(**{name: value}).trajectory(schedule)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers import Conditioning, NoiseSchedule, ddim, guided
+from tests.conftest import normal
 
 B, L, C = 3, 5, 4
 
@@ -39,9 +40,8 @@ def model() -> FakeModel:
 
 
 def inputs(rows: int = 1) -> tuple[Tensor, Conditioning, Conditioning]:
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    return draw(B, 4, 2), Conditioning(draw(rows, L, C)), Conditioning(draw(1, L, C))
+    x, text, null = normal(B, 4, 2), normal(rows, L, C, seed=1), normal(1, L, C, seed=2)
+    return x.float(), Conditioning(text.float()), Conditioning(null.float())
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.5, 7.5, 1, 0.0])

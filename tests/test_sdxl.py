@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import models
 from data.tasks import EditTask
@@ -15,7 +15,7 @@ from methods.base import Run
 from methods.null_text import NullText
 from models.names import FAMILIES
 from samplers import NoiseSchedule, Sampler
-from tests.conftest import FIXTURES, close, fixture_arch, hub_folder, tiny
+from tests.conftest import FIXTURES, close, fixture_arch, hub_folder, normal, tiny
 
 SINGLE = FIXTURES / "sdxl_tiny" / "model.safetensors"
 ARCH = fixture_arch("sdxl_tiny")
@@ -33,24 +33,16 @@ def model():
 
 
 @pytest.fixture
-def loaded(tmp_path):
+def loaded(write):
     """A function of tensors: the model in a file of them."""
-
-    def of(tensors, arch=ARCH, name="model", metadata=None, **options):
-        file = tmp_path / f"{name}.safetensors"
-        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file, metadata)
-        return models.load(file, arch=arch, **options)
-
-    return of
-
-
-def noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return lambda tensors, arch=ARCH, dtype=torch.float32, **of: models.load(
+        write(tensors, **of), arch=arch, dtype=dtype
+    )
 
 
 def outputs(model):
     text = model.encode_text(["a red heart"])
-    return text.states, text.vector, model.predict(noise(1, 4, 16, 16), 500, text)
+    return text.states, text.vector, model.predict(normal(1, 4, 16, 16).float(), 500, text)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
@@ -75,7 +67,7 @@ def test_other_sizes(state, loaded, change):
 
 def test_the_sizes_are_those_of_the_picture(model):
     """Height first, in pixels: the latent's side times two here."""
-    text, x, t = model.encode_text(["a red heart"]), noise(1, 4, 8, 12), torch.tensor([500])
+    text, x, t = model.encode_text(["a red heart"]), normal(1, 4, 8, 12).float(), torch.tensor([500])
     project = lambda: model.unet.project_context(text.states, text.vector)
     assert torch.equal(model.predict(x, 500, text), model.unet(x, t, project(), (16, 24)))
     assert not torch.allclose(model.predict(x, 500, text), model.unet(x, t, project(), (24, 16)), atol=1e-4)
@@ -102,7 +94,7 @@ def test_a_folder_says_whether_the_empty_prompt_is_encoded(tmp_path):
 def test_the_autoencoder_is_never_in_float16(state, loaded):
     """An activation beyond 65504, as SDXL's own autoencoder has, is infinite in float16 and NaN after the next norm."""
     key = "first_stage_model.decoder.conv_in.weight"
-    model, z = loaded(state | {key: state[key] * 1e4}, dtype=torch.float16), 100 * noise(1, 4, 16, 16)
+    model, z = loaded(state | {key: state[key] * 1e4}, dtype=torch.float16), 100 * normal(1, 4, 16, 16).float()
     assert model.dtype == model.encode_text(["a"]).vector.dtype == torch.float16
     assert model.decode_latents(z).isfinite().all()
     assert not copy.deepcopy(model.autoencoder).half().decode(z.half()).isfinite().all()
@@ -129,7 +121,7 @@ def test_zero_terminal_snr():
     plain, schedule = NoiseSchedule().alpha_bars.sqrt(), NoiseSchedule(zero_snr=True)
     roots = (plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])
     torch.testing.assert_close(schedule.alpha_bars[:-1], roots[:-1] ** 2, rtol=1e-12, atol=0)
-    x, v, path = noise(1, 4).double(), noise(2, 4)[1:].double(), schedule.trajectory(10)
+    x, v, path = normal(1, 4), normal(1, 4, seed=1), schedule.trajectory(10)
     assert path.timesteps.tolist() == list(range(999, 0, -100))
     eps = schedule.eps_from_v(x, v, 999)
     a = path.levels[1].sqrt()

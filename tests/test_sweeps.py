@@ -2,9 +2,6 @@
 
 # ruff: noqa: F811 (the fixture `user`)
 
-from pathlib import Path
-
-import hydra
 import pytest
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -14,38 +11,31 @@ from omegaconf import OmegaConf
 
 from evaluation import report
 from evaluation.cli import Summary
+from tests.conftest import compose
 from tests.test_edit_cli import PHOTO, SHORT, user  # noqa: F401
 from tests.test_edit_cli import edit as command
 
-CLONE = Path(__file__).resolve().parent.parent
 ABLATIONS = {"imagic_eta": 1, "imagic_no_tuning": 2, "direct_inversion_steps": 16, "direct_inversion_guidance": 25}
-
-
-@pytest.fixture
-def composed():
-    """`edit.py`'s settings for the given arguments, with Hydra's own."""
-    with hydra.initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
-        yield lambda *arguments: hydra.compose("edit", list(arguments), return_hydra_config=True)
 
 
 # Presets.
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_runs_methods_that_can_be_made(composed, name):
-    cfg = composed(f"+experiment={name}", "model=sd15")
+def test_an_ablation_runs_methods_that_can_be_made(name):
+    cfg = compose("edit", f"+experiment={name}", "model=sd15", return_hydra_config=True)
     params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
     (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)
     assert len(jobs) == ABLATIONS[name]
     for job in (jobs[0], jobs[-1]):
-        method = instantiate(composed(f"+experiment={name}", "model=sd15", *job).method, _convert_="all")
+        method = instantiate(compose("edit", f"+experiment={name}", "model=sd15", *job).method, _convert_="all")
         assert type(method).__name__ == ("Imagic" if "imagic" in name else "DirectInversion")
 
 
 @pytest.mark.parametrize("name", ["optuna_success", "optuna_tradeoff"])
-def test_a_search_varies_settings_that_exist_in_the_right_direction(composed, name):
+def test_a_search_varies_settings_that_exist_in_the_right_direction(name):
     pytest.importorskip("optuna")
-    cfg = composed(f"+experiment={name}")
+    cfg = compose("edit", f"+experiment={name}", return_hydra_config=True)
     Summary().on_multirun_start(cfg)  # exits for a wrong direction
     assert all(OmegaConf.select(cfg, key) is not None for key in cfg.hydra.sweeper.params)
 

@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import hydra
 import pytest
 import torch
 from PIL import Image
@@ -18,9 +16,10 @@ from PIL import Image
 import models
 import train
 from errors import InputError
+from files import CLONE
 from samplers import FlowSchedule
+from tests.conftest import compose
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("autoencoder", "clip", "unet")
 
 
@@ -43,8 +42,7 @@ def common(tmp_path_factory):
 def run(common):
     """Do in this process as `train.py` does with some settings."""
     precision = torch.get_float32_matmul_precision()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield lambda *settings: train.run(hydra.compose("train", [*common, *settings]))
+    yield lambda *settings: train.run(compose("train", *common, *settings))
     torch.set_float32_matmul_precision(precision)
 
 
@@ -86,7 +84,7 @@ def test_torchrun_trains_the_same_weights_and_sigterm_costs_nothing(run, common,
     one, two = tmp_path / "one", tmp_path / "two"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     settings = [*common, *steps(two, 20, "part.training.save_every=2")]
-    with subprocess.Popen([*torchrun, *settings], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*torchrun, *settings], cwd=CLONE, stderr=subprocess.PIPE, text=True) as process:
         while not (two / "training" / "autoencoder.pt").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)

@@ -8,6 +8,7 @@ import torch
 import models
 from models.text import BEGIN, UNKNOWN, compact, compact_vocabulary
 from samplers import FlowSchedule
+from tests.conftest import TINY
 from training.evaluate import pixel_scores, reconstruct, top1
 from training.losses import AutoencoderObjective, ClipObjective, UNetObjective
 
@@ -32,9 +33,9 @@ def unet_objective(model, out, prompt_dropout=0.1, min_snr_gamma=5.0, probes=4):
 
 
 @pytest.fixture
-def model(tiny_config):
+def model():
     vocabulary = compact_vocabulary([Squares()[i]["caption"] for i in range(4)])
-    return models.build(copy.deepcopy(tiny_config), seed=0, vocabulary=vocabulary)
+    return models.build(copy.deepcopy(TINY), seed=0, vocabulary=vocabulary)
 
 
 def batch_of(objective, n=8):
