@@ -49,7 +49,7 @@ def edit(
     for name in ("deterministic", "metrics.fetch", "mask_pixels", "task.confine", *others):
         value = OmegaConf.select(cfg, name, default=False)
         if value not in (True, False, others.get(name, False)):
-            more = f", {others[name]}" if others.get(name) else ""
+            more = f", {others[name] or 'null'}" if name in others else ""
             raise InputError(f"{name}={value} is unknown: true, false{more}")
     check_number("seed", cfg.seed, whole=True, high=2**63 - 1)
     check_number("mask_feather", cfg.mask_feather, whole=True, high=4096)
@@ -69,16 +69,15 @@ def edit(
     nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     parts = ("method", "task", "cache", "logger", "metrics")
     method, source, cache, logger, metrics = (config.build(nodes, name) for name in parts)
-    names = ("image", "prompt", "source_prompt", "negative_prompt", "mask")
-    own = [name for name in names if cfg[name] not in (None, "")]
+    own = [n for n in ("image", "prompt", "source_prompt", "negative_prompt", "mask") if cfg[n] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")
-    given = nodes["model"]
+    given = nodes.get("model") or {}
     how = {name: given[name] and find(given[name]) for name in ("vae", "tokenizer") if name in given}
     encoders = given.get("text") or []
     how["text"] = [find(path) for path in (encoders if isinstance(encoders, list) else [encoders])]
-    how |= {"arch": given["arch"] or None, "device": device, "dtype": dtype, "ema": given["ema"]}
-    model = (load or models.load)(find(given["weights"]), **how)
+    how |= {"arch": given.get("arch") or None, "device": device, "dtype": dtype, "ema": given.get("ema")}
+    model = (load or models.load)(find(given.get("weights")), **how)
     model.unet.attention.backend = cfg.attention
     if channels_last:
         model.to(memory_format=torch.channels_last)

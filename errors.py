@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-MOST = 10**9  # that a setting may be: no longer loop ends, and no larger tensor fits
+MOST = 10**9  # the largest value of a setting: no longer loop ends, and no larger tensor fits
 
 
 class InputError(ValueError):

@@ -16,8 +16,8 @@ part() { # name, seconds, a module and its arguments
     local name=$1 limit=$2 left=$((end - SECONDS)) start=$SECONDS
     shift 2
     [ "$limit" -le "$left" ] || limit=$left
+    [ "$limit" -ge 5 ] || { echo "== $name: no time is left"; failed=1; return; }
     echo "== $name, in $limit s at most"
-    [ "$limit" -ge 5 ] || { failed=1; return; }
     timeout --kill-after=5 "$limit" "$python" -m "$@" 2>&1 | tee "$folder/${name// /-}.log"
     [ "${PIPESTATUS[0]}" = 0 ] || { echo "== $name FAILED"; failed=1; }
     echo "== $name: $((SECONDS - start)) s"

@@ -120,8 +120,7 @@ def check_shapes(entry: Entry, sizes: dict[str, tuple[int, int]]) -> None:
 
 
 class OneImage(Tasks):
-    """The user's own picture, or the bundled `example` (image, prompt, source_prompt) where none is named. Raises
-    InputError for a missing picture or prompt."""
+    """The user's own picture, or the bundled `example` where none is named. Raises InputError where one is missing."""
 
     single = True
 

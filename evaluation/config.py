@@ -69,7 +69,7 @@ def build(nodes: dict, name: str) -> Any:
     `${...}` once more. Raises InputError where there is none, and for a setting that it does not have."""
     node = nodes.get(name)
     if not isinstance(node, dict) or "_target_" not in node:
-        raise InputError(f"{name}={node} is unknown: choose {name}=NAME, and {name}.SETTING=VALUE")
+        raise InputError(f"{name}={node} is unknown: it takes settings, {name}.SETTING=VALUE")
     settings = {key: build(node, key) if key in GROUPS else value for key, value in node.items() if key != "_target_"}
     return made(get_class(node["_target_"]), **settings)
 

@@ -4,6 +4,7 @@ A run that stopped goes on by skipping the tasks whose rows are there. Processes
 rows each. One picture is a run of one task, which is edited anew each time.
 """
 
+import errno
 import json
 import math
 import os
@@ -202,11 +203,13 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
 def append(file: Path, rows: Sequence[dict]) -> None:
     """Write the rows of one task at once, so that a process that is killed leaves all of them or none."""
     encode = lambda row: json.dumps(row, default=lambda path: path.relative_to(file.parent).as_posix()) + "\n"
-    with file.open("a+b") as out:
-        out.seek(max(0, out.seek(0, os.SEEK_END) - 1))
+    with file.open("a+b", buffering=0) as out:
+        out.seek(max(0, (size := out.seek(0, os.SEEK_END)) - 1))
         cut = out.read(1) not in (b"", b"\n")  # an earlier process left half a line
-        out.write(("\n" * cut + "".join(map(encode, rows))).encode())
-        out.flush()
+        data = ("\n" * cut + "".join(map(encode, rows))).encode()
+        if out.write(data) < len(data):
+            out.truncate(size)
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
         os.fsync(out.fileno())
 
 

@@ -1,4 +1,4 @@
-"""What editing methods share: the contract, and the run that serves them. `optimisation` holds the rest."""
+"""The contract of editing methods, and the run that serves them."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator

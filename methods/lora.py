@@ -27,6 +27,7 @@ def adapters(network: nn.Module, rank: int, generator: torch.Generator) -> Itera
     linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
     matrices = {}
     with ExitStack() as hooks:
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled network does not see new hooks
         for name in in_attention(linear):
             n_out, n_in = linear[name].weight.shape
             r, device = min(rank, n_in, n_out), linear[name].weight.device

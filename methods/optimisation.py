@@ -1,4 +1,4 @@
-"""What the methods that optimise share: one loop over embeddings or weights, and what is stored of it."""
+"""Optimisation for methods: one loop over embeddings or weights, and the cache of its results."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

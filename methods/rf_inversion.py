@@ -20,13 +20,13 @@ from samplers import Sampler, ddim, guided, noise_like
 
 @dataclass
 class RFInversion(Method):
-    """The defaults are the authors' for FLUX. The reconstruction is the latent itself, which eta=1 to the end gives."""
+    """The defaults are the authors' for FLUX. The reconstruction is the latent itself, as with eta=1 and stop=1."""
 
     sampler: Sampler  # the grid of a flow model, walked both ways
     gamma: float = 0.5  # [gamma] on the way up, under the empty prompt: 0 is plain inversion, 1 leads straight to y_1
     eta: float = 0.9  # [eta] on the way down: 0 is plain sampling, 1 leads straight to the picture
-    start: float = 0.0  # [s] share of the steps down before eta counts
-    stop: float = 0.25  # [tau] and after which it no longer does: the later, the more of the picture stays
+    start: float = 0.0  # [s] share of the steps down before eta acts
+    stop: float = 0.25  # [tau] share of the steps after which it stops; a later stop keeps more of the picture
     guidance_scale: float = 3.5  # classifier-free guidance on the way down; 1 is without
     num_samples: int = 1  # edits, each by a Gaussian sample of its own
 

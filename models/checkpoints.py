@@ -44,7 +44,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     ema: bool | None = None,
     vae: str | os.PathLike | None = None,
-    text: Sequence[str | os.PathLike] = (),
+    text: str | os.PathLike | Sequence[str | os.PathLike] = (),
     tokenizer: str | os.PathLike | None = None,
 ) -> LatentDiffusion:
     """The model at `path`: a folder written by `save`, or a Stable Diffusion 1.x, 2.x, XL or 3 as a single file
@@ -62,7 +62,7 @@ def load(
 
     Raises InputError for a path that is missing, incomplete, damaged, of another kind or at odds with `arch`."""
     source = located(path, half=dtype.itemsize == 2)
-    texts = [Path(place) for place in text]
+    texts = [Path(place) for place in ([text] if isinstance(text, str | os.PathLike) else text)]
     try:
         if source.is_file():
             config, named = open_single_file(source, arch, ema, texts)

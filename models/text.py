@@ -111,8 +111,7 @@ class TextEncoder(nn.Module):
         return hidden[torch.arange(len(hidden), device=hidden.device), end]
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """CLIP's text feature: the last layer's state at the end token, projected and normalised. (B, L, C), (B, L) ->
-        (B, D)."""
+        """CLIP's text feature: the state at the end token, projected and normalised. (B, L, C), (B, L) -> (B, D)."""
         projection = self.tower.text_projection
         return F.normalize((self.at_end(hidden, ids).to(projection.dtype) @ projection).float(), dim=-1)
 

@@ -21,7 +21,7 @@ class Sampler:
     steps: int = 50  # network calls, from 1 to the schedule's length
     spacing: str = "auto"  # auto | leading | trailing: `NoiseSchedule.trajectory`. A flow has one grid
     offset: int | None = None  # added to every timestep of a leading grid; null: the schedule's own
-    eta: float = 0.0  # noise, in [0, 1]: 0 is DDIM's walk without (of a flow Euler's), 1 is DDPM's ancestral sampling
+    eta: float = 0.0  # noise, in [0, 1]: 0 is none (DDIM, or Euler's steps of a flow), 1 is DDPM's ancestral sampling
 
     def __post_init__(self) -> None:
         check(self, shares=["eta"], spacing=SPACINGS)

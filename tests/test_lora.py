@@ -1,5 +1,7 @@
 """LoRA: no change at first, the papers' sum once it has moved, and no trace of it afterwards."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -15,9 +17,12 @@ def forward(unet):
     return unet(x, torch.tensor([3, 700]), context)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
-def test_it_starts_as_nothing_and_leaves_nothing_even_after_an_error(tiny_model):
-    unet = tiny_model.unet
+def test_it_starts_as_nothing_and_leaves_nothing_even_after_an_error(tiny_model, compiled):
+    unet = copy.deepcopy(tiny_model.unet)
+    if compiled:
+        unet.compile(backend="eager")
     plain, names = forward(unet), {n for n, m in unet.named_modules() if isinstance(m, nn.Linear)}
     with pytest.raises(RuntimeError, match="midway"), lora.adapters(unet, 3, Run().noise("lora")) as matrices:
         assert torch.equal(forward(unet), plain)

@@ -62,7 +62,7 @@ def test_the_optimisers_update_rules():
 @pytest.mark.parametrize("lean, value", [(False, math.nan), (True, math.inf)])
 def test_no_parameter_moves_for_a_loss_that_is_not_finite(lean, value):
     p = torch.ones(3)
-    with pytest.raises(InputError, match="fit.* step 0"):
+    with pytest.raises(InputError, match=r"fit.* step 0"):
         minimise(lambda: {"loss": p.sum() * value}, [p], Run(), "fit", 3, 0.1, "adam", lean)
     assert torch.equal(p, torch.ones(3)) and p.grad is None and not p._post_accumulate_grad_hooks
 

@@ -143,6 +143,8 @@ def test_a_list_of_ones_own(pictures, kind):
         ("a.jsonl", b'{"image": "dog.png", "prompt": "x", "name": "a"}\n' * 2, "line 2: .*folder a"),
         ("a.jsonl", (FAULTS / "prompt_list.jsonl").read_bytes(), "line 1: prompt must be one text"),
         ("a.csv", b"image,prompt\ndog.png,x,y\n", "line 2"),
+        ("a.csv", b"image,prompt,prompt\ndog.png,x,y\n", "line 1.*twice"),
+        ("a.jsonl", b'{"image": "dog.png", "prompt": "x", "prompt": "y"}', "line 1.*twice"),
         ("a.csv", b'image,prompt\ndog.png,x\ndog.png,"a cat\ndog.png,y\n', "line 3"),
         ("a.csv", b'image,prompt\ndog.png,"a "red" cat"\n', "line 2"),
         ("a.jsonl", b'\n{"image": "dog.png", "prompt": "a \\ud800 cat"}', "line 2"),

@@ -160,8 +160,7 @@ def train(
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 clock = time.perf_counter() - seconds
-            # On the CPU, so that no device waits.
-            both = torch.tensor([time.perf_counter() - clock, len(stopped)], dtype=torch.float64)
+            both = torch.tensor([time.perf_counter() - clock, len(stopped)], dtype=torch.float64)  # no device waits
             seconds, stopping = over_all(both, dist.ReduceOp.MAX)
             done = s.progress(step, seconds) == 1
             validating = done or step % s.validate_every == 0
