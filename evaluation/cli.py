@@ -32,7 +32,6 @@ from files import CLONE
 TEXT = re.compile(
     r"\+*(image|mask|(source_|negative_)?prompt|(task|data)\.path|model\.(weights|vae)|cache\.dir|init|out)="
 )
-
 LESS_IS_BETTER = ("mse", "lpips", "structure_distance", "change_error", "seconds", "evaluations", "peak_memory_gb")
 
 
@@ -114,7 +113,9 @@ class Summary(Callback):
     """Hydra's callback for `--multirun`. Exits with 1 if a job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        """Exit unless a sweeper that optimises moves each metric to where it is better. Optuna minimises by default."""
+        """Exit unless each job has its own folder, and a sweeper that optimises moves each metric the better way."""
+        if "${" not in OmegaConf.to_container(config.hydra.sweep)["subdir"]:
+            sys.exit("error: hydra.sweep.subdir must hold ${hydra.job.num}, or the jobs write over each other")
         given = OmegaConf.select(config, "hydra.sweeper.direction"), config.objective or []
         directions, names = ([*each] if isinstance(each, list | ListConfig) else [each] for each in given)
         best = ["minimize" if name.startswith(LESS_IS_BETTER) else "maximize" for name in names]

@@ -43,9 +43,9 @@ def test_a_search_varies_settings_that_exist_in_the_right_direction(name):
 # The objective.
 
 
-def test_a_search_in_the_wrong_direction_is_refused():
-    def check(names, directions):
-        node = {"objective": names, "hydra": {"sweeper": {"direction": directions}}}
+def test_a_search_in_the_wrong_direction_and_jobs_in_one_folder_are_refused():
+    def check(names, directions, subdir="job/${hydra.job.num}"):
+        node = {"objective": names, "hydra": {"sweeper": {"direction": directions}, "sweep": {"subdir": subdir}}}
         Summary().on_multirun_start(OmegaConf.create(node))
 
     check(["success", "seconds"], ["maximize", "minimize"])
@@ -54,6 +54,8 @@ def test_a_search_in_the_wrong_direction_is_refused():
     for names, wrong in (([], "maximize"), ("mse_to_input", "maximize"), (["success", "seconds"], ["maximize"] * 2)):
         with pytest.raises(SystemExit, match="direction"):
             check(names, wrong)
+    with pytest.raises(SystemExit, match="subdir"):
+        check(None, None, "all")
 
 
 # The end of a sweep.
