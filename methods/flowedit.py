@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errors import InputError
 from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
-from samplers import Sampler, ddim, guided, noise_like
+from samplers import Sampler, as_velocity, ddim, guided, noise_like
 
 
 @dataclass
@@ -38,23 +38,24 @@ class FlowEdit(Method):
             raise InputError(f"method.{values}: they must not fall in this order")
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        if model.prediction != "flow":
-            raise InputError("FlowEdit needs a flow model, such as model=sd35_medium")
-        trajectory = self.sampler.trajectory(model.schedule)
+        trajectory = self.sampler.trajectory(model.schedule).as_flow()
         as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
+        as_source, as_target = (as_velocity(denoise, model.schedule) for denoise in (as_source, as_target))
         steps, draws = len(trajectory), z.expand(self.n_avg, -1, -1, -1)
         for i in range(self.num_samples):
             x, noise = z, run.noise("path", i)
             for n in run.progress("editing")(range(steps - self.n_max, steps - self.n_min)):
                 t = trajectory.timesteps[n].item()
-                z_src = model.schedule.add_noise(z, noise_like(draws, noise), t)
+                alpha, sigma = trajectory.mixture(n)
+                z_src = alpha * z + sigma * noise_like(draws, noise)
                 v = as_target(x + z_src - z, t) - as_source(z_src, t)
                 x = trajectory.step(x, v.mean(dim=0, keepdim=True), n, n + 1)
                 x = x if trajectory.kept is None else torch.lerp(z, x, trajectory.kept[1])  # outside there is no edit
             if self.n_min:
                 rest = trajectory.tail(self.n_min / steps)
-                x = x - z + model.schedule.add_noise(z, noise_like(z, noise), rest.timesteps[0].item())
+                alpha, sigma = rest.mixture(0)
+                x = x + (alpha - 1) * z + sigma * noise_like(z, noise)
                 x = ddim.sample(as_target, x, rest)
             yield {"n_max": self.n_max, "guidance_scale": float(self.guidance_scale), "sample": i}, x
         yield RECONSTRUCTION, z

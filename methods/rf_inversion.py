@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from errors import InputError
 from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
-from samplers import Sampler, ddim, guided, noise_like
+from samplers import Sampler, as_velocity, ddim, guided, noise_like
 
 
 @dataclass
@@ -34,12 +33,11 @@ class RFInversion(Method):
         check_invertible(self, shares=["gamma", "eta", "start", "stop"], counts=["num_samples"])
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        if model.prediction != "flow":
-            raise InputError("RF-Inversion needs a flow model, such as model=sd35_medium")
-        trajectory = self.sampler.trajectory(model.schedule)
+        trajectory = self.sampler.trajectory(model.schedule).as_flow()
         steps = {t: n for n, t in enumerate(trajectory.timesteps.tolist())}
-        sigmas, as_empty = trajectory.levels.tolist(), guided(model, "")
+        sigmas, as_empty = trajectory.levels.tolist(), as_velocity(guided(model, ""), model.schedule)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
+        as_target = as_velocity(as_target, model.schedule)
         for i in range(self.num_samples):
             y_1 = noise_like(z, run.noise("y_1", i))
 

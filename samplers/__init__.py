@@ -7,9 +7,9 @@ the velocity noise - x0 under a flow schedule.
 from . import ddim
 from .guidance import Conditioning, Denoiser, guided
 from .sampler import Sampler
-from .schedule import FlowSchedule, NoiseSchedule, Trajectory, noise_like
+from .schedule import FlowSchedule, NoiseSchedule, Trajectory, as_velocity, noise_like
 
 __all__ = [
-    "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "ddim", "guided",
-    "noise_like",
+    "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "as_velocity", "ddim",
+    "guided", "noise_like",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ arithmetic of alpha_bars is done in float64 on the CPU; a tensor meets only the 
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -55,6 +56,14 @@ class Trajectory:
         """The last `share` in [0, 1] of the steps, at least one: the walk from a half-noised image, as in SDEdit."""
         start = len(self) - max(1, round(share * len(self)))
         return replace(self, timesteps=self.timesteps[start:], levels=self.levels[start:])
+
+    def as_flow(self) -> "Trajectory":
+        """The same grid for x / (alpha + sigma), which is a flow's x at sigma / (alpha + sigma). Walks along it, with
+        predictions by `as_velocity`, take the same path (Karras et al., 2022, arXiv 2206.00364, eq. 4)."""
+        if self.flow:
+            return self
+        alphas, sigmas = self.levels.sqrt(), (1 - self.levels).sqrt()
+        return replace(self, levels=sigmas / (alphas + sigmas), flow=True)
 
     def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
         """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:
@@ -200,6 +209,19 @@ class FlowSchedule(Schedule):
         """Timesteps (n,) for a training loss, float32: logit-normal sigmas (Esser et al., section 3.1), shifted."""
         normal = torch.randn(n, generator=generator, device=generator.device)
         return self.timesteps * self.shifted(normal.sigmoid())
+
+
+def as_velocity(denoise: Callable[[Tensor, float], Tensor], schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
+    """A denoiser under `schedule` as one on `Trajectory.as_flow`: (x, t) -> the velocity noise - x0, which the epsilon
+    of (alpha + sigma) x implies: noise - ((alpha + sigma) x - sigma noise) / alpha."""
+    if schedule.kind == "flow":
+        return denoise
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = schedule.mixture(t, x)
+        return (alpha + sigma) / alpha * (denoise((alpha + sigma) * x, t) - x)
+
+    return velocity
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

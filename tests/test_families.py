@@ -173,7 +173,7 @@ def test_every_method_edits_with_it_or_says_in_one_line_why_not(folder, tmp_path
     cases += [["method=imagic", f"method.tune={tune}"] for tune in ("all", "attention", "lora")]
     cases += [["method=prompt_to_prompt", f"inversion={c.name}"] for c in config.choices() if c.group == "inversion"]
     cases += [["method=sdedit", "sampler.eta=1.0"]]
-    cannot = "flowedit rf_" if name == "sdxl_tiny" else "ddpm sampler.eta prompt_to_prompt masactrl plug_and_play"
+    cannot = "" if name == "sdxl_tiny" else "ddpm sampler.eta prompt_to_prompt masactrl plug_and_play"
     few = {"imagic": ["method.embedding_steps=1", "method.tuning_steps=1"], "flowedit": ["method.n_max=2"]}
     given = [f"model.weights={path}", f"image={tmp_path}/photo.png", "prompt=a cat", "source_prompt=a dog", "fit=keep",
              "sampler.steps=3", "cache.enabled=false", "logger.mode=disabled"]  # fmt: skip

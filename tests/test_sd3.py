@@ -19,7 +19,7 @@ from methods.direct_inversion import DirectInversion
 from methods.flowedit import FlowEdit
 from methods.rf_inversion import RFInversion
 from methods.sdedit import SDEdit
-from samplers import Conditioning, FlowSchedule, Sampler, ddim, guided, noise_like
+from samplers import Conditioning, FlowSchedule, Sampler, as_velocity, ddim, guided, noise_like
 from tests.conftest import FIXTURES, close, fixture_arch, hub_folder, latents, same, tiny
 
 FOLDER = FIXTURES / "sd3_tiny"
@@ -151,16 +151,15 @@ def cat():
 
 def test_flowedit_returns_the_picture_under_equal_prompts_and_averages_over_noises(plain, tiny_model, cat, edit):
     equal = FlowEdit(Sampler(steps=4), n_max=4, guidance_scale=2.0, source_guidance_scale=2.0)
-    ((_, latent, _),), (again, _), _ = edit(equal, plain, replace(cat, prompt="a cat"))
-    close(latent, again, atol=1e-6)
+    for model in (plain, tiny_model):
+        ((_, latent, _),), (again, _), _ = edit(equal, model, replace(cat, prompt="a cat"))
+        close(latent, again, atol=1e-6)
     spread = []
     for n_avg in (1, 16):
         method = FlowEdit(Sampler(steps=4), n_max=2, n_avg=n_avg, guidance_scale=2.0, num_samples=6)
         edits, _, _ = edit(method, plain, cat)
         spread.append(latents((edits,)).std(dim=0).mean())
     assert 0 < spread[1] < 0.5 * spread[0]
-    with pytest.raises(InputError, match="flow model"):
-        edit(equal, tiny_model, cat)
     with pytest.raises(InputError, match="n_max"):
         FlowEdit(Sampler(steps=4))
 
@@ -176,18 +175,21 @@ def test_a_mask_confines_the_edit(plain, cat, edit, method):
     assert not torch.equal(latent[..., :4], z[..., :4]) and plain.schedule.kept is None
 
 
-def test_rf_inversion_is_plain_or_returns_the_picture(plain, tiny_model, cat, edit):
+@pytest.mark.parametrize("name", ["plain", "tiny_model"])
+def test_rf_inversion_is_plain_or_returns_the_picture(name, request, cat, edit):
     """Without control it is an inversion and plain sampling; controlled in full to the end it is the picture."""
-    ((_, latent, _),), (again, _), run = edit(RFInversion(Sampler(steps=4), gamma=0.0, eta=0.0), plain, cat)
-    trajectory, z = plain.schedule.trajectory(4), run.tensors["source_latent"]
-    top = ddim.invert(guided(plain, ""), z, trajectory).latent
-    close(latent, ddim.sample(guided(plain, "a red heart", 3.5), top, trajectory))
-    ((_, latent, _),), _, run = edit(RFInversion(Sampler(steps=4), gamma=1.0, eta=1.0, stop=1.0), plain, cat)
-    close(latent, z, atol=1e-9)
-    close(run.tensors["inverted_latent"], noise_like(z, run.noise("y_1", 0)), atol=1e-9)
+    model, w = request.getfixturevalue(name), 1.5
+    method = RFInversion(Sampler(steps=4), gamma=0.0, eta=0.0, guidance_scale=w)
+    ((_, latent, _),), (again, _), run = edit(method, model, cat)
+    trajectory, z = model.schedule.trajectory(4), run.tensors["source_latent"]
+    flow, scales = trajectory.as_flow(), [sum(trajectory.mixture(i)) for i in (0, 4)]  # of epsilon's latents
+    top = ddim.invert(as_velocity(guided(model, ""), model.schedule), z, flow).latent
+    close(scales[1] * latent, ddim.sample(guided(model, "a red heart", w), scales[0] * top, trajectory), 1e-5)
+    ((_, latent, _),), _, run = edit(RFInversion(Sampler(steps=4), gamma=1.0, eta=1.0, stop=1.0), model, cat)
+    close(latent, z + flow.levels[-1] / flow.levels[0] * (run.tensors["inverted_latent"] - z), atol=1e-9)
+    noise, (low, high) = noise_like(z, run.noise("y_1", 0)), flow.levels[[-1, 0]]
+    close(run.tensors["inverted_latent"], z + (high - low) / (1 - low) * (noise - z), atol=1e-9)
     assert torch.equal(again, z)
-    with pytest.raises(InputError, match="flow model"):
-        edit(RFInversion(Sampler(steps=4)), tiny_model, cat)
 
 
 @pytest.mark.parametrize("start, stop", [(0.0, 1.0), (0.2, 0.6)])
