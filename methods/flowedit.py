@@ -5,6 +5,8 @@ noised, the path's point is moved by as much, and the path follows the differenc
 
     z_src = (1 - sigma) x_src + sigma noise,    z_tar = z + z_src - x_src
     dz / dsigma = v(z_tar, target prompt) - v(z_src, source prompt)
+
+A model that predicts epsilon or v is walked as the flow that it is in other coordinates (`Trajectory.as_flow`).
 """
 
 from collections.abc import Iterator
@@ -20,15 +22,15 @@ from samplers import Sampler, as_velocity, ddim, guided, noise_like
 
 @dataclass
 class FlowEdit(Method):
-    """Algorithm 1; the defaults are the paper's for Stable Diffusion 3. The reconstruction is the latent itself, which
-    equal prompts at equal guidance give back. A task without a source prompt starts from the empty one."""
+    """Algorithm 1; the defaults fit the shipped model. The reconstruction is the latent itself, which equal prompts at
+    equal guidance give back. A task without a source prompt starts from the empty one."""
 
-    sampler: Sampler  # the grid of a flow model
-    n_max: int = 33  # of the sampler's steps (50) the last ones that are walked [n_max]: more edit more
+    sampler: Sampler  # without noise (eta 0)
+    n_max: int = 38  # of the sampler's steps (50) the last ones that are walked [n_max]: more edit more
     n_min: int = 0  # of these the last ones that sample the target as usual [n_min]: they change style and texture
     n_avg: int = 1  # noises over which the velocities are averaged at each step [n_avg]
-    guidance_scale: float = 13.5  # classifier-free guidance under the target prompt
-    source_guidance_scale: float = 3.5  # and under the source prompt
+    guidance_scale: float = 2.0  # classifier-free guidance under the target prompt
+    source_guidance_scale: float = 1.0  # and under the source prompt
     num_samples: int = 1  # edits, each with noises of its own
 
     def __post_init__(self) -> None:

@@ -6,6 +6,8 @@ and 1 - t on the way down, where the paper's velocity has the other sign:
 
     dY / dsigma = v(Y) + gamma ((y_1 - Y) / (1 - sigma) - v(Y))    from Y = y_0 at sigma = 0    (eq. 8)
     dX / dsigma = v(X) + eta ((X - y_0) / sigma - v(X))            from the top                  (eq. 15)
+
+A model that predicts epsilon or v is walked as the flow that it is in other coordinates (`Trajectory.as_flow`).
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from samplers import Sampler, as_velocity, ddim, guided, noise_like
 class RFInversion(Method):
     """The defaults are the authors' for FLUX. The reconstruction is the latent itself, as with eta=1 and stop=1."""
 
-    sampler: Sampler  # the grid of a flow model, walked both ways
+    sampler: Sampler  # without noise (eta 0): steps both ways
     gamma: float = 0.5  # [gamma] on the way up, under the empty prompt: 0 is plain inversion, 1 leads straight to y_1
     eta: float = 0.9  # [eta] on the way down: 0 is plain sampling, 1 leads straight to the picture
     start: float = 0.0  # [s] share of the steps down before eta acts
