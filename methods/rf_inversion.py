@@ -21,14 +21,14 @@ from samplers import Sampler, as_velocity, ddim, guided, noise_like
 
 @dataclass
 class RFInversion(Method):
-    """The defaults are the authors' for FLUX. The reconstruction is the latent itself, as with eta=1 and stop=1."""
+    """The defaults are the authors', with less guidance. The reconstruction is the latent itself, as with eta=1 and stop=1."""
 
     sampler: Sampler  # without noise (eta 0): steps both ways
     gamma: float = 0.5  # [gamma] on the way up, under the empty prompt: 0 is plain inversion, 1 leads straight to y_1
     eta: float = 0.9  # [eta] on the way down: 0 is plain sampling, 1 leads straight to the picture
     start: float = 0.0  # [s] share of the steps down before eta acts
     stop: float = 0.25  # [tau] share of the steps after which it stops; a later stop keeps more of the picture
-    guidance_scale: float = 3.5  # classifier-free guidance on the way down; 1 is without
+    guidance_scale: float = 1.5  # classifier-free guidance on the way down; 1 is without
     num_samples: int = 1  # edits, each by a Gaussian sample of its own
 
     def __post_init__(self) -> None:
