@@ -21,7 +21,7 @@ from samplers import Sampler, as_velocity, ddim, guided, noise_like
 
 @dataclass
 class RFInversion(Method):
-    """The defaults are the authors', with less guidance. The reconstruction is the latent itself, as with eta=1 and stop=1."""
+    """The authors' defaults with less guidance. The reconstruction is the latent itself, as with eta=1 and stop=1."""
 
     sampler: Sampler  # without noise (eta 0): steps both ways
     gamma: float = 0.5  # [gamma] on the way up, under the empty prompt: 0 is plain inversion, 1 leads straight to y_1
