@@ -1,12 +1,11 @@
 """Time whole edits as a user starts them, and the stages of Imagic.
 
-    python -m benchmarks.edits model=sd15 model.weights=sd15.safetensors    # or no settings: the shipped model
+    python -m benchmarks.edits model=sd15 model.weights=sd15.safetensors
     python -m benchmarks.edits --stages sd15
 
-Whole edits are cold runs of `edit.py` on the bundled example: three of each method, with the given settings. "wall" is
-the process, "edit" the method alone. Stages are those of Imagic by way of tuning, in one process, for Stable Diffusion
-1.5 with random weights at 512 pixels or the shipped model. `--count` steps of A and of B follow a warm-up, and are
-extrapolated to the paper's 1000 and 1500.
+Edits are cold runs of `edit.py` on the bundled example: "wall" is the process, "edit" the method alone. Stages are
+Imagic's by way of tuning, with Stable Diffusion 1.5 at 512 pixels (random weights) or the shipped model: `--count`
+steps of A and of B, extrapolated to the paper's 1000 and 1500.
 """
 
 import argparse
@@ -19,9 +18,10 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import timer
 
 import models
-from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results, now, peak
+from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results, peak
 from data.tasks import EditTask
 from files import CLONE
 from methods.base import Run, perform
@@ -35,9 +35,9 @@ PAPER = {"embedding": 1000, "tuning": 1500, "editing": 50}  # steps of the stage
 def edit(settings: list[str], folder: Path) -> dict[str, float]:
     """Run edit.py; its wall time, and the cost in the first row that it writes."""
     command = [sys.executable, str(CLONE / "edit.py"), *settings, "cache.enabled=false", "logger.mode=disabled"]
-    start = now()
+    start = timer()
     subprocess.run([*command, f"hydra.run.dir={folder}"], cwd=CLONE, stdout=subprocess.DEVNULL, check=True)
-    wall = now() - start
+    wall = timer() - start
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
     return {"wall, s": wall, "edit, s": row["seconds"], "evaluations": row["evaluations"], "GB": row["peak_memory_gb"]}
 
@@ -47,16 +47,15 @@ class Clock(Run):
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def timed(steps: Iterable) -> Iterator:
-            start, steps = now(), list(steps)
+            start, steps = timer(), list(steps)
             yield from steps
-            setattr(self, stage, 1e3 * (now() - start) / len(steps))
+            setattr(self, stage, 1e3 * (timer() - start) / len(steps))
 
         return timed
 
 
 def stages(name: str, count: int, compiled: bool) -> None:
     """Time Imagic's stages with each way of tuning."""
-    torch.manual_seed(0)
     if name == "sd15" and not SMALL:
         with DEVICE:
             model = models.build(FAMILIES["cond_stage_model.transformer."] | {"schedule": {}})

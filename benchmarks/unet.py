@@ -1,15 +1,10 @@
-"""Time the steps of a network and measure their memory: sampling, embedding, and each way of tuning.
+"""Time the steps of a network and measure their memory.
 
-    python -m benchmarks.unet                           # into benchmarks/results/unet-MACHINE.{json,md}
     python -m benchmarks.unet --models sd15 --steps guided --modes eager compiled plain plain-compiled
 
-Models: the shipped one, Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights. Steps:
-
-guided                 classifier-free guidance in one batch of two: a step of sampling
-embedding              forward and backward to the text: a step of Imagic's stage A
-all, attention, lora   forward, backward and Adam on float32 copies: a step of Imagic's stage B
-
-Modes: eager, torch.compile, the step as a CUDA graph; for UNets the same weights in `plain` form, eager or compiled.
+Models: the shipped one, Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights. Steps: of
+sampling, `guided` in one batch of two; of Imagic's stages A and B, by what Adam moves, on float32 copies. Modes: eager,
+torch.compile, the step as a CUDA graph; with `fused` attention; and UNets in their `plain` form.
 """
 
 import argparse
@@ -21,11 +16,11 @@ from itertools import product
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 
-from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results, now, peak
+from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results, peak
 from files import CLONE
 from methods.lora import adapters, in_attention
 from methods.optimisation import update
@@ -35,7 +30,7 @@ from models.mmdit import SD35_MEDIUM, MMDiT
 from models.unet import SD1, SDXL, ProjectedContext, SpatialTransformer, UNet
 
 STEPS = ("guided", "embedding", "all", "attention", "lora")
-MODES = ("eager", "compiled", "graph", "plain", "plain-compiled")
+MODES = ("eager", "compiled", "graph", "fused", "fused-graph", "plain", "plain-compiled")
 SHIPPED = json.loads((CLONE / "checkpoints/openmoji64/config.json").read_text())["unet"]
 NETWORKS = {  # kind, sizes, channels and side of the latent, text states, width of the text's vector
     "openmoji64": (UNet, SHIPPED, 4, 16, (40, 192), 0),
@@ -65,7 +60,7 @@ def plain(net: UNet) -> None:
     def attend(self: SelfAttention | CrossAttention, x: Tensor, states: Tensor | None = None) -> Tensor:
         y = x if states is None else states
         qkv = self.to_q(x), self.to_k(y), self.to_v(y)
-        o = F.scaled_dot_product_attention(*(rearrange(z, "b n (h d) -> b h n d", h=self.heads) for z in qkv))
+        o = self.attention(*(rearrange(z, "b n (h d) -> b h n d", h=self.heads) for z in qkv))
         return self.to_out(rearrange(o, "b h n d -> b n (h d)"))
 
     def transform(self: SpatialTransformer, x: Tensor, context: ProjectedContext) -> Tensor:
@@ -78,6 +73,7 @@ def plain(net: UNet) -> None:
         layer.weight, layer.bias = nn.Parameter(weight), bias
         setattr(module, name, layer)
 
+    net.attention.backend = "sdpa"
     net.project_context = ProjectedContext  # the text goes to the layers as it is
     for m in [*net.modules()]:
         if isinstance(m, SelfAttention | CrossAttention):
@@ -98,23 +94,16 @@ def step_of(kind: str, net: nn.Module, x: Tensor, text: list[Tensor], during: Ex
     if kind == "guided":
         during.enter_context(torch.no_grad())
         return partial(net, x, t, net.project_context(*text), pixels)
-
-    def backward(states: Tensor) -> None:
-        projected = net.project_context(states, *(vector[:1] for vector in text[1:]))
-        net(x[:1], t[:1], projected, pixels).float().square().mean().backward()
-
-    if kind == "embedding":
-        return partial(backward, text[0][:1].clone().requires_grad_())
-    params = dict(net.named_parameters())
-    if kind == "attention":
-        params = {name: params[name] for name in in_attention(params)}
+    states, *vector = (part[:1].clone() for part in text)
+    params = {"states": states} if kind == "embedding" else dict(net.named_parameters())
     if kind == "lora":
         params = during.enter_context(adapters(net, 8, torch.Generator().manual_seed(0)))
-    pairs = [(p.requires_grad_(), p.detach().float()) for p in params.values()]
+    names = in_attention(params) if kind == "attention" else params
+    pairs = [(params[name].requires_grad_(), params[name].detach().float()) for name in names]
     optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=True, capturable=CUDA)
 
     def work() -> None:
-        backward(text[0][:1])
+        net(x[:1], t[:1], net.project_context(states, *vector), pixels).float().square().mean().backward()
         update(optimizer, pairs)
 
     return work
@@ -128,11 +117,11 @@ def measure(kind: str, mode: str, net: nn.Module, x: Tensor, text: list[Tensor])
         peak()
         with ExitStack() as during:
             step = step_of(kind, torch.compile(net) if "compiled" in mode else net, x, text, during)
-            work = captured(step)[0] if mode == "graph" else step
+            work = captured(step)[0] if "graph" in mode else step
             while len(times) < 3 + 10 and sum(times[3:]) < 20e3:
-                start = now()
+                start = timer()  # which waits for the device
                 work()
-                times.append(1e3 * (now() - start))
+                times.append(1e3 * (timer() - start))
     except Exception as error:  # of memory, of a compiler, of a backend that is not there
         return {"ms": repr(error)[:90], "peak, GB": "-"}
     return {"ms": times[3:], "peak, GB": peak()}
@@ -140,19 +129,19 @@ def measure(kind: str, mode: str, net: nn.Module, x: Tensor, text: list[Tensor])
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=["openmoji64"])
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:1])
-    parser.add_argument("--attentions", nargs="+", default=["auto"])
+    for name, choices, default in (("models", NETWORKS, 1), ("steps", STEPS, 5), ("modes", MODES, 1)):
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=[*choices][:default])
     o = parser.parse_args()
-    results = Results("unet", "Steps of networks", key=5)
+    results = Results("unet", "Steps of networks", key=4)
     for model, mode in product(o.models, o.modes):
+        if "plain" in mode and NETWORKS[model][0] is not UNet:
+            continue
         net, *inputs = network(model)
+        net.attention.backend = "fused" if "fused" in mode else "auto"
         if "plain" in mode:
             plain(net)
-        for step, attention in product(o.steps, ["sdpa"] if "plain" in mode else o.attentions):
-            net.attention.backend = attention
-            row = {"model": model, "dtype": str(DTYPE)[6:], "step": step, "mode": mode, "attention": attention}
+        for step in o.steps:
+            row = {"model": model, "dtype": str(DTYPE)[6:], "step": step, "mode": mode}
             results.add(row | measure(step, mode, net, *inputs))
 
 

@@ -6,7 +6,6 @@ import platform
 import re
 import statistics
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,33 +20,23 @@ DTYPE = getattr(torch, os.environ.get("PALIMPSEST_DTYPE") or ("bfloat16" if CUDA
 
 def machine() -> str:
     """The name of the card, or of the processor and the number of threads that torch uses."""
-    if CUDA:
-        return torch.cuda.get_device_name(DEVICE)
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{named[1] if named else platform.machine()} ({torch.get_num_threads()} threads)"
-
-
-def now() -> float:
-    """Seconds, when the device has done its work."""
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    processor = f"{named[1] if named else platform.machine()} ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(DEVICE) if CUDA else processor
 
 
 def peak() -> float | str:
-    """The device's memory in GB, at most since the last call."""
-    if not CUDA:
-        return "-"
+    """The most memory of the CUDA device that was in use since the last call, in GB."""
     most = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    return most
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    return most or "-"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
 def cell(value: object) -> object:
@@ -59,14 +48,13 @@ def cell(value: object) -> object:
 
 class Results:
     """Rows in NAME-MACHINE.md and .json, in $PALIMPSEST_BENCHMARKS or else benchmarks/results. Rows of an earlier run
-    on the same machine stay; those that agree in the first `key` columns are one row, of what was measured last."""
+    there stay; those that agree in the first `key` columns are one row, of what was measured last."""
 
     def __init__(self, name: str, title: str, key: int):
         self.about, self.title, self.key = f"{machine()}, torch {torch.__version__}", title, key
-        self.file = RESULTS / re.sub(r"[^a-z0-9]+", "-", f"{name}-{machine().split(' (')[0]}".lower()).strip("-")
+        self.file = RESULTS / re.sub(r"[^a-z0-9]+", "-", f"{name} {self.about}".lower())
         stored = self.file.with_suffix(".json")
-        data = json.loads(stored.read_text()) if stored.exists() else {}
-        rows = data["rows"] if data.get("machine") == self.about else []
+        rows = json.loads(stored.read_text())[self.about] if stored.exists() else []
         self.rows = {tuple(row.values())[:key]: row for row in rows}
 
     def add(self, row: dict) -> None:
@@ -77,7 +65,5 @@ class Results:
         text = table(head, ([cell(r.get(name, "-")) for name in head] for r in self.rows.values()))
         RESULTS.mkdir(parents=True, exist_ok=True)
         self.file.with_suffix(".md").write_text(f"# {self.title}: {self.about}\n\n{text}")
-        stored = json.dumps({"machine": self.about, "rows": [*self.rows.values()]}, indent=1)
-        self.file.with_suffix(".json").write_text(stored + "\n")
-        new = (f"{name} {cell(value)}" for name, value in [*row.items()][self.key :])
-        print(*place, *new, sep="  ", file=sys.stderr, flush=True)
+        self.file.with_suffix(".json").write_text(json.dumps({self.about: [*self.rows.values()]}, indent=1) + "\n")
+        print(*(f"{name} {cell(value)}" for name, value in row.items()), sep=", ", file=sys.stderr, flush=True)
