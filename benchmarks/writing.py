@@ -40,10 +40,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> object:
-    """A number to three digits; of several measurements the median, and the range in brackets."""
+    """A number to four digits, or whole; of several measurements the median, and the range in brackets."""
     if isinstance(value, list):
-        return f"{statistics.median(value):.4g} ({min(value):.3g}-{max(value):.3g})"
-    return f"{value:.4g}" if isinstance(value, float) else value
+        return f"{cell(statistics.median(value))} ({cell(min(value))}-{cell(max(value))})"
+    return value if not isinstance(value, float) else f"{value:.4g}" if value < 1000 else round(value)
 
 
 class Results:
