@@ -38,7 +38,7 @@ NETWORKS = {  # kind, sizes, channels and side of the latent, text states, width
     "sdxl": (UNet, SDXL, 4, 128, (77, 2048), 1280),
     "sd35": (MMDiT, SD35_MEDIUM, 16, 128, (333, 4096), 2048),
 }
-FEW = {UNet: {"model_channels": 32, "transformer_depth": 1}, MMDiT: {"depth": 2, "dual_attention_layers": [0]}}
+FEW = {UNet: dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, transformer_depth=1), MMDiT: {"depth": 2}}
 
 
 def network(name: str) -> tuple[nn.Module, Tensor, list]:
