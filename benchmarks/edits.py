@@ -1,15 +1,11 @@
 """Time whole edits as a user starts them, and the stages of Imagic.
 
-    python -m benchmarks.edits                  # into benchmarks/results/edits-MACHINE.{json,md}
-    python -m benchmarks.edits model=sd15 model.weights=sd15.safetensors device=cuda
-    python -m benchmarks.edits --stages sd15    # into benchmarks/results/imagic-MACHINE.{json,md}
+    python -m benchmarks.edits model=sd15 model.weights=sd15.safetensors
+    python -m benchmarks.edits --stages sd15
 
-Whole edits are cold runs of `edit.py` on the bundled example, without cached tunings and W&B: each method as it comes,
-three times, with the settings of the command line. "wall" is the process, "edit" the method alone.
-
-Stages are those of Imagic in one process, by way of tuning, as steps of the named model: the shipped one, or Stable
-Diffusion 1.5 with random weights at 512 pixels. `--count` steps of A and of B are done, after a warm-up, and
-extrapolated to the paper's 1000 and 1500; `--compiled` compiles the UNet.
+Edits are cold runs of `edit.py` on the bundled example: "wall" is the process, "edit" the method alone. Stages are
+Imagic's by way of tuning, with Stable Diffusion 1.5 at 512 pixels (random weights) or the shipped model: `--count`
+steps of A and of B, extrapolated to the paper's 1000 and 1500.
 """
 
 import argparse
@@ -17,21 +13,20 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import timer
 
 import models
-from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results
+from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results, peak
 from data.tasks import EditTask
 from files import CLONE
 from methods.base import Run, perform
 from methods.imagic import Imagic
 from models.names import FAMILIES
-from models.unet import SD1
 from samplers import Sampler
 
 PAPER = {"embedding": 1000, "tuning": 1500, "editing": 50}  # steps of the stages
@@ -40,9 +35,9 @@ PAPER = {"embedding": 1000, "tuning": 1500, "editing": 50}  # steps of the stage
 def edit(settings: list[str], folder: Path) -> dict[str, float]:
     """Run edit.py; its wall time, and the cost in the first row that it writes."""
     command = [sys.executable, str(CLONE / "edit.py"), *settings, "cache.enabled=false", "logger.mode=disabled"]
-    start = time.perf_counter()
+    start = timer()
     subprocess.run([*command, f"hydra.run.dir={folder}"], cwd=CLONE, stdout=subprocess.DEVNULL, check=True)
-    wall = time.perf_counter() - start
+    wall = timer() - start
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
     return {"wall, s": wall, "edit, s": row["seconds"], "evaluations": row["evaluations"], "GB": row["peak_memory_gb"]}
 
@@ -52,43 +47,35 @@ class Clock(Run):
 
     def progress(self, stage: str) -> Callable[[Iterable], Iterator]:
         def timed(steps: Iterable) -> Iterator:
-            start, steps = self.now(), list(steps)
+            start, steps = timer(), list(steps)
             yield from steps
-            setattr(self, stage, 1e3 * (self.now() - start) / len(steps))
+            setattr(self, stage, 1e3 * (timer() - start) / len(steps))
 
         return timed
-
-    def now(self) -> float:
-        if CUDA:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def stages(name: str, count: int, compiled: bool) -> None:
     """Time Imagic's stages with each way of tuning."""
-    torch.manual_seed(0)
-    if name == "sd15":
+    if name == "sd15" and not SMALL:
         with DEVICE:
-            few = {"unet": SD1 | {"model_channels": 32}, "image_size": 64} if SMALL else {}
-            model = models.build(FAMILIES["cond_stage_model.transformer."] | {"schedule": {}} | few)
+            model = models.build(FAMILIES["cond_stage_model.transformer."] | {"schedule": {}})
     else:
-        model = models.load(CLONE / "checkpoints" / name)
-    model.to(DEVICE, DTYPE, memory_format=torch.channels_last if CUDA else torch.contiguous_format)
+        model = models.load(CLONE / "checkpoints" / "openmoji64")
+    model.to(DEVICE, DTYPE, memory_format=torch.channels_last if CUDA else None)
     if compiled:
         model.unet.compile()
     task = EditTask(torch.rand(1, 3, model.image_size, model.image_size) * 2 - 1, "a cat")
     results = Results("imagic", f"Imagic at {count} steps", key=3)
     for way in ("all", "attention", "lora"):
         for n, m in ((2, 3), (count, 3 if SMALL else PAPER["editing"])):  # the first does not count
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
+            peak()
             clock, method = Clock(), Imagic(Sampler(steps=m), embedding_steps=n, tuning_steps=n, tune=way)
             with closing(perform(method, model, task, clock)) as edits:
                 next(edits)
         row = {"model": name, "mode": "compiled" if compiled else "eager", "tune": way}
         row |= {f"{stage}, ms a step": getattr(clock, stage) for stage in PAPER}
         row["the paper's steps, s"] = sum(getattr(clock, stage) * steps for stage, steps in PAPER.items()) / 1e3
-        results.add(row | {"peak, GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else "-"})
+        results.add(row | {"peak, GB": peak()})
 
 
 def main() -> None:

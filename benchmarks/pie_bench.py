@@ -1,6 +1,4 @@
-"""Write the table "published / reproduced" of the runs that pie_bench.sh makes: OUT/table.md.
-
-    python -m benchmarks.pie_bench PIE-Bench_v1 OUT
+"""Write the table "published / reproduced" of pie_bench.sh: python -m benchmarks.pie_bench PIE-Bench_v1 OUT
 
 PSNR, MSE and SSIM are of whole pictures, the edited part black in both, as in PIE-Bench's own evaluation.
 """

@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
-# Run every preset of conf/experiment/pie over PIE-Bench, and write the table "published against reproduced".
-#
-#   benchmarks/pie_bench.sh PIE-Bench_v1 runs/pie                  goes on where it stopped
-#   benchmarks/pie_bench.sh PIE-Bench_v1 runs/pie task.shard=0/4   a quarter; run the others beside it, on other GPUs
-#
-# Further settings go to edit.py: task.limit=5, model.weights=sd-v1-4.ckpt, rows="ddim_masactrl pnp_masactrl" before it.
+# Run the presets of conf/experiment/pie over PIE-Bench, on from where they stopped, and write the table "published /
+# reproduced":  [rows="ddim_masactrl pnp_masactrl"] benchmarks/pie_bench.sh PIE-Bench_v1 runs/pie [SETTING OF edit.py ...]
+# With task.shard=0/4 it is a quarter; run the others beside it, on other GPUs.
 set -euo pipefail
 folder=$(realpath "$1") out=$(realpath -m "$2") settings=("${@:3}")
 cd "$(dirname "$0")/.."

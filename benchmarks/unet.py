@@ -1,125 +1,147 @@
-"""Time the steps of a network and measure their memory: sampling, embedding, and each way of tuning.
+"""Time the steps of a network and measure their memory.
 
-    python -m benchmarks.unet                           # into benchmarks/results/unet-MACHINE.{json,md}
-    python -m benchmarks.unet --models sd15 --steps guided --modes compiled
+    python -m benchmarks.unet --models sd15 --steps guided --modes eager compiled plain plain-compiled
 
-Models: the shipped one; Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights. Steps:
-
-guided     classifier-free guidance in one batch of two, no gradients, text projected once: a step of sampling
-embedding  forward and backward to the text, weights frozen: a step of Imagic's stage A
-all, attention, lora   forward, backward and Adam, in half precision on float32 copies: a step of Imagic's stage B
-
-Modes: eager, compiled (torch.compile), and on CUDA graph (the step as one CUDA graph). A step that fails leaves a row.
+Models: the shipped one, Stable Diffusion 1.5 at 512 pixels, XL and 3.5 medium at 1024, with random weights. Steps: of
+sampling, `guided` in one batch of two; of Imagic's stages A and B, by what Adam moves, on float32 copies. Modes: eager,
+torch.compile, the step as a CUDA graph; with `fused` attention; and UNets in their `plain` form.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from itertools import product
+from types import MethodType
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 
-import models
-from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results
+from benchmarks.writing import CUDA, DEVICE, DTYPE, SMALL, Results, peak
 from files import CLONE
 from methods.lora import adapters, in_attention
 from methods.optimisation import update
+from models.attention import CrossAttention, SelfAttention
 from models.graphs import captured
 from models.mmdit import SD35_MEDIUM, MMDiT
-from models.unet import SD1, SDXL, UNet
+from models.unet import SD1, SDXL, ProjectedContext, SpatialTransformer, UNet
 
 STEPS = ("guided", "embedding", "all", "attention", "lora")
-MODES = ("eager", "compiled", "graph")
-NETWORKS = {  # kind, sizes, latent, text states, width of the text's vector
-    "sd15": (UNet, SD1, (4, 64, 64), (77, 768), 0),
-    "sdxl": (UNet, SDXL, (4, 128, 128), (77, 2048), 1280),
-    "sd35": (MMDiT, SD35_MEDIUM, (16, 128, 128), (333, 4096), 2048),
+MODES = ("eager", "compiled", "graph", "fused", "fused-graph", "plain", "plain-compiled")
+SHIPPED = json.loads((CLONE / "checkpoints/openmoji64/config.json").read_text())["unet"]
+NETWORKS = {  # kind, sizes, channels and side of the latent, text states, width of the text's vector
+    "openmoji64": (UNet, SHIPPED, 4, 16, (40, 192), 0),
+    "sd15": (UNet, SD1, 4, 64, (77, 768), 0),
+    "sdxl": (UNet, SDXL, 4, 128, (77, 2048), 1280),
+    "sd35": (MMDiT, SD35_MEDIUM, 16, 128, (333, 4096), 2048),
 }
-FEW = {UNet: {"model_channels": 32, "transformer_depth": 1}, MMDiT: {"depth": 2, "dual_attention_layers": [0]}}
+FEW = {UNet: dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, transformer_depth=1), MMDiT: {"depth": 2}}
 
 
 def network(name: str) -> tuple[nn.Module, Tensor, list]:
     """The network, noisy latents (2, c, h, w), and the text's states (2, L, C) and vector (2, D), if it takes one."""
     torch.manual_seed(0)
-    if name == "openmoji64":
-        net = models.load(CLONE / "checkpoints" / name, device=DEVICE, dtype=DTYPE).unet
-        latent, states, width = (4, 16, 16), (40, 192), 0
-    else:
-        kind, sizes, (c, *sides), states, width = NETWORKS[name]
-        latent = c, *(side // 8 if SMALL else side for side in sides)
-        with DEVICE:
-            net = kind(**sizes | (FEW[kind] if SMALL else {})).to(DTYPE)
-    net.to(memory_format=torch.channels_last if CUDA else torch.contiguous_format)  # as edit.py
-    x, *text = (torch.randn(2, *shape).to(DEVICE, DTYPE) for shape in (latent, states, *([(width,)] if width else ())))
+    kind, sizes, channels, side, states, width = NETWORKS[name]
+    side, few = (16, FEW[kind]) if SMALL else (side, {})
+    shapes = (channels, side, side), states, *([(width,)] if width else ())
+    with DEVICE:
+        net = kind(**sizes | few).to(DTYPE, memory_format=torch.channels_last if CUDA else None)  # as edit.py
+        x, *text = (torch.randn(2, *shape, dtype=DTYPE) for shape in shapes)
     return net.eval().requires_grad_(False), x, text
 
 
-@contextmanager
-def step_of(kind: str, net: nn.Module, x: Tensor, text: list[Tensor]) -> Iterator[Callable[[], object]]:
-    """Inside, a call is one step."""
+def plain(net: UNet) -> None:
+    """Make a UNet, in place, compute the same as it is commonly written: q, k and v each by a layer, those of the text
+    in every step; projections of feature maps by 1x1 convolutions; attention by PyTorch."""
+
+    def attend(self: SelfAttention | CrossAttention, x: Tensor, states: Tensor | None = None) -> Tensor:
+        y = x if states is None else states
+        qkv = self.to_q(x), self.to_k(y), self.to_v(y)
+        o = self.attention(*(rearrange(z, "b n (h d) -> b h n d", h=self.heads) for z in qkv))
+        return self.to_out(rearrange(o, "b h n d -> b n (h d)"))
+
+    def transform(self: SpatialTransformer, x: Tensor, context: ProjectedContext) -> Tensor:
+        y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.transformer_blocks:
+            y = block(y, context.states)
+        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=x.shape[-2]))
+
+    def replace(module: nn.Module, name: str, layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+        layer.weight, layer.bias = nn.Parameter(weight), bias
+        setattr(module, name, layer)
+
+    net.attention.backend = "sdpa"
+    net.project_context = ProjectedContext  # the text goes to the layers as it is
+    for m in [*net.modules()]:
+        if isinstance(m, SelfAttention | CrossAttention):
+            m.forward, fused = MethodType(attend, m), "to_kv" if isinstance(m, CrossAttention) else "to_qkv"
+            for part, weight in zip(fused[3:], getattr(m, fused).weight.split(m.to_out.in_features), strict=True):
+                replace(m, f"to_{part}", nn.Linear(1, 1, bias=False), weight)
+            delattr(m, fused)
+        elif isinstance(m, SpatialTransformer):
+            m.forward = MethodType(transform, m)
+            for name, linear in (("proj_in", m.proj_in), ("proj_out", m.proj_out)):
+                replace(m, name, nn.Conv2d(1, 1, 1), linear.weight[..., None, None], linear.bias)
+
+
+def step_of(kind: str, net: nn.Module, x: Tensor, text: list[Tensor], during: ExitStack) -> Callable[[], object]:
+    """A function that does one step."""
     net.requires_grad_(False)
     t, pixels = torch.full((len(x),), 500, device=x.device), (8 * x.shape[-2], 8 * x.shape[-1])
     if kind == "guided":
-        with torch.no_grad():
-            projected = net.project_context(*text)
-            yield torch.no_grad()(lambda: net(x, t, projected, pixels))
-        return
+        during.enter_context(torch.no_grad())
+        return partial(net, x, t, net.project_context(*text), pixels)
+    states, *vector = (part[:1].clone() for part in text)
+    params = {"states": states} if kind == "embedding" else dict(net.named_parameters())
+    if kind == "lora":
+        params = during.enter_context(adapters(net, 8, torch.Generator().manual_seed(0)))
+    names = in_attention(params) if kind == "attention" else params
+    pairs = [(params[name].requires_grad_(), params[name].detach().float()) for name in names]
+    optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=True, capturable=CUDA)
 
-    def backward(states: Tensor) -> None:
-        projected = net.project_context(states, *(vector[:1] for vector in text[1:]))
-        net(x[:1], t[:1], projected, pixels).float().square().mean().backward()
+    def work() -> None:
+        net(x[:1], t[:1], net.project_context(states, *vector), pixels).float().square().mean().backward()
+        update(optimizer, pairs)
 
-    if kind == "embedding":
-        states = text[0][:1].clone().requires_grad_()
-        yield lambda: backward(states)
-        return
-    names = in_attention(dict(net.named_parameters())) if kind == "attention" else dict(net.named_parameters())
-    moved = nullcontext({name: net.get_parameter(name) for name in names})
-    with adapters(net, 8, torch.Generator().manual_seed(0)) if kind == "lora" else moved as params:
-        pairs = [(p.requires_grad_(), p.detach().float()) for p in params.values()]
-        optimizer = torch.optim.Adam([master for _, master in pairs], lr=0.0, fused=True, capturable=CUDA)
-
-        def work() -> None:
-            backward(text[0][:1])
-            update(optimizer, pairs)
-
-        yield work
+    return work
 
 
 def measure(kind: str, mode: str, net: nn.Module, x: Tensor, text: list[Tensor]) -> dict:
-    """Milliseconds of each of ten steps, after three that do not count, and on CUDA the peak memory; or why not."""
+    """Milliseconds of each of ten steps, or of fewer in 20 s, after three; on CUDA the peak memory; or why not."""
     times = []
     try:
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        with step_of(kind, torch.compile(net) if mode == "compiled" else net, x, text) as step:
-            work = captured(step)[0] if mode == "graph" else step
-            for _ in range(3 + 10):
-                start = time.perf_counter()
+        torch.compiler.reset()  # or the limit of graphs for one function is met
+        peak()
+        with ExitStack() as during:
+            step = step_of(kind, torch.compile(net) if "compiled" in mode else net, x, text, during)
+            work = captured(step)[0] if "graph" in mode else step
+            while len(times) < 3 + 10 and sum(times[3:]) < 20e3:
+                start = timer()  # which waits for the device
                 work()
-                if CUDA:
-                    torch.cuda.synchronize()
-                times.append(1e3 * (time.perf_counter() - start))
+                times.append(1e3 * (timer() - start))
     except Exception as error:  # of memory, of a compiler, of a backend that is not there
-        return {"ms": repr(error)[:90]}
-    return {"ms": times[3:], "peak, GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else "-"}
+        return {"ms": repr(error)[:90], "peak, GB": "-"}
+    return {"ms": times[3:], "peak, GB": peak()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", choices=["openmoji64", *NETWORKS], default=["openmoji64"])
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:1])
-    parser.add_argument("--attentions", nargs="+", default=["auto"])
+    for name, choices, default in (("models", NETWORKS, 1), ("steps", STEPS, 5), ("modes", MODES, 1)):
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=[*choices][:default])
     o = parser.parse_args()
-    results = Results("unet", "Steps of networks", key=5)
-    for model in o.models:
+    results = Results("unet", "Steps of networks", key=4)
+    for model, mode in product(o.models, o.modes):
+        if "plain" in mode and NETWORKS[model][0] is not UNet:
+            continue
         net, *inputs = network(model)
-        for mode, step, attention in product(o.modes, o.steps, o.attentions):
-            net.attention.backend = attention
-            row = {"model": model, "dtype": str(DTYPE)[6:], "step": step, "mode": mode, "attention": attention}
+        net.attention.backend = "fused" if "fused" in mode else "auto"
+        if "plain" in mode:
+            plain(net)
+        for step in o.steps:
+            row = {"model": model, "dtype": str(DTYPE)[6:], "step": step, "mode": mode}
             results.add(row | measure(step, mode, net, *inputs))
 
 

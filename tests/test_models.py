@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
+from benchmarks.unet import plain
 from errors import InputError
 from models.attention import CrossAttention, SelfAttention, attention
 from models.device import choose_device, choose_dtype
 from models.text import BEGIN, END, UNKNOWN, compact, compact_vocabulary
 from models.unet import UNet
-from tests.conftest import TINY, normal, randomised
+from tests.conftest import TINY, normal, randomised, tiny
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,6 +61,16 @@ def test_layers_share_their_own_network_s_attention_and_no_other(tiny_model):
     with pytest.raises(ZeroDivisionError), unet.attention.hooked(lambda *_: 1 / 0):
         unet(x, 3, context)
     assert unet.attention.hook is None and torch.equal(unet(x, 3, context), plain)
+
+
+def test_the_unet_as_it_is_commonly_written_is_the_same():
+    """The benchmarks time it beside ours."""
+    model, x = tiny("sdxl_tiny", dtype=torch.float32), normal(2, 4, 8, 8).float()
+    text = model.encode_text(["a cat", "a dog"])
+    ours, layers = model.predict(x, 5, text), len([*model.unet.parameters()])
+    plain(model.unet)
+    torch.testing.assert_close(model.predict(x, 5, text), ours, atol=1e-5, rtol=1e-5)
+    assert len([*model.unet.parameters()]) > layers
 
 
 def test_compiled_it_is_the_same_and_one_graph_and_runs_uncompiled_with_a_hook():
