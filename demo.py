@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 
 import edit
 import models
-from data.images import CLONE, find, to_pil
+from data.images import find, to_pil
 from data.openmoji_edits import SIDE, OpenMojiEdits
 from errors import InputError
 from evaluation import cli, config, report
+from files import CLONE
 
 try:
     import gradio as gr

@@ -23,7 +23,7 @@ config.register()
 def main(cfg: DictConfig) -> float | list[float] | None:
     with cli.job():
         hydra_config = HydraConfig.get()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             cli.end("error: torchrun is for train.py; processes of edit.py share a list by task.shard=0/4, 1/4, ...", 1)
         value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)
         if failed and hydra_config.mode == RunMode.RUN:  # a sweep says so in its own end
@@ -69,6 +69,7 @@ def edit(
     nodes = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     parts = ("method", "task", "cache", "logger", "metrics")
     method, source, cache, logger, metrics = (config.build(nodes, name) for name in parts)
+    runner.check_objective(nodes["objective"], method)
     own = [n for n in ("image", "prompt", "source_prompt", "negative_prompt", "mask") if cfg[n] not in (None, "")]
     if own and not source.single:
         raise InputError(f"{own[0]}= is for one picture: the tasks of a benchmark bring theirs")

@@ -49,6 +49,8 @@ def run(cfg: DictConfig) -> bool:
     check_number("seed", cfg.seed, whole=True, high=2**32 - 1)
     parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
     for part in parts:
+        if not part or part.get("name") not in (*OBJECTIVES, "evaluation"):
+            raise InputError(f"part.name={part and part.get('name')}: choose from {', '.join(OBJECTIVES)}, evaluation")
         for name, value in OmegaConf.to_container(part.get("objective", part), resolve=True).items():
             if name not in ("name", "prompts"):
                 count, share = name in COUNTS, name in ("prompt_dropout", "unknown_rate")
@@ -60,12 +62,7 @@ def run(cfg: DictConfig) -> bool:
     out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)
     bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and computes_in("bfloat16", device))
     (out / "training").mkdir(parents=True, exist_ok=True)
-    if "WORLD_SIZE" in os.environ:  # torchrun started several processes
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-    rank, settings = int(os.environ.get("RANK", 0)), OmegaConf.to_container(cfg, resolve=True)
+    rank, settings = join(device), OmegaConf.to_container(cfg, resolve=True)
     if rank > 0:
         logger.mode = "disabled"  # the first process logs the whole run
     else:
@@ -82,6 +79,23 @@ def run(cfg: DictConfig) -> bool:
                 model = load(out, device=device)
                 evaluate(model, datasets(cfg, model.image_size, cfg.seed + 1), out, cfg.seed, part)
     return True
+
+
+def join(device: torch.device) -> int:
+    """Join the processes that torchrun started; return this one's number, 0 where it is alone. Raises InputError where
+    torchrun's variables were set by hand, and wrongly."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        if not 0 <= int(os.environ.get("RANK", 0)) < int(os.environ["WORLD_SIZE"]):  # torch would wait for the others
+            raise ValueError("RANK is not below WORLD_SIZE")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"WORLD_SIZE is set, as by torchrun, but no process group begins: {error}") from error
+    atexit.register(dist.destroy_process_group)
+    return dist.get_rank()
 
 
 def datasets(cfg: DictConfig, size: int, seed: int) -> dict[str, Dataset]:

@@ -187,7 +187,9 @@ def _over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def _choice(rng: np.random.Generator, items: Sequence, shares: Iterable[float] | None = None):
     """One of the items, evenly or by shares; a fraction of the cost of `rng.choice`."""
-    ends = range(1, len(items) + 1) if shares is None else list(accumulate(shares))
+    if shares is None:
+        return items[int(rng.random() * len(items))]
+    ends = list(accumulate(shares))
     return items[bisect(ends, rng.random() * ends[-1])]
 
 

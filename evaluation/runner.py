@@ -43,6 +43,12 @@ OUTPUTS = ("truth.png", "reconstruction.png", "edits", "plots", "error.txt", "re
 # Settings that change no result, or choose tasks only: a folder may be continued with others.
 NOT_COMPARED = re.compile(r"(logger|cache|device|objective|model\.weights|task\.(categories|limit|shard))(\.|$)")
 
+METRIC = re.compile(  # names of those that any method gets
+    r"(psnr|mse|ssim|lpips)_to_(input|truth)(_kept)?|(structure_distance|clip_similarity)_to_(input|truth)|change_error|"
+    r"((input|truth)_)?clip_score|clip_(score_edited|margin|directional)|attainable|success(_closer)?|seconds|"
+    r"evaluations|peak_memory_gb|reconstruction_psnr|edit_source_cosine|edit\..+"
+)
+
 
 class TaskRun(Run):
     """The run of one task: shows progress, collects curves, caches tuned states, and knows what it costs."""
@@ -252,13 +258,21 @@ def task_seed(seed: int, name: str) -> int:
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
     Raises InputError where no edit has it, or tasks failed."""
-    names = [setting] if isinstance(setting, str | int | float) else list(setting or [])
+    names = [setting] if isinstance(setting, str) else list(setting or [])
     if names and any("error" in row for row in rows):
         raise InputError("objective: tasks failed, so the rest does not compare with other settings")
     means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()
     if any(map(math.isnan, means)):
         raise InputError(f"objective={setting}: no edit has this metric; evaluation/metrics.py says what it needs")
     return means if len(names) > 1 else next(iter(means), None)
+
+
+def check_objective(setting: str | Sequence[str] | None, method: Method) -> None:
+    """Raise InputError for the name of a metric that neither evaluation/metrics.py nor the method's code can give."""
+    words = {word for file in code_of(method) for word in re.findall("[a-z]+", file.read_text(encoding="utf-8"))}
+    for name in setting if isinstance(setting, list) else [] if setting is None else [setting]:
+        if not METRIC.fullmatch(str(name)) and not words.issuperset(str(name).split("_")):  # such as f"{stage}_loss"
+            raise InputError(f"objective={name} is no metric: choose one of those in evaluation/metrics.py")
 
 
 def progress_bar(*args, **kwargs) -> tqdm:

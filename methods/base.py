@@ -110,6 +110,12 @@ def check_invertible(method: Any, **ranges: Any) -> None:
         raise InputError("this method walks its path both ways, which takes sampler.eta=0")
 
 
+def check_flow(method: Any, model: Any) -> None:
+    """Raise InputError unless the model predicts velocities."""
+    if model.prediction != "flow":
+        raise InputError(f"{type(method).__name__} needs a flow model, such as model=sd35_medium")
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     """The cosine of the angle between two tensors, taken as vectors."""
     a, b = a.detach().cpu().double().flatten(), b.detach().cpu().double().flatten()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_flow, check_invertible
 from samplers import Sampler, ddim, guided, noise_like
 
 
@@ -38,8 +38,7 @@ class FlowEdit(Method):
             raise InputError(f"method.{values}: they must not fall in this order")
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        if model.prediction != "flow":
-            raise InputError("FlowEdit needs a flow model, such as model=sd35_medium")
+        check_flow(self, model)
         trajectory = self.sampler.trajectory(model.schedule)
         as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_flow, check_invertible
 from samplers import Sampler, ddim, guided, noise_like
 
 
@@ -34,8 +33,7 @@ class RFInversion(Method):
         check_invertible(self, shares=["gamma", "eta", "start", "stop"], counts=["num_samples"])
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        if model.prediction != "flow":
-            raise InputError("RF-Inversion needs a flow model, such as model=sd35_medium")
+        check_flow(self, model)
         trajectory = self.sampler.trajectory(model.schedule)
         steps = {t: n for n, t in enumerate(trajectory.timesteps.tolist())}
         sigmas, as_empty = trajectory.levels.tolist(), guided(model, "")

@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     # Counted before torch reads the name: it takes cuda:256 for cuda:0.
     if name != "cpu" and int(known[1] or 0) >= count:
         raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and os.environ.get("LOCAL_RANK", "").isdecimal():
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % count}"
     return torch.device(name)
 

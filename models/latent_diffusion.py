@@ -128,6 +128,9 @@ def build(
             if "t5" in config:
                 towers["t5"] = T5(**config["t5"])
             unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+            wide = sum(config[name]["width"] for name in towers if name != "t5")
+            if isinstance(unet, UNet) and wide != config["unet"].get("context_dim", 768):
+                raise InputError(f"arch.unet.context_dim is not {wide}, the width of the text's states")
             autoencoder = Autoencoder(**config["vae"])
             vision = config.get("vision")
             clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None

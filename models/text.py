@@ -164,6 +164,8 @@ class Clip(nn.Module):
 
     def __init__(self, visual: nn.Module, text: TextEncoder, image_size: int, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
+        if text.hidden_layer != "last" or not text.final_norm:  # `pool` takes these states
+            raise InputError("arch.vision: CLIP compares the text's last layer, so arch.text.hidden_layer must be last")
         self.visual, self.text, self.image_size = visual, text, image_size
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         # On the CPU even while the weights are on the meta device: no file will bring these.

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from errors import check, check_number
+from errors import InputError, check, check_number
 
 KINDS = ("scaled_linear", "linear", "cosine")
 SPACINGS = ("auto", "leading", "trailing")
@@ -44,6 +44,8 @@ class Trajectory:
         With eta in (0, 1] it goes down only, and not for a flow: the step draws, with the deviation of DDIM's eq. 16,
         from q(x_j | x_i, x0) at the x0 that epsilon implies (with 1, DDPM's posterior: Ho et al., eq. 7). `noise` is
         the standard normal draw; without one the mean is returned (DDIM, eq. 12)."""
+        if self.flow and eta > 0:
+            raise InputError("a flow is walked without noise: eta must be 0")
         (alpha, sigma), (alpha_to, sigma_to) = self.mixture(i), self.mixture(j)
         a = 1.0 if self.flow else alpha_to / alpha
         drawn = eta * sigma_to / sigma * math.sqrt(1 - (alpha / alpha_to) ** 2) if eta > 0 else 0.0

@@ -64,7 +64,8 @@ def photo(height=64, width=192):
 
 @pytest.mark.parametrize(("editor", "inversion"), PAIRS)
 def test_an_editor_switched_off_samples_plainly_from_the_inverted_latent(tiny_model, task, edit, editor, inversion):
-    method = made(editor, inversion, **OFF[editor])
+    method = made(editor, inversion)
+    vars(method).update(OFF[editor])  # past the checks: MasaCtrl that edits nothing is refused
     ((_, latent, _),), _, run = edit(method, tiny_model, task)
     trajectory, null = method.sampler.trajectory(tiny_model.schedule), ""
     if (editor, inversion) == ("prompt_to_prompt", "negative_prompt"):
@@ -72,6 +73,8 @@ def test_an_editor_switched_off_samples_plainly_from_the_inverted_latent(tiny_mo
     if inversion != "null_text" or editor == "plug_and_play":
         denoise = guided(tiny_model, task.prompt, W, null)
         close(latent, ddim.sample(denoise, run.tensors["inverted_latent"], trajectory))
+    with pytest.raises(InputError, match="start_layer"):  # there are 4
+        edit(made("masactrl", inversion, start_layer=4), tiny_model, task)
     ((_, edited, _),), _, _ = edit(made(editor, inversion), tiny_model, task)
     assert (edited - latent).abs().max() > 1e-4
 

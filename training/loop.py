@@ -169,8 +169,8 @@ def train(
                 means = torch.stack([value.float() for value in numbers.values()]) / world
                 values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
                 weights = [*trained.parameters(), *average.parameters()] if saving else []
-                finite = values["loss"] + values["grad_norm"] + sum(w.abs().max().half().item() for w in weights)
-                if not math.isfinite(finite):  # in half precision, as they are exported; the last good state stays
+                peaks = torch.stack([means.sum(), *(w.detach().abs().max().half() for w in weights)])
+                if not peaks.isfinite().all():  # in half precision, as they are exported; the last good state stays
                     raise InputError(f"loss, gradient or weights are not finite by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
