@@ -62,7 +62,17 @@ def run(cfg: DictConfig) -> bool:
     out, logger, device = Path(cfg.out), instantiate(cfg.logger), choose_device(cfg.device)
     bfloat16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and computes_in("bfloat16", device))
     (out / "training").mkdir(parents=True, exist_ok=True)
-    rank, settings = join(device), OmegaConf.to_container(cfg, resolve=True)
+    if "WORLD_SIZE" in os.environ:  # torchrun started several processes
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            if not 0 <= int(os.environ.get("RANK", 0)) < int(os.environ["WORLD_SIZE"]):  # torch would wait for others
+                raise ValueError("RANK must be below WORLD_SIZE")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"WORLD_SIZE is set, as by torchrun, but no processes join: {error}") from error
+        atexit.register(dist.destroy_process_group)
+    rank, settings = dist.get_rank() if dist.is_initialized() else 0, OmegaConf.to_container(cfg, resolve=True)
     if rank > 0:
         logger.mode = "disabled"  # the first process logs the whole run
     else:
@@ -81,23 +91,6 @@ def run(cfg: DictConfig) -> bool:
     return True
 
 
-def join(device: torch.device) -> int:
-    """Join the processes that torchrun started; return this one's number, 0 where it is alone. Raises InputError where
-    torchrun's variables were set by hand, and wrongly."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        if not 0 <= int(os.environ.get("RANK", 0)) < int(os.environ["WORLD_SIZE"]):  # torch would wait for the others
-            raise ValueError("RANK is not below WORLD_SIZE")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"WORLD_SIZE is set, as by torchrun, but no process group begins: {error}") from error
-    atexit.register(dist.destroy_process_group)
-    return dist.get_rank()
-
-
 def datasets(cfg: DictConfig, size: int, seed: int) -> dict[str, Dataset]:
     """Pictures of what training shows, and of what it does not."""
     trained = instantiate(cfg.data, split="train", size=size, seed=seed)
@@ -105,8 +98,7 @@ def datasets(cfg: DictConfig, size: int, seed: int) -> dict[str, Dataset]:
 
 
 def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, Dataset]:
-    """The objective of a part and its training data. The UNet's other parts are read from `out`; raises InputError
-    where `arch` contradicts them."""
+    """The objective and the training data of a part. Raises InputError where `arch` contradicts parts in `out`."""
     arch, states = OmegaConf.to_container(cfg.arch, resolve=True), {}
     for name in ("autoencoder", "clip") if part.name == "unet" else ():
         states[name], stored = read_part(out, name), read_config(out)

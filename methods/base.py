@@ -49,6 +49,7 @@ class Method:
     no files, draws noise from the run alone, and hands the model back unchanged."""
 
     group = "method"  # its settings on the command line
+    of_flows = False  # whether it takes a flow model, and no other
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         """Yield (settings, latent) for each edit of `z`, the latent (1, c, h, w) of the task's picture, in float64.
@@ -69,6 +70,8 @@ def perform(method: Method, model, task, run: Run) -> Iterator[tuple[dict[str, A
     Outside `task.region` an edit is the input, whatever the method: its walks stay on the input's path, and its latent
     and at last its pixels are the input's own. A latent cell is free where any of its pixels is.
     """
+    if method.of_flows and model.prediction != "flow":
+        raise InputError("this method needs a flow model, such as model=sd35_medium")
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     checkpointing, schedule, region = model.unet.gradient_checkpointing, model.schedule, task.region
     try:
@@ -108,12 +111,6 @@ def check_invertible(method: Any, **ranges: Any) -> None:
     check(method, **ranges)
     if method.sampler.eta != 0:
         raise InputError("this method walks its path both ways, which takes sampler.eta=0")
-
-
-def check_flow(method: Any, model: Any) -> None:
-    """Raise InputError unless the model predicts velocities."""
-    if model.prediction != "flow":
-        raise InputError(f"{type(method).__name__} needs a flow model, such as model=sd35_medium")
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

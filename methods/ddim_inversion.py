@@ -1,8 +1,7 @@
 """DDIM inversion with guidance (Song, Meng & Ermon, 2020, arXiv 2010.02502, section 4.3), the plainest baseline.
 
 The deterministic path (eq. 12 with sigma 0, or as a step of an ODE, eq. 13) is walked up from the picture under the
-source prompt, and down again under the target prompt with classifier-free guidance. Nothing ties the result to the
-picture but the latent at the top.
+source prompt, and down again under the target prompt with guidance. Only the latent at the top ties the two.
 """
 
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from errors import InputError
-from methods.base import RECONSTRUCTION, Method, Result, Run, check_flow, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from samplers import Sampler, ddim, guided, noise_like
 
 
@@ -23,6 +23,7 @@ class FlowEdit(Method):
     """Algorithm 1; the defaults are the paper's for Stable Diffusion 3. The reconstruction is the latent itself, which
     equal prompts at equal guidance give back. A task without a source prompt starts from the empty one."""
 
+    of_flows = True
     sampler: Sampler  # the grid of a flow model
     n_max: int = 33  # of the sampler's steps (50) the last ones that are walked [n_max]: more edit more
     n_min: int = 0  # of these the last ones that sample the target as usual [n_min]: they change style and texture
@@ -38,7 +39,6 @@ class FlowEdit(Method):
             raise InputError(f"method.{values}: they must not fall in this order")
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        check_flow(self, model)
         trajectory = self.sampler.trajectory(model.schedule)
         as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)

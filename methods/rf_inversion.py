@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.base import RECONSTRUCTION, Method, Result, Run, check_flow, check_invertible
+from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from samplers import Sampler, ddim, guided, noise_like
 
 
@@ -21,6 +21,7 @@ from samplers import Sampler, ddim, guided, noise_like
 class RFInversion(Method):
     """The defaults are the authors' for FLUX. The reconstruction is the latent itself, as with eta=1 and stop=1."""
 
+    of_flows = True
     sampler: Sampler  # the grid of a flow model, walked both ways
     gamma: float = 0.5  # [gamma] on the way up, under the empty prompt: 0 is plain inversion, 1 leads straight to y_1
     eta: float = 0.9  # [eta] on the way down: 0 is plain sampling, 1 leads straight to the picture
@@ -33,7 +34,6 @@ class RFInversion(Method):
         check_invertible(self, shares=["gamma", "eta", "start", "stop"], counts=["num_samples"])
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
-        check_flow(self, model)
         trajectory = self.sampler.trajectory(model.schedule)
         steps = {t: n for n, t in enumerate(trajectory.timesteps.tolist())}
         sigmas, as_empty = trajectory.levels.tolist(), guided(model, "")

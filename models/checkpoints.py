@@ -321,8 +321,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def weight_files(files: Sequence[str], folders: Iterable[str] = names.FOLDERS, half=False) -> dict[str, list[str]]:
     """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`,
-    but half precision first where it is enough; those of a large network are in several files. Raises InputError where
-    a sub-folder has none."""
+    but half precision first where it is enough; perhaps in several files. Raises InputError where there is none."""
     chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
     endings = sorted(ENDINGS, key=lambda end: (".fp16" in end) != half)
     for part in folders:
@@ -395,8 +394,8 @@ def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str
 def read_config(path: Path, file: str = "config.json") -> dict:
     """The sizes in a folder's `config.json`, or in another file of JSON. Raises InputError where it cannot be read."""
     try:
-        return json.loads((path / file).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return {**json.loads((path / file).read_text())}
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path / file} cannot be read: {error}") from None
 
 

@@ -147,8 +147,7 @@ class NoiseSchedule(Schedule):
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)
 
     def mixture(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """alpha = sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats for an int, tensors
-        that multiply `x` by sample for (B,)."""
+        """alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats, or for (B,) tensors."""
         if isinstance(t, int):
             return math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
         if (x.device, x.dtype) not in self.tables:  # kept there, since reading a GPU's t would make the CPU wait for it

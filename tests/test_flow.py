@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import InputError
 from samplers import FlowSchedule, ddim
 from tests.conftest import normal
 
@@ -49,7 +48,7 @@ def test_the_grid_falls_from_noise_to_clean_and_is_shifted_twice(schedule, steps
         assert float(unshifted(unshifted(sigmas[-2]))) == pytest.approx(0.001)
     tail = trajectory.tail(0.5)
     assert torch.equal(tail.levels, sigmas[-len(tail) - 1 :]) and tail.flow
-    with pytest.raises(InputError, match="eta"):
+    with pytest.raises(ValueError, match="eta"):
         tail.step(sigmas, sigmas, 0, 1, eta=0.5)
 
 

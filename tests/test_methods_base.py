@@ -116,7 +116,7 @@ def test_numbers_and_choices_out_of_range_are_named(kind):
         (PromptToPrompt, "guidance_scale", 0.0, {}), (MasaCtrl, "start_step", 50, {}),
         (DirectInversion, "num_samples", 2, {"mix": "gaussian", "alpha": 1.0, "beta": 1.0}),
         (PromptToPrompt, "reweight", {"dog": "much"}, {}), (DDPMInversion, "sampler", Sampler(), {}),
-        (DDIMInversion, "sampler", Sampler(eta=0.5), {}),
+        (PromptToPrompt, "reweight", {"dog": math.nan}, {}), (DDIMInversion, "sampler", Sampler(eta=0.5), {}),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_named(kind, name, value, others):

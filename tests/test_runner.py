@@ -1,5 +1,4 @@
-"""The runner: the cost of an edit, its files and rows. And each task is edited once in the end, although some fail, the
-run stops, or processes share it."""
+"""The runner: an edit's cost, files and rows; each task is edited once, although some fail, runs stop or share it."""
 
 import json
 import math
@@ -33,8 +32,7 @@ def editor(model, method, cache=None, logger=None, **settings):
 
 @dataclass
 class Tuned(Method):
-    """Tunes for 10 seconds and 3 evaluations, edits for 1 second and 1 evaluation, before and after a reconstruction of
-    100 seconds and 5 evaluations. `seconds` is the clock."""
+    """Tunes for 10 `seconds` and 3 evaluations, edits for 1 and 1, around a reconstruction of 100 and 5."""
 
     seconds: list
 

@@ -79,8 +79,8 @@ def pixel_scores(samples: Tensor, drawings: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: LatentDiffusion, datasets: Mapping[str, Dataset], out: Path, seed: int, settings: Mapping) -> None:
-    """Judge the model on data sets that training did not draw: print the numbers, and write `evaluation.json`, grids
-    of pictures and their captions to `out`. `settings` are those of conf/part/evaluation.yaml.
+    """Judge the model on data sets that training did not draw, by the settings of conf/part/evaluation.yaml: print the
+    numbers, and write `evaluation.json`, grids of pictures and their captions to `out`.
 
     Each share is the top 1 of 100: of true pictures and of samples, by the model's CLIP among captions, and of samples
     in pixels, where the true drawings of the captions stand to choose from.

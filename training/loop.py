@@ -55,6 +55,7 @@ class Settings:
         counts = ("steps", "batch_size", "save_every", "validate_every", "log_every")
         check(self, shares=("min_lr", "ema_decay"), counts=counts)
         check_number("training.workers", self.workers, whole=True, high=1024)
+        check_number("training.clip_grad", self.clip_grad, low=1e-9)  # 0 would leave no gradient
         for beta in self.betas if len(self.betas) == 2 else [f"{self.betas}, not two"]:
             check_number("training.betas", beta, high=0.999999)
 
@@ -198,8 +199,7 @@ def leave_ctrl_c(worker: int) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, trained: nn.Module, step: int, decay: float) -> None:
-    """average <- d average + (1 - d) trained with d = min(decay, (1 + step) / (10 + step)), so that the first, random
-    weights are soon forgotten."""
+    """average <- d average + (1 - d) trained, d = min(decay, (1 + step) / (10 + step)): the start is soon forgotten."""
     d = min(decay, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(d)(list(average.parameters()), list(trained.parameters()), None)
 
