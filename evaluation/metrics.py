@@ -86,8 +86,7 @@ def clip_metrics(
 
     And three judgements, 1 or 0. `success`, the edit was done: `change_error` is at most 1/2 and `clip_margin` above 0;
     NaN where the true result equals the input. `success_closer`, a weaker one: the margin is above 0, and the edit is
-    closer to the true result than the input is, in pixels and in features. `attainable`: the true result has a margin
-    above 0.
+    closer to the true result than the input is, in pixels and features. `attainable`: the true margin is above 0.
     """
     edit, *seen = (clip.image_features(x)[0] for x in (image, *others.values()))
     (text,), numbers = clip.text_features([prompt]), {}

@@ -49,9 +49,6 @@ def write_job(sweep, number, overrides, rows):
     return write_run(folder, [overrides | row for row in rows]) if rows else folder
 
 
-# Reading.
-
-
 def test_reading_keeps_the_last_attempt_of_each_task(tmp_path):
     rows = [failure("t0"), failure("t1"), failure("t1"), edit("t0", success=0.0), edit("t0", success=1.0), edit("t2")]
     write_run(tmp_path, rows)
