@@ -29,8 +29,7 @@ class WandbLogger:
     @contextmanager
     def run(self, folder: Path, config: dict, method: str = "", subject: str = "") -> Iterator[None]:
         """Inside, a W&B run with this config is active, named after what it does: "imagic, eta 0.4: a sitting dog". The
-        jobs of a sweep are a group. Files, also those of tables, are in `folder`/wandb. Raises InputError where W&B
-        cannot start, without a network after ten seconds."""
+        jobs of a sweep are a group. All files are in `folder`/wandb. Raises InputError where W&B cannot start."""
         if self.mode == "disabled":
             yield
             return

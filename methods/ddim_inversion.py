@@ -15,8 +15,7 @@ from samplers import Sampler, ddim, guided
 
 @dataclass
 class DDIMInversion(Method):
-    """The reconstruction is the way down under the source prompt, with the guidance of the way up. A task without a
-    source prompt is inverted under the empty one."""
+    """The reconstruction is the way down under the source prompt, or the empty one, guided as the way up is."""
 
     sampler: Sampler  # without noise (eta 0): steps both ways
     guidance_scale: float = 2.0  # classifier-free guidance on the way down, under the prompt [w]; 1 is without

@@ -1,7 +1,6 @@
 """Inversions: the source branch, beside which an editor such as Prompt-to-Prompt works.
 
-Each inverts the picture by DDIM under its source prompt, without guidance. They differ in the way in which sampling
-with guidance then comes back to the picture.
+Each inverts by DDIM under the source prompt, without guidance. They differ in how guided sampling comes back.
 """
 
 from collections.abc import Callable, Sequence

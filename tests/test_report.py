@@ -70,9 +70,6 @@ def test_reading_a_sweep(tmp_path):
     assert rows["file"][2] == "eta=1/10/edit/edits/blue.png" and rows["error"][3:].notna().all()
 
 
-# Labels and means.
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -178,7 +178,8 @@ def test_ctrl_c_loses_only_the_task_at_work(tmp_path, reports):
 def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
     """Names may be line numbers, so a list that was changed has other tasks of the same names."""
     picture, mask = tmp_path / "a.png", tmp_path / "b.png"
-    for file in (picture, mask):
+    (tmp_path / "t1" / "edits").mkdir(parents=True)
+    for file in (picture, mask, tmp_path / "t1" / "edits" / "a.png"):
         Image.new("RGB", (8, 8)).save(file)
     entries = [replace(entry, image=picture) for entry in ENTRIES]
     run(tmp_path, entries=entries)
@@ -189,6 +190,9 @@ def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
     Image.new("RGB", (8, 8), "red").save(mask)  # another picture of the same name
     run(tmp_path, again := Edit(), entries=changed)
     assert again.names == ["t4", "t5"]
+    entries[1] = replace(entries[1], mask=tmp_path / "t1" / "edits" / "a.png")  # which the work would remove
+    with pytest.raises(InputError, match=r"edits/a\.png"):
+        run(tmp_path, entries=entries)
 
 
 def test_a_folder_is_not_continued_with_other_settings(tmp_path, reports):

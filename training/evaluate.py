@@ -70,8 +70,7 @@ def clip_scores(clip: Clip, images: Tensor, captions: Sequence[str]) -> Tensor:
 
 
 def pixel_scores(samples: Tensor, drawings: Tensor) -> Tensor:
-    """Minus the distances (N, N) between samples and true drawings (N, 3, H, W), both after a Gaussian blur of two
-    pixels: a judge that no training has touched."""
+    """Minus the distances (N, N) of samples to drawings (N, 3, H, W), blurred by two pixels: an untrained judge."""
     from torchvision.transforms.functional import gaussian_blur
 
     return -torch.cdist(*(gaussian_blur(x, [13, 13], [2.0, 2.0]).flatten(1) for x in (samples, drawings)))
