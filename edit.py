@@ -23,7 +23,7 @@ config.register()
 def main(cfg: DictConfig) -> float | list[float] | None:
     with cli.job():
         hydra_config = HydraConfig.get()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             cli.end("error: torchrun is for train.py; processes of edit.py share a list by task.shard=0/4, 1/4, ...", 1)
         value, failed = edit(cfg, Path(hydra_config.runtime.output_dir), hydra_config.runtime.choices)
         if failed and hydra_config.mode == RunMode.RUN:  # a sweep says so in its own end
@@ -48,7 +48,7 @@ def edit(
     others = {"model.ema": None, "compile": "graph", "channels_last": "auto"}  # beside true and false
     for name in ("deterministic", "metrics.fetch", "mask_pixels", "task.confine", *others):
         value = OmegaConf.select(cfg, name, default=False)
-        if value not in (True, False, others.get(name, False)):
+        if not isinstance(value, bool) and (name not in others or value != others[name]):  # 1 is not true
             more = f", {others[name] or 'null'}" if name in others else ""
             raise InputError(f"{name}={value} is unknown: true, false{more}")
     check_number("seed", cfg.seed, whole=True, high=2**63 - 1)
@@ -86,8 +86,8 @@ def edit(
     elif cfg.compile:
         model.unet.compile()
     size, multiple = model.image_size if cfg.size is None else cfg.size, model.multiple
-    if not isinstance(size, int) or size < 1 or size % multiple:
-        raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model")
+    if not isinstance(size, int) or size not in range(multiple, 2**15, multiple):  # larger ones fit in no memory
+        raise InputError(f"size={size}: the side in pixels must be a multiple of {multiple} for this model (to 32767)")
     fingerprint = None if source.single and not cache.enabled else model.fingerprint
     kernels = [cfg.attention, channels_last, cfg.compile, cfg.deterministic]
     editor = runner.Editor(model, method, choices.method, metrics, cache, logger, kernels, fingerprint)

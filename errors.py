@@ -1,7 +1,7 @@
 """The error of a user's mistake, and the ranges of settings.
 
-Any room raises it with a single line that names the mistake and a right choice. `edit.py` and `train.py` print that
-line without a traceback and exit with 1. Every other exception is a defect of this code and keeps its traceback.
+Any room raises it with a line that names the mistake and a right choice, which `edit.py` and `train.py` print before
+they exit with 1. Every other exception is a defect of this code and keeps its traceback.
 """
 
 import inspect
@@ -25,8 +25,7 @@ def check_number(name: str, value: Any, whole: bool = False, low: float = 0, hig
 
 def check(settings: Any, shares: Sequence[str] = (), counts: Sequence[str] = (), **choices: Iterable[str]) -> None:
     """Raise InputError for a dataclass's value of another type than declared; for a number that is negative or
-    above MOST, above 1 among `shares`, or below 1 among `counts`; and for a field in `choices` with another value than
-    those given. `settings.group` is their place on the command line."""
+    above MOST, above 1 among `shares`, or below 1 among `counts`; and for a field in `choices` with another value."""
     for field, kind in get_type_hints(type(settings)).items():
         kinds, value = get_args(kind) if isinstance(kind, UnionType) else (kind,), getattr(settings, field)
         name = f"{settings.group}.{field}"

@@ -49,6 +49,8 @@ def run(cfg: DictConfig) -> bool:
     check_number("seed", cfg.seed, whole=True, high=2**32 - 1)
     parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
     for part in parts:
+        if not part or part.get("name") not in (*OBJECTIVES, "evaluation"):
+            raise InputError(f"part.name={part and part.get('name')}: choose from {', '.join(OBJECTIVES)}, evaluation")
         for name, value in OmegaConf.to_container(part.get("objective", part), resolve=True).items():
             if name not in ("name", "prompts"):
                 count, share = name in COUNTS, name in ("prompt_dropout", "unknown_rate")
@@ -63,9 +65,14 @@ def run(cfg: DictConfig) -> bool:
     if "WORLD_SIZE" in os.environ:  # torchrun started several processes
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            if not 0 <= int(os.environ.get("RANK", 0)) < int(os.environ["WORLD_SIZE"]):  # torch would wait for others
+                raise ValueError("RANK must be below WORLD_SIZE")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"WORLD_SIZE is set, as by torchrun, but no processes join: {error}") from error
         atexit.register(dist.destroy_process_group)
-    rank, settings = int(os.environ.get("RANK", 0)), OmegaConf.to_container(cfg, resolve=True)
+    rank, settings = dist.get_rank() if dist.is_initialized() else 0, OmegaConf.to_container(cfg, resolve=True)
     if rank > 0:
         logger.mode = "disabled"  # the first process logs the whole run
     else:
@@ -91,8 +98,7 @@ def datasets(cfg: DictConfig, size: int, seed: int) -> dict[str, Dataset]:
 
 
 def assemble(cfg: DictConfig, part: DictConfig, out: Path) -> tuple[Objective, Dataset]:
-    """The objective of a part and its training data. The UNet's other parts are read from `out`; raises InputError
-    where `arch` contradicts them."""
+    """The objective and the training data of a part. Raises InputError where `arch` contradicts parts in `out`."""
     arch, states = OmegaConf.to_container(cfg.arch, resolve=True), {}
     for name in ("autoencoder", "clip") if part.name == "unet" else ():
         states[name], stored = read_part(out, name), read_config(out)

@@ -22,8 +22,7 @@ PIE_TYPES += [f"change_{what}" for what in ("content", "pose", "color", "materia
 
 class ListOfEdits(Tasks):
     """The user's own list: a .csv file with a header, or .jsonl with one object a line. Each edit has an `image` and a
-    `prompt`, and others of an Entry's fields; conf/task/folder.yaml explains them. Raises InputError, naming the line,
-    for a list that is broken."""
+    `prompt`, and others of an Entry's fields: see conf/task/folder.yaml. Raises InputError with the line of a fault."""
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         file = Path(str(path or "")).expanduser()
@@ -33,7 +32,7 @@ class ListOfEdits(Tasks):
         for i, (place, row) in enumerate(read_rows(file)):
             for name, value in row.items():
                 if name not in Entry.__annotations__ or isinstance(value, (list, dict)):
-                    raise InputError(f"{place}: {name} must be one text, and one of {', '.join(Entry.__annotations__)}")
+                    raise InputError(f"{place}: {name!r} must be a text, and one of {', '.join(Entry.__annotations__)}")
             texts = {name: str(value).strip() for name, value in row.items() if value is not None}
             texts = {name: text for name, text in texts.items() if text}
             if not texts.keys() >= {"image", "prompt"}:
@@ -76,15 +75,14 @@ class PieBench(Tasks):
 
 
 class TedBench(Tasks):
-    """TEdBench (Kawar et al., 2022, arXiv 2210.09276): 100 target texts for 39 images. `path` is the folder with
-    `input_list.json` and `originals/`."""
+    """TEdBench (Kawar et al., 2022, arXiv 2210.09276): 100 target texts for 39 images, in the folder `path`."""
 
     def __init__(self, path: str | None, fit: str = "crop", **choice):
         entries = []
         with index(path, "input_list.json", TED_BENCH) as (folder, items):
             for i, item in enumerate(items):
                 image = folder / "originals" / item["img_name"]
-                entries.append(Entry(folder_name(f"{i:03d}_{image.stem}"), item["target_text"], image=image))
+                entries.append(Entry(folder_name(f"{i:03d}_{image.stem}"), item["target_text"].strip(), image=image))
         super().__init__(entries, fit, **choice)
 
 

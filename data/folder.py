@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.images import FITS, fit_picture, open_rgb
 from data.tables import read_rows, read_text
-from errors import InputError
+from errors import InputError, check_number
 
 
 class Folder:
@@ -27,14 +27,15 @@ class Folder:
     folder, picture or caption at once, and for a broken picture when it is drawn."""
 
     def __init__(self, path: str | Path, split="train", size: int = 64, seed: int = 0, fit="crop", held_out=0.0):
-        if fit not in FITS or not 0 <= held_out < 1:
-            raise InputError(f"data.fit={fit} must be one of {', '.join(FITS)}; data.held_out={held_out} in [0, 1)")
+        check_number("data.held_out", held_out, high=0.999999)
+        if fit not in FITS:
+            raise InputError(f"data.fit={fit} must be one of {', '.join(FITS)}")
         self.size, self.seed, self.fit, self.heldout = size, seed, fit, split == "heldout"
         self.folder = Path(str(path)).expanduser()
         self.captions = read_captions(self.folder)
         self.names = sorted(self.captions)
         if held_out:
-            by_hash = sorted(self.names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+            by_hash = sorted(self.names, key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
             count = min(max(round(len(by_hash) * held_out), 1), len(by_hash) - 1)
             self.names = sorted(by_hash[:count] if self.heldout else by_hash[count:])
         if not self.names:
@@ -54,8 +55,7 @@ class Folder:
 
 def read_captions(folder: Path) -> dict[str, str]:
     """File names, relative to `folder`, and their captions; of several captions of a picture the first. Warns of
-    pictures without a caption. Raises InputError where no caption is found, and, naming the line or the file, for a
-    broken one."""
+    pictures without a caption. Raises InputError where no caption is found, and with the place of a broken one."""
     files = {path: None for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder).as_posix()}"}
     found = []
     for file in files:

@@ -130,6 +130,8 @@ def fit_picture(image: Image.Image, size: int, fit: str = "crop", multiple: int 
     shape and size^2 pixels, its sides by `bucket`. A picture that has the size already keeps every pixel."""
     if fit == "keep":
         return image.resize(bucket(*image.size, size, multiple), Image.Resampling.LANCZOS)
+    if fit == "pad" and 2 * size * min(image.size) <= max(image.size):
+        raise InputError(f"fit=pad would leave no pixel of a picture of {image.width}x{image.height}: choose another")
     return FITS[fit](image, (size, size), Image.Resampling.LANCZOS)
 
 

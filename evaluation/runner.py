@@ -168,6 +168,11 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
     about = {entry.name: marks(entry) for entry in source.entries}
     done = set() if source.single else {row["task"] for row in rows_of(about, folder) if "error" not in row}
     waiting = [entry for entry in source.share if entry.name not in done]
+    for entry in waiting:
+        place = (folder if source.single else folder / entry.name).resolve()
+        for path in filter(None, (entry.image, entry.mask, entry.truth)):
+            if any(path.resolve().is_relative_to(place / name) for name in ("input.png", *OUTPUTS)):
+                raise InputError(f"{path} would be removed or written over: choose another hydra.run.dir")
     mine = folder / "rows.jsonl"
     if source.share and len(source.share) < len(source.entries):
         mine = folder / f"rows-{source.entries.index(source.share[0])}.jsonl"
@@ -178,7 +183,7 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
             place, own_seed = (folder, seed) if source.single else (folder / entry.name, task_seed(seed, entry.name))
             place.mkdir(exist_ok=True)
             for old in (place / name for name in OUTPUTS if used):  # of an earlier run, or of an attempt that failed
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
             try:
                 rows, curves = edit(entry, place, own_seed)
             except Exception as error:
@@ -229,8 +234,7 @@ def marks(entry: Entry) -> dict[str, str]:
 
 
 def claim(folder: Path, settings: dict, anew: bool) -> None:
-    """Write down how a folder's results are made. Raises InputError where it holds results of other settings; with
-    `anew` only where it holds those of a list."""
+    """Write down how results are made. Raises InputError where some have other settings; with `anew`, are of a list."""
     path, theirs = folder / "run.json", {}
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # there is none, or it is damaged
@@ -252,7 +256,7 @@ def task_seed(seed: int, name: str) -> int:
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
     Raises InputError where no edit has it, or tasks failed."""
-    names = [setting] if isinstance(setting, str | int | float) else list(setting or [])
+    names = [setting] if isinstance(setting, str) else list(setting or [])
     if names and any("error" in row for row in rows):
         raise InputError("objective: tasks failed, so the rest does not compare with other settings")
     means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from data.images import open_rgb
 from errors import InputError
-from evaluation import report
 from evaluation.cli import overrides
 
 
@@ -25,17 +23,19 @@ class WandbLogger:
         mode = {"run": "online", "dryrun": "offline"}.get(str(mode), mode)  # as WANDB_MODE may have it
         if mode not in ("online", "offline", "disabled"):
             raise InputError(f"logger.mode={mode} is unknown: choose from online, offline, disabled")
+        about |= {"tags": [about["tags"]]} if isinstance(about.get("tags"), str) else {}
         self.mode, self.about, self.active = mode, about, None
 
     @contextmanager
     def run(self, folder: Path, config: dict, method: str = "", subject: str = "") -> Iterator[None]:
         """Inside, a W&B run with this config is active, named after what it does: "imagic, eta 0.4: a sitting dog". The
-        jobs of a sweep are a group. Files, also those of tables, are in `folder`/wandb. Raises InputError where W&B
-        cannot start, without a network after ten seconds."""
+        jobs of a sweep are a group. All files are in `folder`/wandb. Raises InputError where W&B cannot start."""
         if self.mode == "disabled":
             yield
             return
         import wandb
+
+        from evaluation import report
 
         quiet = {"silent": True, "console": "off", "init_timeout": 10, "x_disable_stats": self.mode == "offline"}
         quiet = {name: value for name, value in quiet.items() if f"WANDB_{name.upper()}" not in os.environ}
@@ -76,7 +76,10 @@ class WandbLogger:
         """Log a run in `folder`: a table with the pictures of each edit, the sheet, plots, and means as the summary."""
         if self.active is None or not rows:
             return
+        import pandas as pd
         import wandb
+
+        from evaluation import report
 
         @functools.cache  # W&B keeps pictures in memory until the run ends: each file once
         def small(name: str) -> wandb.Image:

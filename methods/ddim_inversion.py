@@ -1,8 +1,7 @@
 """DDIM inversion with guidance (Song, Meng & Ermon, 2020, arXiv 2010.02502, section 4.3), the plainest baseline.
 
 The deterministic path (eq. 12 with sigma 0, or as a step of an ODE, eq. 13) is walked up from the picture under the
-source prompt, and down again under the target prompt with classifier-free guidance. Nothing ties the result to the
-picture but the latent at the top.
+source prompt, and down again under the target prompt with guidance. Only the latent at the top ties the two.
 """
 
 from collections.abc import Iterator
@@ -16,8 +15,7 @@ from samplers import Sampler, ddim, guided
 
 @dataclass
 class DDIMInversion(Method):
-    """The reconstruction is the way down under the source prompt, with the guidance of the way up. A task without a
-    source prompt is inverted under the empty one."""
+    """The reconstruction is the way down under the source prompt, or the empty one, guided as the way up is."""
 
     sampler: Sampler  # without noise (eta 0): steps both ways
     guidance_scale: float = 2.0  # classifier-free guidance on the way down, under the prompt [w]; 1 is without

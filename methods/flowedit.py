@@ -5,8 +5,6 @@ noised, the path's point is moved by as much, and the path follows the differenc
 
     z_src = (1 - sigma) x_src + sigma noise,    z_tar = z + z_src - x_src
     dz / dsigma = v(z_tar, target prompt) - v(z_src, source prompt)
-
-A model that predicts epsilon or v is walked as the flow that it is in other coordinates (`Trajectory.as_flow`).
 """
 
 from collections.abc import Iterator

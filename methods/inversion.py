@@ -1,7 +1,6 @@
 """Inversions: the source branch, beside which an editor such as Prompt-to-Prompt works.
 
-Each inverts the picture by DDIM under its source prompt, without guidance. They differ in the way in which sampling
-with guidance then comes back to the picture.
+Each inverts by DDIM under the source prompt, without guidance. They differ in how guided sampling comes back.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,8 +42,7 @@ class Source:
         `control(i)` surrounds the network's call at step i, whose batch is (source, target), or under guidance (null,
         null, source, target). Both are led away from the same nulls; or the target from `away`, and then the source
         branch is guided only where it has a null for each step, which was made for that, and the batch has all four.
-        `blend(i, x)` may replace both latents (2, c, h, w) after step i. Returns the reconstruction and the edit,
-        latents (1, c, h, w).
+        `blend(i, x)` may replace both latents (2, c, h, w) after step i. Returns the reconstruction and the edit.
         """
         prompts = Conditioning.cat([self.text, model.encode_text([prompt])])
         own = scale if len(self.nulls) > 1 else 1.0
@@ -73,8 +71,7 @@ class Source:
 
 @dataclass
 class Inversion:
-    """DDIM inversion (Song, Meng & Ermon, 2020, arXiv 2010.02502, eq. 13 backwards). Sampling leads away from the empty
-    prompt, so guidance leaves the path."""
+    """DDIM inversion (Song, Meng & Ermon, 2020, arXiv 2010.02502, eq. 13 backwards). Guidance leaves its path."""
 
     group = "inversion"  # its settings on the command line
 

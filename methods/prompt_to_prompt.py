@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import MOST, InputError, check_number
 from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from methods.local_blend import LocalBlend
@@ -21,8 +21,7 @@ from methods.words import Tokens, places, tokenise, word_factors, word_map
 from models.attention import Hook, attention, attention_map
 from samplers import Sampler
 
-# Larger self-attention maps are left alone, as in the code of null-text inversion and of PnP inversion;
-# Prompt-to-Prompt's own stops at 16**2.
+# Larger self-attention maps are left alone, as in the code of null-text inversion and PnP; its own stops at 16**2.
 SELF_PLACES = 32**2
 
 
@@ -47,9 +46,10 @@ class PromptToPrompt(Method):
         check_invertible(self, shares=shares, words=["replace", "refine"])
         if self.guidance_scale == 0:
             raise InputError("method.guidance_scale is 0: the prompts, whose attention is edited, would have no say")
-        factors = self.reweight or {}
-        if not isinstance(factors, Mapping) or not all(isinstance(c, int | float) for c in factors.values()):
+        if not isinstance(factors := self.reweight or {}, Mapping):
             raise InputError(f"method.reweight is {factors}: it must give words and their factors, such as {{blue: 2}}")
+        for word, factor in factors.items():
+            check_number(f"method.reweight.{word}", factor, low=-MOST)
 
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         if not task.source_prompt:

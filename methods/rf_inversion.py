@@ -6,8 +6,6 @@ and 1 - t on the way down, where the paper's velocity has the other sign:
 
     dY / dsigma = v(Y) + gamma ((y_1 - Y) / (1 - sigma) - v(Y))    from Y = y_0 at sigma = 0    (eq. 8)
     dX / dsigma = v(X) + eta ((X - y_0) / sigma - v(X))            from the top                  (eq. 15)
-
-A model that predicts epsilon or v is walked as the flow that it is in other coordinates (`Trajectory.as_flow`).
 """
 
 from collections.abc import Iterator

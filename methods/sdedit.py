@@ -1,8 +1,7 @@
 """SDEdit (Meng et al., 2021, arXiv 2108.01073): noise the image part of the way, then denoise it under the prompt.
 
 Section 3, algorithm 1, in the variance-preserving form of its appendix: x_t0 = sqrt(alpha_bar_t0) x_0 +
-sqrt(1 - alpha_bar_t0) eps, from which the reverse process is solved down to t = 0. A flow's is (1 - sigma) x_0 +
-sigma eps.
+sqrt(1 - alpha_bar_t0) eps, from which the reverse process is solved. A flow's is (1 - sigma) x_0 + sigma eps.
 """
 
 from collections.abc import Iterator

@@ -117,8 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence to the text, (B, N, dim) -> (B, N, dim), by the keys and values that `project`
-    makes once per prompt."""
+    """Multi-head attention of a sequence to the text, (B, N, dim) -> (B, N, dim), by keys and values from `project`."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, attention: Attention):
         super().__init__()

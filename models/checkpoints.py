@@ -98,9 +98,6 @@ def load(
         raise InputError(f"{source}: model.tokenizer is for T5, which it lacks")
     elif "mmdit" in config:
         warnings.warn("T5 is not there, and zeros stand for its states: model.text=PATH adds it", stacklevel=2)
-    if "text_2" in config and re.search("turbo|lightning", Path(path).name, re.IGNORECASE):
-        few = "sampler.steps=4 sampler.spacing=trailing method.guidance_scale=1"
-        warnings.warn(f"{path} is named as a model that wants few steps and little guidance: {few}", stacklevel=2)
     return model.eval().requires_grad_(False)
 
 
@@ -321,8 +318,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def weight_files(files: Sequence[str], folders: Iterable[str] = names.FOLDERS, half=False) -> dict[str, list[str]]:
     """The weights of each of the `folders` among the `files` ("unet/...") of a hub folder, by the order of `ENDINGS`,
-    but half precision first where it is enough; those of a large network are in several files. Raises InputError where
-    a sub-folder has none."""
+    but half precision first where it is enough; perhaps in several files. Raises InputError where there is none."""
     chosen, whole = {}, {file: re.sub(r"-\d{5}-of-\d{5}", "", file) for file in files}
     endings = sorted(ENDINGS, key=lambda end: (".fp16" in end) != half)
     for part in folders:
@@ -395,8 +391,8 @@ def export_part(model: LatentDiffusion, module: nn.Module, path: Path, part: str
 def read_config(path: Path, file: str = "config.json") -> dict:
     """The sizes in a folder's `config.json`, or in another file of JSON. Raises InputError where it cannot be read."""
     try:
-        return json.loads((path / file).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return {**json.loads((path / file).read_text())}
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path / file} cannot be read: {error}") from None
 
 

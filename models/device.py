@@ -11,8 +11,7 @@ from errors import InputError
 
 def choose_device(name: str) -> torch.device:
     """auto: CUDA where there is a device for it, else the CPU. Under torchrun, auto and cuda are this process's own
-    card: the cards are dealt out in turn, by LOCAL_RANK. Raises InputError for a device that is not there, and for
-    other kinds of torch's (mps, xpu, meta)."""
+    card: the cards are dealt out in turn, by LOCAL_RANK. Raises InputError for any device that is not there."""
     count = torch.cuda.device_count()
     name = ("cuda" if count else "cpu") if name == "auto" else name
     known = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d*))?", str(name))
@@ -21,7 +20,7 @@ def choose_device(name: str) -> torch.device:
     # Counted before torch reads the name: it takes cuda:256 for cuda:0.
     if name != "cpu" and int(known[1] or 0) >= count:
         raise InputError(f"device={name}: this machine has {count} CUDA devices; try device=cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and os.environ.get("LOCAL_RANK", "").isdecimal():
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % count}"
     return torch.device(name)
 

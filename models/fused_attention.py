@@ -234,12 +234,10 @@ class _Attention(torch.autograd.Function):
 
 @torch.compiler.disable
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once; a compiled network breaks its
-    graph around it.
+    """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once; compiled networks break there.
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
-    `WIDEST`, N and M from 1 -> (B, heads, N, d). Raises ValueError for other types or shapes. It does not ask whether
-    the device can run it."""
+    `WIDEST`, N and M from 1 -> (B, heads, N, d), on a device that can. Raises ValueError for other types or shapes."""
     (batch, heads, _, d), types = q.shape, {q.dtype, k.dtype, v.dtype}
     fit = k.shape == v.shape == (batch, heads, k.shape[2], d) and d <= WIDEST and len(types) == 1
     if not fit or not types <= {torch.float16, torch.bfloat16, torch.float32}:

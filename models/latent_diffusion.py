@@ -20,8 +20,7 @@ from samplers import Conditioning, FlowSchedule, NoiseSchedule
 
 class LatentDiffusion(nn.Module):
     """What editing methods and samplers see of a model. `prediction` is what the UNet was trained to output:
-    "epsilon", "v" (Salimans & Ho, 2022) or, with a flow schedule, the velocity ("flow"); `image_size` is the side in
-    pixels that it was trained at."""
+    "epsilon", "v" (Salimans & Ho, 2022) or "flow", the velocity; `image_size` is the side in pixels of its training."""
 
     def __init__(
         self,
@@ -115,8 +114,7 @@ def build(
     """A model with random weights from the sizes in `config`: `unet`, `vae`, `text` (and `text_2`, where there are two
     towers), `schedule`, optionally `vision`, `prediction`, `image_size` and `empty_is_zero`. `seed` makes the weights
     reproducible without touching the global generator; `vocabulary` gives the first tower a compact embedding; `meta`
-    leaves all weights on the meta device, where they take neither time nor memory. Raises InputError for sizes of no
-    network."""
+    leaves all weights on the meta device, without time or memory. Raises InputError for sizes of no network."""
     import open_clip  # noqa: F401 (now: torch 2.6 cannot import what it needs on the meta device)
 
     try:
@@ -128,6 +126,9 @@ def build(
             if "t5" in config:
                 towers["t5"] = T5(**config["t5"])
             unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
+            wide = sum(config[name]["width"] for name in towers if name != "t5")
+            if isinstance(unet, UNet) and wide != config["unet"].get("context_dim", 768):
+                raise InputError(f"arch.unet.context_dim is not {wide}, the width of the text's states")
             autoencoder = Autoencoder(**config["vae"])
             vision = config.get("vision")
             clip = build_clip(text, config["text"]["embed_dim"], **vision) if vision else None

@@ -3,8 +3,7 @@
 Two layouts are in use: the original release's single file, and the model hub's folder, with a sub-folder for each
 network. No key means one thing in one and another in the other, so a table has the rules of both. A rule is a regular
 expression and its replacement; a key, less its prefix, passes through all rules of its table, in order. A name of ours
-begins with the part that stores it. A new family has named sizes at the end of its networks' files, prefixes and rules
-here, and an entry in `FAMILIES`."""
+begins with the part that stores it. A new family has named sizes, prefixes and rules, and an entry in `FAMILIES`."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -236,8 +235,7 @@ def family(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def stated(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a single file says of its prediction and its schedule, by marks that trainers and tools leave in it; None
-    where it says nothing."""
+    """What a single file says of its prediction and schedule, by marks that trainers and tools leave in it, or None."""
     said = metadata.get("modelspec.predict_key", metadata.get("modelspec.prediction_type"))
     prediction = "v" if "v_pred" in tensors else said if said in ("v", "epsilon") else None
     return {"prediction": prediction, "schedule": {"zero_snr": True} if "ztsnr" in tensors else None}

@@ -1,5 +1,4 @@
-"""The encoder of T5 v1.1 (Raffel et al. 2020, arXiv 1910.10683; gated as in Shazeer 2020), Stable Diffusion 3's third
-text tower."""
+"""The encoder of T5 v1.1 (Raffel et al. 2020, arXiv 1910.10683; gated as in Shazeer 2020), for Stable Diffusion 3."""
 
 import math
 from collections.abc import Sequence
@@ -40,8 +39,7 @@ class Block(nn.Module):
 class T5(nn.Module):
     """Prompts to states (B, context_length, width), padding included: Stable Diffusion 3 masks nothing.
 
-    float16 overflows in it; it works in bfloat16 or float32. `tokenizer` is a sentencepiece model, needed for prompts
-    but not for ids."""
+    float16 overflows in it: it works in bfloat16 or float32. `tokenizer` is a sentencepiece model; ids need none."""
 
     def __init__(
         self,

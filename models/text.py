@@ -22,8 +22,7 @@ class TextEncoder(nn.Module):
 
     `hidden_layer` is "last" (Stable Diffusion 1.x) or "penultimate"; its states pass the final layer norm, but for
     `final_norm` False (SDXL). `vector` is None, or the last layer's state at the end token, after that norm: "end", or
-    "projected" by CLIP's projection (SDXL's second tower), not normalised. `pad_token` is an id, or "end" (1.x; 2.x and
-    open_clip have 0).
+    "projected" by CLIP's projection (SDXL's second tower), not normalised. `pad_token` is an id, or "end" (SD 1.x).
 
     `vocabulary`, where given, lists in ascending order the tokenizer's ids that the tower knows; its embedding then has
     one row for each, behind a row for padding (0) and one for all other tokens (`UNKNOWN`), so that a small model
@@ -142,8 +141,7 @@ class TextTowers(nn.ModuleDict):
 
 
 def compact(ids: Tensor, vocabulary: Tensor) -> Tensor:
-    """Tokenizer ids -> rows of a compact embedding: 0 stays 0 (padding), vocabulary[i] becomes i + 2, all other
-    tokens `UNKNOWN`."""
+    """Tokenizer ids -> rows of a compact embedding: 0 (padding) stays, vocabulary[i] is i + 2, all others `UNKNOWN`."""
     index = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
     rows = torch.where(vocabulary[index] == ids, index + 2, UNKNOWN)
     return torch.where(ids == 0, 0, rows)
@@ -164,6 +162,8 @@ class Clip(nn.Module):
 
     def __init__(self, visual: nn.Module, text: TextEncoder, image_size: int, mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
+        if text.hidden_layer != "last" or not text.final_norm:  # `pool` takes these states
+            raise InputError("arch.vision: CLIP compares the text's last layer, so arch.text.hidden_layer must be last")
         self.visual, self.text, self.image_size = visual, text, image_size
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         # On the CPU even while the weights are on the meta device: no file will bring these.

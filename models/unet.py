@@ -1,7 +1,6 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x, 2.x and XL are sizes.
 
-Module names follow the released checkpoints, so that the few rules in `models/names.py` carry weights over. The named
-sizes stand at the end."""
+Module names follow the released checkpoints, which `models/names.py` renames. The named sizes stand at the end."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -231,8 +230,7 @@ class UNet(nn.Module):
         )
 
     def project_context(self, context: Tensor, vector: Tensor | None = None) -> ProjectedContext:
-        """Text states (B, L, context_dim) -> keys and values of every layer, to pass as `context` at each step; the
-        text's vector (B, D) goes with them."""
+        """Text states (B, L, context_dim) -> keys and values of every layer, for all steps, with the vector (B, D)."""
         layers = [m for m in self.modules() if isinstance(m, CrossAttention)]
         return ProjectedContext([layer.project(context) for layer in layers], vector)
 

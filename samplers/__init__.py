@@ -5,9 +5,9 @@ the velocity noise - x0 under a flow schedule.
 """
 
 from . import ddim
-from .guidance import Conditioning, Denoiser, guided
+from .guidance import Conditioning, Denoiser, as_velocity, guided
 from .sampler import Sampler
-from .schedule import FlowSchedule, NoiseSchedule, Trajectory, as_velocity, noise_like
+from .schedule import FlowSchedule, NoiseSchedule, Trajectory, noise_like
 
 __all__ = [
     "Conditioning", "Denoiser", "FlowSchedule", "NoiseSchedule", "Sampler", "Trajectory", "as_velocity", "ddim",

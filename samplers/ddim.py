@@ -52,8 +52,7 @@ class Inversion:
 
     def replay(self, x: Tensor, t: float) -> Tensor:
         """The recorded noise as a denoiser: `sample(inversion.replay, inversion.latent, trajectory)` returns x0 to
-        rounding error for any network, since each step down undoes the step up. A timestep that was not recorded gets
-        the noise of the nearest one."""
+        rounding error for any network. A timestep that was not recorded gets the noise of the nearest one."""
         return self.eps[int((self.timesteps - t).abs().argmin())]
 
 
@@ -61,8 +60,7 @@ class Inversion:
 def invert(
     denoise: Denoiser, x0: Tensor, trajectory: Trajectory, fixed_point_steps: int = 0, progress: Progress | None = None
 ) -> Inversion:
-    """Clean -> noise: from x0 (B, ...) at levels[-1] to the x at levels[0] from which `sample` arrives at x0, with
-    every latent and every noise on the way.
+    """Clean -> noise: from x0 (B, ...) at levels[-1] to the x at levels[0] that `sample` brings to x0, with the path.
 
     Sampling goes from x_t to the lower latent by eps(x_t, t); so this solves x_t = step(lower, eps(x_t, t)).
     The first iterate evaluates eps on the lower latent, but at t: the noise level that sampling will see.

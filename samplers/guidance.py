@@ -80,3 +80,15 @@ def guided(model, text: str | Conditioning, scale: float | Tensor = 1.0, null: s
         return of_null + scale * (of_text - of_null)
 
     return denoise
+
+
+def as_velocity(denoise: Denoiser, schedule) -> Denoiser:
+    """The denoiser on `Trajectory.as_flow`: the velocity noise - x0, where epsilon of (alpha + sigma) x implies x0."""
+    if schedule.kind == "flow":
+        return denoise
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = schedule.mixture(t, x)
+        return (alpha + sigma) / alpha * (denoise((alpha + sigma) * x, t) - x)
+
+    return velocity

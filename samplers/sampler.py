@@ -29,8 +29,7 @@ class Sampler:
     def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
         if isinstance(schedule, FlowSchedule) and self.eta > 0:
-            text = "ancestral sampling (sampler=ddpm, sampler.eta above 0) and DDPM inversion are not defined for"
-            raise InputError(f"{text} a flow model: use sampler=ddim and another method")
+            raise InputError("a flow model has no ancestral sampling or DDPM inversion: sampler=ddim, another method")
         return schedule.trajectory(self.steps, self.spacing, self.offset)
 
     def sample(

@@ -6,14 +6,13 @@ arithmetic of alpha_bars is done in float64 on the CPU; a tensor meets only the 
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from errors import check, check_number
+from errors import InputError, check, check_number
 
 KINDS = ("scaled_linear", "linear", "cosine")
 SPACINGS = ("auto", "leading", "trailing")
@@ -45,6 +44,8 @@ class Trajectory:
         With eta in (0, 1] it goes down only, and not for a flow: the step draws, with the deviation of DDIM's eq. 16,
         from q(x_j | x_i, x0) at the x0 that epsilon implies (with 1, DDPM's posterior: Ho et al., eq. 7). `noise` is
         the standard normal draw; without one the mean is returned (DDIM, eq. 12)."""
+        if self.flow and eta > 0:
+            raise InputError("a flow is walked without noise: eta must be 0")
         (alpha, sigma), (alpha_to, sigma_to) = self.mixture(i), self.mixture(j)
         a = 1.0 if self.flow else alpha_to / alpha
         drawn = eta * sigma_to / sigma * math.sqrt(1 - (alpha / alpha_to) ** 2) if eta > 0 else 0.0
@@ -60,10 +61,8 @@ class Trajectory:
     def as_flow(self) -> "Trajectory":
         """The same grid for x / (alpha + sigma), which is a flow's x at sigma / (alpha + sigma). Walks along it, with
         predictions by `as_velocity`, take the same path (Karras et al., 2022, arXiv 2206.00364, eq. 4)."""
-        if self.flow:
-            return self
-        alphas, sigmas = self.levels.sqrt(), (1 - self.levels).sqrt()
-        return replace(self, levels=sigmas / (alphas + sigmas), flow=True)
+        sigmas = 1 / (1 + (self.levels / (1 - self.levels)).sqrt())
+        return self if self.flow else replace(self, levels=sigmas, flow=True)
 
     def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
         """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:
@@ -154,8 +153,7 @@ class NoiseSchedule(Schedule):
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)
 
     def mixture(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """alpha = sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats for an int, tensors
-        that multiply `x` by sample for (B,)."""
+        """alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats, or for (B,) tensors."""
         if isinstance(t, int):
             return math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
         if (x.device, x.dtype) not in self.tables:  # kept there, since reading a GPU's t would make the CPU wait for it
@@ -209,19 +207,6 @@ class FlowSchedule(Schedule):
         """Timesteps (n,) for a training loss, float32: logit-normal sigmas (Esser et al., section 3.1), shifted."""
         normal = torch.randn(n, generator=generator, device=generator.device)
         return self.timesteps * self.shifted(normal.sigmoid())
-
-
-def as_velocity(denoise: Callable[[Tensor, float], Tensor], schedule: Schedule) -> Callable[[Tensor, float], Tensor]:
-    """A denoiser under `schedule` as one on `Trajectory.as_flow`: (x, t) -> the velocity noise - x0, which the epsilon
-    of (alpha + sigma) x implies: noise - ((alpha + sigma) x - sigma noise) / alpha."""
-    if schedule.kind == "flow":
-        return denoise
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        alpha, sigma = schedule.mixture(t, x)
-        return (alpha + sigma) / alpha * (denoise((alpha + sigma) * x, t) - x)
-
-    return velocity
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -65,7 +65,8 @@ def test_captions_lie_beside_pictures_and_metadata_comes_first(tmp_path):
 
 def test_unfit_folders_and_settings_are_refused(tmp_path):
     paint(tmp_path / "a.png", 9, "a picture")
-    for setting in ({"path": tmp_path / "nowhere"}, {"fit": "bend"}, {"held_out": 0.5, "split": "heldout"}):
+    wrong = {"path": tmp_path / "nowhere"}, {"fit": "bend"}, {"held_out": "x"}, {"held_out": 0.5, "split": "heldout"}
+    for setting in wrong:
         with pytest.raises(InputError, match=rf"data\.({'|'.join(setting)})"):
             Folder(**{"path": tmp_path} | setting)
     (tmp_path / "a.png").write_bytes(b"not a picture")

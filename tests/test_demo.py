@@ -25,8 +25,7 @@ CLICK = "!![...document.querySelectorAll('button')].find(b => b.innerText == 'Ed
 
 @pytest.fixture
 def until(tmp_path, monkeypatch):
-    """A function that gives the value of a script on the page, as soon as it has one. Chromium reads commands from one
-    pipe and answers into another."""
+    """A function that gives the value of a script on the page, as soon as it has one: Chromium, through two pipes."""
     monkeypatch.chdir(tmp_path)  # where the runs go
     page, numbers = demo.page(["method=sdedit", "sampler.steps=3"]), itertools.count()
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)

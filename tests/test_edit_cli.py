@@ -143,6 +143,7 @@ def test_a_mistake_is_one_line(user, tmp_path):
         "+method.colour=blue", "method.etta=1", "method.sampler=null", "method.sampler={}", "metrics=null", "~cache",
         "logger.mode=[loud]", "+task.foo=1", "model.weights=null", "+model.vae=7", "+model.text=7", "mask={a:7}",
         "method.tuning_optimizer=[sgd]", "method.tuning_steps=1000000000000", "model.arch=[7]", "~model",
+        "deterministic=1",
     ]  # fmt: skip
     for setting in wrong:
         with pytest.raises(Exception) as error:

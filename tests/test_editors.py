@@ -64,7 +64,8 @@ def photo(height=64, width=192):
 
 @pytest.mark.parametrize(("editor", "inversion"), PAIRS)
 def test_an_editor_switched_off_samples_plainly_from_the_inverted_latent(tiny_model, task, edit, editor, inversion):
-    method = made(editor, inversion, **OFF[editor])
+    method = made(editor, inversion)
+    vars(method).update(OFF[editor])  # past the checks: MasaCtrl that edits nothing is refused
     ((_, latent, _),), _, run = edit(method, tiny_model, task)
     trajectory, null = method.sampler.trajectory(tiny_model.schedule), ""
     if (editor, inversion) == ("prompt_to_prompt", "negative_prompt"):
@@ -72,6 +73,8 @@ def test_an_editor_switched_off_samples_plainly_from_the_inverted_latent(tiny_mo
     if inversion != "null_text" or editor == "plug_and_play":
         denoise = guided(tiny_model, task.prompt, W, null)
         close(latent, ddim.sample(denoise, run.tensors["inverted_latent"], trajectory))
+    with pytest.raises(InputError, match="start_layer"):  # there are 4
+        edit(made("masactrl", inversion, start_layer=4), tiny_model, task)
     ((_, edited, _),), _, _ = edit(made(editor, inversion), tiny_model, task)
     assert (edited - latent).abs().max() > 1e-4
 
@@ -198,8 +201,7 @@ def test_masactrl(sd1, edit, inversion):
 
 @pytest.mark.parametrize(("inversion", "prompted"), [*((name, True) for name in INVERSIONS), ("ddim", False)])
 def test_plug_and_play(sd1, edit, inversion, prompted):
-    """Features in steps 0 to 3 of 5, queries and keys in 0 to 1, of the source under the empty prompt; from the ninth
-    layer of 16 on. The source branch has no guidance."""
+    """Features in steps 0 to 3 of 5, queries and keys in 0 to 1, from layer 9 of 16 on. No guidance of the source."""
 
     def branches(i, halves):
         layers, features = halves[0]
@@ -295,8 +297,7 @@ def test_an_alignment_pairs_equal_tokens_and_as_many_as_can_be(a, b):
 
 
 def test_local_blend_by_hand():
-    """Maps of 2 x 3 places for latents of 4 x 6: the source looks at its word in one corner, the target in the other,
-    and less at its neighbours."""
+    """Maps of 2 x 3 places for latents of 4 x 6: source and target look at their words in opposite corners."""
     maps, x = torch.zeros(2, 2, 6, 3), torch.stack([torch.zeros(1, 4, 6), torch.ones(1, 4, 6)])
     maps[0, :, 0, 1], maps[0, 0, 2, 0], maps[1, 1, 5, 2] = 0.5, 9.0, 0.2
     left = torch.zeros(4, 6)

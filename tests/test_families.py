@@ -175,6 +175,7 @@ def test_every_method_edits_with_it_or_says_in_one_line_why_not(folder, tmp_path
     cases += [["method=sdedit", "sampler.eta=1.0"]]
     cannot = "" if name == "sdxl_tiny" else "ddpm sampler.eta prompt_to_prompt masactrl plug_and_play"
     few = {"imagic": ["method.embedding_steps=1", "method.tuning_steps=1"], "flowedit": ["method.n_max=2"]}
+    few["masactrl"] = ["method.start_step=1", "method.start_layer=1"]
     given = [f"model.weights={path}", f"image={tmp_path}/photo.png", "prompt=a cat", "source_prompt=a dog", "fit=keep",
              "sampler.steps=3", "cache.enabled=false", "logger.mode=disabled"]  # fmt: skip
     Image.effect_noise((96, 64), 50).convert("RGB").save(tmp_path / "photo.png")

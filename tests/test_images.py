@@ -110,6 +110,8 @@ def test_crop_keeps_the_centre_and_the_others_the_whole():
     assert [fit_picture(wide, 30, "stretch").getpixel((x, 15)) for x in (2, 15, 27)] == [RED, GREEN, WHITE]
     padded = [fit_picture(wide, 48, "pad").getpixel((x, y)) for x, y in ((8, 15), (8, 17), (24, 30), (24, 32))]
     assert padded == [WHITE, RED, GREEN, WHITE]
+    with pytest.raises(InputError, match="pad"):  # nothing of it would be left
+        fit_picture(wide.resize((96, 1)), 32, "pad")
     kept = fit_picture(quadrants(32).resize((48, 32), Image.Resampling.NEAREST), 64, "keep", multiple=16)
     assert kept.size == (80, 48) and corners(kept) == [RED, GREEN, BLUE, WHITE]
 

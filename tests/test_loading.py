@@ -209,7 +209,7 @@ STEM, BIAS, KEY = UNET + "input_blocks.0.0.weight", UNET + "time_embed.0.bias", 
     [
         ({"unett": {"num_heads": 4}}, "unett"),  # of the sizes
         ({"unet": {"num_heads": 5}}, "heads"),
-        ({"unet": {"context_dim": 64}}, "to_kv"),  # as with model=sd15 for weights of 2.x
+        ({"unet": {"context_dim": 64}}, "context_dim"),  # as with model=sd15 for weights of 2.x
         ({"prediction": "x0"}, "x0"),
         ({"unet": {"model_channels": -32}}, "negative"),
         ({"vae": {"scale_factor": "wide"}}, "wide"),

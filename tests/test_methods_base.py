@@ -15,6 +15,7 @@ from methods.ddpm_inversion import DDPMInversion
 from methods.direct_inversion import DirectInversion
 from methods.imagic import Imagic
 from methods.inversion import Inversion
+from methods.masactrl import MasaCtrl
 from methods.optimisation import OPTIMIZERS, minimise
 from methods.prompt_to_prompt import PromptToPrompt
 from methods.sdedit import SDEdit
@@ -112,10 +113,10 @@ def test_numbers_and_choices_out_of_range_are_named(kind):
         (Imagic, "eta", [0.5, 1.1], {}), (Imagic, "lora_rank", 0, {}), (SDEdit, "strength", 1.1, {}),
         (DirectInversion, "edit_strength", [0.3, 0.6], {}), (DirectInversion, "alpha", 0.5, {}),  # ignored by cosine
         (DirectInversion, "structural_similarity", 0.5, {"mix": "linear"}), (DirectInversion, "num_samples", 2, {}),
-        (PromptToPrompt, "guidance_scale", 0.0, {}),
+        (PromptToPrompt, "guidance_scale", 0.0, {}), (MasaCtrl, "start_step", 50, {}),
         (DirectInversion, "num_samples", 2, {"mix": "gaussian", "alpha": 1.0, "beta": 1.0}),
         (PromptToPrompt, "reweight", {"dog": "much"}, {}), (DDPMInversion, "sampler", Sampler(), {}),
-        (DDIMInversion, "sampler", Sampler(eta=0.5), {}),
+        (PromptToPrompt, "reweight", {"dog": math.nan}, {}), (DDIMInversion, "sampler", Sampler(eta=0.5), {}),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_named(kind, name, value, others):

@@ -82,9 +82,6 @@ def test_clip_metrics_in_closed_form():
     assert found["clip_score_edited"] == pytest.approx(0, abs=1e-6)
 
 
-# Success.
-
-
 def halves(left, right):
     """A picture 8 pixels wide, the left half of one grey level and the right half of another."""
     return torch.tensor([left] * 4 + [right] * 4).view(1, 1, 1, 8).expand(1, 3, 8, 8)
@@ -110,9 +107,6 @@ def test_success_is_an_edit_that_went_half_of_the_way():
     wrong = clip_metrics(truth, source, truth, source_prompt="0 1", prompt="1 0")
     assert wrong["success"] == wrong["attainable"] == 0 < found["attainable"]  # CLIP prefers the source prompt
     assert math.isnan(clip_metrics(edit, source, source, source_prompt="1 0", prompt="0 1")["success"])  # no change
-
-
-# All of them together.
 
 
 def measured(model, image=None, **about):

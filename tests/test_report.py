@@ -49,9 +49,6 @@ def write_job(sweep, number, overrides, rows):
     return write_run(folder, [overrides | row for row in rows]) if rows else folder
 
 
-# Reading.
-
-
 def test_reading_keeps_the_last_attempt_of_each_task(tmp_path):
     rows = [failure("t0"), failure("t1"), failure("t1"), edit("t0", success=0.0), edit("t0", success=1.0), edit("t2")]
     write_run(tmp_path, rows)
@@ -71,9 +68,6 @@ def test_reading_a_sweep(tmp_path):
     assert rows["job"].tolist() == ["eta=1/2", "eta=1/9", "eta=1/10", "eta=1/11", "eta=1/12"]
     assert rows["task"].isna().tolist() == [False, False, False, True, True]
     assert rows["file"][2] == "eta=1/10/edit/edits/blue.png" and rows["error"][3:].notna().all()
-
-
-# Labels and means.
 
 
 @pytest.mark.parametrize(

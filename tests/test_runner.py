@@ -1,5 +1,4 @@
-"""The runner: the cost of an edit, its files and rows. And each task is edited once in the end, although some fail, the
-run stops, or processes share it."""
+"""The runner: an edit's cost, files and rows; each task is edited once, although some fail, runs stop or share it."""
 
 import json
 import math
@@ -33,8 +32,7 @@ def editor(model, method, cache=None, logger=None, **settings):
 
 @dataclass
 class Tuned(Method):
-    """Tunes for 10 seconds and 3 evaluations, edits for 1 second and 1 evaluation, before and after a reconstruction of
-    100 seconds and 5 evaluations. `seconds` is the clock."""
+    """Tunes for 10 `seconds` and 3 evaluations, edits for 1 and 1, around a reconstruction of 100 and 5."""
 
     seconds: list
 
@@ -180,7 +178,8 @@ def test_ctrl_c_loses_only_the_task_at_work(tmp_path, reports):
 def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
     """Names may be line numbers, so a list that was changed has other tasks of the same names."""
     picture, mask = tmp_path / "a.png", tmp_path / "b.png"
-    for file in (picture, mask):
+    (tmp_path / "t1" / "edits").mkdir(parents=True)
+    for file in (picture, mask, tmp_path / "t1" / "edits" / "a.png"):
         Image.new("RGB", (8, 8)).save(file)
     entries = [replace(entry, image=picture) for entry in ENTRIES]
     run(tmp_path, entries=entries)
@@ -191,6 +190,9 @@ def test_a_task_that_has_changed_is_edited_again(tmp_path, reports):
     Image.new("RGB", (8, 8), "red").save(mask)  # another picture of the same name
     run(tmp_path, again := Edit(), entries=changed)
     assert again.names == ["t4", "t5"]
+    entries[1] = replace(entries[1], mask=tmp_path / "t1" / "edits" / "a.png")  # which the work would remove
+    with pytest.raises(InputError, match=r"edits/a\.png"):
+        run(tmp_path, entries=entries)
 
 
 def test_a_folder_is_not_continued_with_other_settings(tmp_path, reports):

@@ -178,9 +178,8 @@ def test_a_mask_confines_the_edit(plain, cat, edit, method):
 @pytest.mark.parametrize("name", ["plain", "tiny_model"])
 def test_rf_inversion_is_plain_or_returns_the_picture(name, request, cat, edit):
     """Without control it is an inversion and plain sampling; controlled in full to the end it is the picture."""
-    model, w = request.getfixturevalue(name), 1.5
-    method = RFInversion(Sampler(steps=4), gamma=0.0, eta=0.0, guidance_scale=w)
-    ((_, latent, _),), (again, _), run = edit(method, model, cat)
+    model, w = request.getfixturevalue(name), RFInversion.guidance_scale
+    ((_, latent, _),), (again, _), run = edit(RFInversion(Sampler(steps=4), gamma=0.0, eta=0.0), model, cat)
     trajectory, z = model.schedule.trajectory(4), run.tensors["source_latent"]
     flow, scales = trajectory.as_flow(), [sum(trajectory.mixture(i)) for i in (0, 4)]  # of epsilon's latents
     top = ddim.invert(as_velocity(guided(model, ""), model.schedule), z, flow).latent

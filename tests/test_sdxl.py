@@ -35,9 +35,7 @@ def model():
 @pytest.fixture
 def loaded(write):
     """A function of tensors: the model in a file of them."""
-    return lambda tensors, arch=ARCH, dtype=torch.float32, **of: models.load(
-        write(tensors, **of), arch=arch, dtype=dtype
-    )
+    return lambda state, arch=ARCH, dtype=torch.float32, **of: models.load(write(state, **of), arch=arch, dtype=dtype)
 
 
 def outputs(model):
@@ -140,10 +138,3 @@ def test_files_of_other_trainers(state, loaded, model, tmp_path):
         found = loaded(named | {f"{prefix}{key}": tensor for key, tensor in second.items()})
         for mine, theirs in zip(outputs(found), outputs(model), strict=True):
             close(mine, theirs)
-
-
-@pytest.mark.parametrize("name", ["sd_xl_turbo_1.0_fp16", "SDXL_Lightning_4step"])
-def test_models_of_few_steps_say_so(state, loaded, name):
-    with pytest.warns(UserWarning, match="few steps") as said:
-        loaded(state, name=name)
-    assert len(said) == 1

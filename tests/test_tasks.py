@@ -32,7 +32,7 @@ def test_categories_and_limit_choose():
 
 
 def test_wrong_choices_are_refused():
-    wrong = ("categories", "d"), ("categories", 3), ("limit", 0), ("fit", "squash")
+    wrong = ("categories", "d"), ("categories", [{}]), ("limit", 0), ("limit", True), ("fit", "squash")
     for name, value in (*wrong, ("shard", "4/4"), ("shard", "-1/4"), ("shard", "1")):
         with pytest.raises(InputError, match=name):
             Tasks(ENTRIES, **{name: value})
@@ -88,6 +88,7 @@ def test_tedbench(tmp_path):
     (tmp_path / "originals").mkdir()
     Image.new("RGB", (60, 40), "red").save(tmp_path / "originals" / "dog_01.jpeg")
     items = [{"img_name": "dog_01.jpeg", "target_text": text} for text in ("A sitting dog.", "A jumping dog.")]
+    (tmp_path / "input_list.json").write_text(json.dumps([items[0] | {"target_text": None}]))
     with pytest.raises(InputError, match=r"input_list\.json of TEdBench"):
         TedBench(str(tmp_path))
     (tmp_path / "input_list.json").write_text(json.dumps(items))
@@ -139,9 +140,9 @@ def test_a_list_of_ones_own(pictures, kind):
     ("name", "content", "wanted"),
     [
         ("a.jsonl", b'{"image": "dog.png"}', "line 1: .*prompt"),
-        ("a.jsonl", b'\n{"image": "dog.png", "prompt": "x", "colour": 1}', "line 2: colour"),
+        ("a.jsonl", b'\n{"image": "dog.png", "prompt": "x", "colour": 1}', "line 2: 'colour'"),
         ("a.jsonl", b'{"image": "dog.png", "prompt": "x", "name": "a"}\n' * 2, "line 2: .*folder a"),
-        ("a.jsonl", (FAULTS / "prompt_list.jsonl").read_bytes(), "line 1: prompt must be one text"),
+        ("a.jsonl", (FAULTS / "prompt_list.jsonl").read_bytes(), "line 1: 'prompt' must"),
         ("a.csv", b"image,prompt\ndog.png,x,y\n", "line 2"),
         ("a.csv", b"image,prompt,prompt\ndog.png,x,y\n", "line 1.*twice"),
         ("a.jsonl", b'{"image": "dog.png", "prompt": "x", "prompt": "y"}', "line 1.*twice"),

@@ -126,13 +126,20 @@ def test_a_part_needs_the_others_in_the_same_sizes(run, trained, tmp_path):
         run("part=unet", f"out={tmp_path}")
     with pytest.raises(InputError, match=r"arch\.text"):
         run("part=unet", f"out={trained[0]}", "arch.text.width=64")
+    for wrong in ("unet.context_dim=64", "text.hidden_layer=penultimate"):
+        with pytest.raises(InputError, match=wrong.partition("=")[0]):
+            run("part=clip", f"out={tmp_path}", f"++arch.{wrong}")
 
 
-def test_bad_settings_end_before_the_training(run, trained, tmp_path):
+def test_bad_settings_end_before_the_training(run, trained, tmp_path, monkeypatch):
     for wrong in ("seed=-1", "seed=1.5", "objective.probes=0", "objective.kl_weight=nan", "training.lr=inf"):
         setting = wrong if "seed" in wrong else f"part.{wrong}"
         with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
             run("part=autoencoder", f"out={tmp_path}", setting)
-    for wrong in ("objective.prompts=5", "objective.prompts=cat", "objective.foo=1", "training.foo=1"):
+    for wrong in ("objective.prompts=5", "objective.prompts=cat", "objective.foo=1", "training.foo=1", "name=5"):
         with pytest.raises(InputError, match=wrong.partition("=")[0].rpartition(".")[2]):
             run("part=unet", f"out={trained[0]}", f"++part.{wrong}")
+    for rank, world in (("x", "1"), ("0", "abc"), ("0", "2"), ("1", "1")):  # without torchrun
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(InputError, match="WORLD_SIZE"):
+            run("part=unet", f"out={trained[0]}")

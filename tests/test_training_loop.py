@@ -157,7 +157,7 @@ def test_a_damaged_state_is_one_line(tmp_path):
 
 def test_numbers_out_of_range_are_refused():
     wrong = [(name, v) for name in ("ema_decay", "lr", "minutes", "warmup") for v in (math.nan, math.inf, -1, "x")]
-    for name, value in (*wrong, ("steps", 0), ("batch_size", 2.5), ("save_every", 0), ("min_lr", 1.5)):
+    for name, value in (*wrong, ("steps", 0), ("batch_size", 2.5), ("clip_grad", 0), ("min_lr", 1.5)):
         with pytest.raises(InputError, match=rf"training\.{name}"):
             replace(SETTINGS, **{name: value})
     for betas in ([0.9], (0.9, 1), (0.9, math.nan)):

@@ -103,5 +103,6 @@ def test_disabled_never_imports_wandb(tmp_path, monkeypatch):
     with logger.run(tmp_path, {}):
         logger.scalars("stage", 0, {"loss": 1.0})
         logger.report(tmp_path, [{"task": "t"}])
+    assert WandbLogger(tags="abc").about == {"tags": ["abc"]}
     with pytest.raises(InputError, match=r"logger\.mode"):
         WandbLogger("on")

@@ -70,8 +70,7 @@ def clip_scores(clip: Clip, images: Tensor, captions: Sequence[str]) -> Tensor:
 
 
 def pixel_scores(samples: Tensor, drawings: Tensor) -> Tensor:
-    """Minus the distances (N, N) between samples and true drawings (N, 3, H, W), both after a Gaussian blur of two
-    pixels: a judge that no training has touched."""
+    """Minus the distances (N, N) of samples to drawings (N, 3, H, W), blurred by two pixels: an untrained judge."""
     from torchvision.transforms.functional import gaussian_blur
 
     return -torch.cdist(*(gaussian_blur(x, [13, 13], [2.0, 2.0]).flatten(1) for x in (samples, drawings)))
@@ -79,8 +78,8 @@ def pixel_scores(samples: Tensor, drawings: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: LatentDiffusion, datasets: Mapping[str, Dataset], out: Path, seed: int, settings: Mapping) -> None:
-    """Judge the model on data sets that training did not draw: print the numbers, and write `evaluation.json`, grids
-    of pictures and their captions to `out`. `settings` are those of conf/part/evaluation.yaml.
+    """Judge the model on data sets that training did not draw, by the settings of conf/part/evaluation.yaml: print the
+    numbers, and write `evaluation.json`, grids of pictures and their captions to `out`.
 
     Each share is the top 1 of 100: of true pictures and of samples, by the model's CLIP among captions, and of samples
     in pixels, where the true drawings of the captions stand to choose from.

@@ -55,6 +55,7 @@ class Settings:
         counts = ("steps", "batch_size", "save_every", "validate_every", "log_every")
         check(self, shares=("min_lr", "ema_decay"), counts=counts)
         check_number("training.workers", self.workers, whole=True, high=1024)
+        check_number("training.clip_grad", self.clip_grad, low=1e-9)  # 0 would leave no gradient
         for beta in self.betas if len(self.betas) == 2 else [f"{self.betas}, not two"]:
             check_number("training.betas", beta, high=0.999999)
 
@@ -169,8 +170,8 @@ def train(
                 means = torch.stack([value.float() for value in numbers.values()]) / world
                 values = dict(zip(numbers, over_all(means, dist.ReduceOp.SUM), strict=True))
                 weights = [*trained.parameters(), *average.parameters()] if saving else []
-                finite = values["loss"] + values["grad_norm"] + sum(w.abs().max().half().item() for w in weights)
-                if not math.isfinite(finite):  # in half precision, as they are exported; the last good state stays
+                peaks = torch.stack([means.sum(), *(w.detach().abs().max().half() for w in weights)])
+                if not peaks.isfinite().all():  # in half precision, as they are exported; the last good state stays
                     raise InputError(f"loss, gradient or weights are not finite by step {step}: lower lr, raise warmup")
                 bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}")
                 log(values | {"lr": lr}, {}, step)
@@ -198,8 +199,7 @@ def leave_ctrl_c(worker: int) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, trained: nn.Module, step: int, decay: float) -> None:
-    """average <- d average + (1 - d) trained with d = min(decay, (1 + step) / (10 + step)), so that the first, random
-    weights are soon forgotten."""
+    """average <- d average + (1 - d) trained, d = min(decay, (1 + step) / (10 + step)): the start is soon forgotten."""
     d = min(decay, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(d)(list(average.parameters()), list(trained.parameters()), None)
 

@@ -19,8 +19,7 @@ UNSEEN = 10**8  # the index of the first training picture that no training reach
 
 
 class AutoencoderObjective(Objective):
-    """L1 + 2 L2 between a picture and its reconstruction, and a light KL to the unit Gaussian (Kingma & Welling,
-    2014), all as means over elements."""
+    """L1 + 2 L2 of a reconstruction, and a light KL to the unit Gaussian (Kingma & Welling, 2014), as means."""
 
     def __init__(self, model: LatentDiffusion, out: Path, data: Datasets, kl_weight: float, probes: int):
         super().__init__(model, "autoencoder", out)
