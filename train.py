@@ -49,8 +49,8 @@ def run(cfg: DictConfig) -> bool:
     check_number("seed", cfg.seed, whole=True, high=2**32 - 1)
     parts = [cfg.part] if "name" in cfg.part else list(cfg.part.values())
     for part in parts:
-        if not part or part.get("name") not in (*OBJECTIVES, "evaluation"):
-            raise InputError(f"part.name={part and part.get('name')}: choose from {', '.join(OBJECTIVES)}, evaluation")
+        if not isinstance(part, DictConfig) or part.get("name") not in (*OBJECTIVES, "evaluation"):
+            raise InputError(f"a part's name must be one of {', '.join(OBJECTIVES)}, evaluation; this is {part}")
         for name, value in OmegaConf.to_container(part.get("objective", part), resolve=True).items():
             if name not in ("name", "prompts"):
                 count, share = name in COUNTS, name in ("prompt_dropout", "unknown_rate")

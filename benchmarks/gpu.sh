@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Test and time all that needs a CUDA GPU, in six minutes: bash benchmarks/gpu.sh FOLDER [PYTHON]
 #
-# Needs torch, triton, einops, open_clip, timm, hydra and pytest; with pytest-xdist the tests, with pandas and matplotlib
-# the plots. Each part is a process with its own time limit and writes each row at once, so a failure loses what follows
-# in that part. Ends with 1 if a part failed. PALIMPSEST_SMALL=1 tries the script with tiny networks, also on a CPU.
+# Needs torch, triton, einops, open_clip, timm, hydra and pytest; pytest-xdist makes the tests faster, pandas and
+# matplotlib make plots. Each part is a process with its own time limit and writes each row at once, so a failure loses
+# what follows in that part. Ends with 1 if a part failed. PALIMPSEST_SMALL=1 tries it with tiny networks, on a CPU too.
 folder=$(mkdir -p "${1:?a folder for the results}" && cd "$1" && pwd) || exit 1
 python=${2:-python}
 cd "$(dirname "$0")/.." || exit 1

@@ -82,11 +82,11 @@ def clip_metrics(
                       edit inside the mask and black outside, and INPUT_clip_score of the others
     clip_similarity   of the edit and another picture
     clip_margin       the score under the prompt minus that under the source prompt, in [-2, 2]
-    clip_directional  of the change of pictures and that of texts (Gal et al., 2021, arXiv 2108.00946); NaN without
+    clip_directional  of the change of pictures and that of texts (Gal et al., 2021, arXiv 2108.00946); NaN if one is 0
 
     And three judgements, 1 or 0. `success`, the edit was done: `change_error` is at most 1/2 and `clip_margin` above 0;
     NaN where the true result equals the input. `success_closer`, a weaker one: the margin is above 0, and the edit is
-    closer to the true result than the input is, in pixels and features. `attainable`: the true margin is above 0.
+    closer to the truth than the input is, in pixels and features. `attainable`: the true result's margin is above 0.
     """
     edit, *seen = (clip.image_features(x)[0] for x in (image, *others.values()))
     (text,), numbers = clip.text_features([prompt]), {}

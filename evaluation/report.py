@@ -131,7 +131,7 @@ def means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def summaries(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """The headline as tables of texts, "20.1 ± 0.5" with a standard error: by label, and by category."""
+    """The headline as tables of texts, "20.1 ± 0.5" with a standard error: by label; of several categories, by both."""
 
     def text(name: str, line: dict) -> str:
         numbers = [line[key] for key in (name, f"{name}_se") if key in line]

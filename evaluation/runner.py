@@ -164,15 +164,14 @@ def edit_all(source: Tasks, folder: Path, edit: Callable, seed: int, settings: d
     the folder holds results of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     used, typed = (folder / "run.json").exists(), overrides()
-    claim(folder, settings, source.single)
     about = {entry.name: marks(entry) for entry in source.entries}
     done = set() if source.single else {row["task"] for row in rows_of(about, folder) if "error" not in row}
     waiting = [entry for entry in source.share if entry.name not in done]
-    for entry in waiting:
-        place = (folder if source.single else folder / entry.name).resolve()
-        for path in filter(None, (entry.image, entry.mask, entry.truth)):
-            if any(path.resolve().is_relative_to(place / name) for name in ("input.png", *OUTPUTS)):
-                raise InputError(f"{path} would be removed or written over: choose another hydra.run.dir")
+    root = folder.resolve()
+    for path in (path.resolve() for entry in waiting for path in (entry.image, entry.mask, entry.truth) if path):
+        if path.is_relative_to(root) and {"input.png", *OUTPUTS} & {*path.relative_to(root).parts[: 2 - source.single]}:
+            raise InputError(f"{path} would be removed or written over: choose another hydra.run.dir")
+    claim(folder, settings, source.single)
     mine = folder / "rows.jsonl"
     if source.share and len(source.share) < len(source.entries):
         mine = folder / f"rows-{source.entries.index(source.share[0])}.jsonl"
@@ -234,7 +233,7 @@ def marks(entry: Entry) -> dict[str, str]:
 
 
 def claim(folder: Path, settings: dict, anew: bool) -> None:
-    """Write down how results are made. Raises InputError where some have other settings; with `anew`, are of a list."""
+    """Write down a folder's settings. Raises InputError where its results have others; with `anew`, where a list's."""
     path, theirs = folder / "run.json", {}
     ours = pd.json_normalize(settings).to_dict("records")[0]  # {"a.b": 1} of {"a": {"b": 1}}
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # there is none, or it is damaged
@@ -256,7 +255,7 @@ def task_seed(seed: int, name: str) -> int:
 def objective(setting: str | Sequence[str] | None, rows: Sequence[dict]) -> float | list[float] | None:
     """The mean over edits of each metric that `objective=` names: a number for one, a list for several, None for none.
     Raises InputError where no edit has it, or tasks failed."""
-    names = [setting] if isinstance(setting, str) else list(setting or [])
+    names = [setting] if isinstance(setting, str | int | float) else list(setting or [])
     if names and any("error" in row for row in rows):
         raise InputError("objective: tasks failed, so the rest does not compare with other settings")
     means = pd.DataFrame(rows).reindex(columns=names).apply(pd.to_numeric, errors="coerce").mean().tolist()

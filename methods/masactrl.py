@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from errors import check_number
+from errors import MOST, check_number
 from methods.base import RECONSTRUCTION, Method, Result, Run, check_invertible
 from methods.inversion import Inversion
 from models.attention import Hook, SelfAttention, attention
@@ -36,9 +36,9 @@ class MasaCtrl(Method):
     def edit(self, model, task, z: Tensor, run: Run) -> Iterator[Result]:
         trajectory, layers = self.sampler.trajectory(model.schedule), model.unet.attention
         empty = replace(task, source_prompt="")
+        own = sum(isinstance(module, SelfAttention) for module in model.unet.modules())  # 0: `invert` refuses
+        check_number("method.start_layer", self.start_layer, whole=True, high=(own or MOST) - 1)  # beyond: no edit
         source = self.inversion.invert(model, empty, z, trajectory, self.guidance_scale, run)
-        last = sum(isinstance(module, SelfAttention) for module in model.unet.modules()) - 1
-        check_number("method.start_layer", self.start_layer, whole=True, high=last)  # beyond it nothing is edited
         control = lambda i: layers.hooked(self.edited(i, layers.backend))
         again, edit = source.sample(model, task.prompt, self.guidance_scale, control, run)
         yield {"start_step": self.start_step, "start_layer": self.start_layer}, edit

@@ -48,7 +48,7 @@ def minimise(
     optimizer: str = "adam",
     lean: bool = False,
 ) -> dict[str, list[float]]:
-    """Move `params` in place against the gradient of the loss, and return its curve, and those of several terms.
+    """Move `params` in place against the gradient of the loss, and return its curve, and its terms' if several.
 
     Parameters of less than 32 bits are optimised as float32 masters, since updates of 5e-7 would vanish in them.
     `lean` moves each parameter during the backward pass and frees its gradient at once; the result is the same.

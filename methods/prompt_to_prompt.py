@@ -21,7 +21,7 @@ from methods.words import Tokens, places, tokenise, word_factors, word_map
 from models.attention import Hook, attention, attention_map
 from samplers import Sampler
 
-# Larger self-attention maps are left alone, as in the code of null-text inversion and PnP; its own stops at 16**2.
+# Larger self-attention maps are left alone, as by the code of null-text and PnP inversion; Prompt-to-Prompt's: 16**2.
 SELF_PLACES = 32**2
 
 

@@ -56,7 +56,7 @@ def word_map(source: Tokens, target: Tokens, words: str) -> tuple[Tensor, Tensor
 
     Tokens that both prompts have are aligned (the paper's A), and padding with the padding at its place. New tokens
     keep their own maps, "adding a new phrase"; but with words="replace", those that stand where the source has others
-    take theirs, "word swap": word by word where both sides have as many, and n tokens give place evenly to m.
+    take theirs, "word swap": word by word where both have as many, and else n tokens' maps spread evenly over m.
     """
     takes, own = torch.zeros(len(source.ids), len(target.ids)), torch.ones(len(target.ids))
 
@@ -86,7 +86,7 @@ def places(text, prompt: Tokens, phrase: str) -> list[int]:
 
 
 def word_factors(text, prompt: Tokens, reweight: Mapping[str, float]) -> Tensor:
-    """Give the factor c of each token's map, "attention re-weighting": (L,). Raises InputError for words not in it."""
+    """Factors c of the tokens' maps, "attention re-weighting": (L,). Raises InputError for words the prompt lacks."""
     factors = torch.ones(len(prompt.ids))
     for phrase, factor in reweight.items():
         found = places(text, prompt, str(phrase))

@@ -11,7 +11,7 @@ from errors import InputError
 
 def choose_device(name: str) -> torch.device:
     """auto: CUDA where there is a device for it, else the CPU. Under torchrun, auto and cuda are this process's own
-    card: the cards are dealt out in turn, by LOCAL_RANK. Raises InputError for any device that is not there."""
+    card: the cards are dealt out in turn, by LOCAL_RANK. Raises InputError for devices not there, and other kinds."""
     count = torch.cuda.device_count()
     name = ("cuda" if count else "cpu") if name == "auto" else name
     known = re.fullmatch(r"cpu|cuda(?::(0|[1-9]\d*))?", str(name))

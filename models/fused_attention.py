@@ -234,7 +234,7 @@ class _Attention(torch.autograd.Function):
 
 @torch.compiler.disable
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once; compiled networks break there.
+    """softmax(q kᵀ / √d) v by the kernels above, deterministic, differentiable once; compiled graphs break around it.
 
     q (B, heads, N, d), k and v (B, heads, M, d), all of one type of float16, bfloat16 and float32, d up to
     `WIDEST`, N and M from 1 -> (B, heads, N, d), on a device that can. Raises ValueError for other types or shapes."""

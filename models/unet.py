@@ -1,6 +1,6 @@
 """The denoising UNet of latent diffusion (Rombach et al., 2022), of which Stable Diffusion 1.x, 2.x and XL are sizes.
 
-Module names follow the released checkpoints, which `models/names.py` renames. The named sizes stand at the end."""
+Module names follow the released checkpoints, so `models/names.py` has few rules. The named sizes stand at the end."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

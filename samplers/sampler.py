@@ -14,7 +14,7 @@ from .schedule import SPACINGS, FlowSchedule, NoiseSchedule, Trajectory, noise_l
 
 @dataclass(frozen=True)
 class Sampler:
-    """Raises InputError for an unknown name and an eta out of range; `trajectory` does for `steps`."""
+    """Raises InputError for an unknown name, an eta out of range and no steps; `trajectory` does for too many."""
 
     group = "sampler"  # its settings on the command line
 
@@ -24,12 +24,12 @@ class Sampler:
     eta: float = 0.0  # noise, in [0, 1]: 0 is none (DDIM, or Euler's steps of a flow), 1 is DDPM's ancestral sampling
 
     def __post_init__(self) -> None:
-        check(self, shares=["eta"], spacing=SPACINGS)
+        check(self, shares=["eta"], counts=["steps"], spacing=SPACINGS)
 
     def trajectory(self, schedule: NoiseSchedule | FlowSchedule) -> Trajectory:
         """The grid of these settings on a model's schedule. Raises InputError for ancestral sampling of a flow."""
         if isinstance(schedule, FlowSchedule) and self.eta > 0:
-            raise InputError("a flow model has no ancestral sampling or DDPM inversion: sampler=ddim, another method")
+            raise InputError("a flow model has neither ancestral sampling (use sampler=ddim) nor DDPM inversion")
         return schedule.trajectory(self.steps, self.spacing, self.offset)
 
     def sample(

@@ -59,10 +59,10 @@ class Trajectory:
         return replace(self, timesteps=self.timesteps[start:], levels=self.levels[start:])
 
     def as_flow(self) -> "Trajectory":
-        """The same grid for x / (alpha + sigma), which is a flow's x at sigma / (alpha + sigma). Walks along it, with
-        predictions by `as_velocity`, take the same path (Karras et al., 2022, arXiv 2206.00364, eq. 4)."""
-        sigmas = 1 / (1 + (self.levels / (1 - self.levels)).sqrt())
-        return self if self.flow else replace(self, levels=sigmas, flow=True)
+        """The same grid for x / (alpha + sigma), a flow's x at sigma / (alpha + sigma), but ending clean. Sampling
+        along it by `as_velocity` takes DDIM's path (Karras et al., 2022, arXiv 2206.00364, eq. 4)."""
+        sigmas = 1 / (1 + (self.levels[:-1] / (1 - self.levels[:-1])).sqrt())
+        return self if self.flow else replace(self, levels=torch.cat([sigmas, 0 * sigmas[:1]]), flow=True)
 
     def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
         """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:
@@ -153,7 +153,7 @@ class NoiseSchedule(Schedule):
         return Trajectory(timesteps, torch.cat([self.alpha_bars[timesteps], end]), kept=self.kept)
 
     def mixture(self, t: int | Tensor, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats, or for (B,) tensors."""
+        """alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t) (Ho et al., eq. 4): floats, tensors for t (B,)."""
         if isinstance(t, int):
             return math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
         if (x.device, x.dtype) not in self.tables:  # kept there, since reading a GPU's t would make the CPU wait for it

@@ -154,6 +154,10 @@ def test_flowedit_returns_the_picture_under_equal_prompts_and_averages_over_nois
     for model in (plain, tiny_model):
         ((_, latent, _),), (again, _), _ = edit(equal, model, replace(cat, prompt="a cat"))
         close(latent, again, atol=1e-6)
+        ((_, latent, _),), _, run = edit(FlowEdit(Sampler(steps=4), n_max=4, n_min=4, guidance_scale=1.0), model, cat)
+        flow, z = model.schedule.trajectory(4).as_flow(), run.tensors["source_latent"]
+        x = z.lerp(noise_like(z, run.noise("path", 0)), flow.levels[0])
+        close(latent, ddim.sample(as_velocity(guided(model, cat.prompt), model.schedule), x, flow), 1e-6)
     spread = []
     for n_avg in (1, 16):
         method = FlowEdit(Sampler(steps=4), n_max=2, n_avg=n_avg, guidance_scale=2.0, num_samples=6)
@@ -180,14 +184,12 @@ def test_rf_inversion_is_plain_or_returns_the_picture(name, request, cat, edit):
     """Without control it is an inversion and plain sampling; controlled in full to the end it is the picture."""
     model, w = request.getfixturevalue(name), RFInversion.guidance_scale
     ((_, latent, _),), (again, _), run = edit(RFInversion(Sampler(steps=4), gamma=0.0, eta=0.0), model, cat)
-    trajectory, z = model.schedule.trajectory(4), run.tensors["source_latent"]
-    flow, scales = trajectory.as_flow(), [sum(trajectory.mixture(i)) for i in (0, 4)]  # of epsilon's latents
-    top = ddim.invert(as_velocity(guided(model, ""), model.schedule), z, flow).latent
-    close(scales[1] * latent, ddim.sample(guided(model, "a red heart", w), scales[0] * top, trajectory), 1e-5)
+    flow, z = model.schedule.trajectory(4).as_flow(), run.tensors["source_latent"]
+    velocity = lambda prompt, w: as_velocity(guided(model, prompt, w), model.schedule)
+    close(latent, ddim.sample(velocity("a red heart", w), ddim.invert(velocity("", 1), z, flow).latent, flow), 1e-5)
     ((_, latent, _),), _, run = edit(RFInversion(Sampler(steps=4), gamma=1.0, eta=1.0, stop=1.0), model, cat)
-    close(latent, z + flow.levels[-1] / flow.levels[0] * (run.tensors["inverted_latent"] - z), atol=1e-9)
-    noise, (low, high) = noise_like(z, run.noise("y_1", 0)), flow.levels[[-1, 0]]
-    close(run.tensors["inverted_latent"], z + (high - low) / (1 - low) * (noise - z), atol=1e-9)
+    close(latent, z, atol=1e-9)
+    close(run.tensors["inverted_latent"], z.lerp(noise_like(z, run.noise("y_1", 0)), flow.levels[0]), 1e-9)
     assert torch.equal(again, z)
 
 
