@@ -24,6 +24,7 @@ from data.images import find, to_pil
 from data.openmoji_edits import SIDE, OpenMojiEdits
 from errors import InputError
 from evaluation import cli, config, report
+from files import CLONE
 
 try:
     import gradio as gr
@@ -38,7 +39,7 @@ def composed(overrides: list[str]) -> tuple:
     Raises InputError for a value that could read the environment or call any code."""
     if any("${" in each or "_target_" in each for each in overrides):
         raise InputError("a value on this page holds neither ${ nor _target_")
-    with HYDRA, initialize_config_dir(str(Path(__file__).with_name("conf")), version_base="1.3"):
+    with HYDRA, initialize_config_dir(str(CLONE / "conf"), version_base="1.3"):
         cfg = compose("edit", [cli.quoted(each) for each in overrides], return_hydra_config=True)
         options = GlobalHydra.instance().config_loader().get_group_options
     return OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"]), cfg.hydra.runtime.choices, options
@@ -48,7 +49,7 @@ def settings(method: str, model: str) -> dict[str, tuple]:
     """The main settings of a method, {name: (value, meaning)}: those that conf/suited.yaml sets, else all of them."""
     cfg, *_ = composed([f"method={method}", f"model={model}"])
     about = {f"{c.target} {name}": words for c in config.choices() for name, (_, words) in c.settings.items()}
-    suited = OmegaConf.load(Path(__file__).with_name("conf") / "suited.yaml").values()
+    suited = OmegaConf.load(CLONE / "conf" / "suited.yaml").values()
     names = {f"{group}.{name}": group for of in suited for group, own in of.get(method, {}).items() for name in own}
     names = names or {f"method.{name}": "method" for name in cfg.method if name not in ("_target_", *config.GROUPS)}
     meaning = {name: about.get(f"{cfg[group]['_target_']} {name.split('.')[1]}", "") for name, group in names.items()}
@@ -119,7 +120,6 @@ def page(given: list[str]) -> gr.Blocks:
         return [shown, again, f"method{name[4:]}", "\n\n".join(lines), f"python edit.py {words}"]
 
     with blocks, left:
-
         @gr.render([method, model])
         def fields(*own: str) -> None:
             """A field for each main setting, and the listener that reads them."""

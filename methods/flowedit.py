@@ -42,20 +42,17 @@ class FlowEdit(Method):
         as_source = guided(model, task.source_prompt, self.source_guidance_scale, task.negative_prompt)
         as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
         as_source, as_target = (as_velocity(denoise, model.schedule) for denoise in (as_source, as_target))
-        steps, draws = len(trajectory), z.expand(self.n_avg, -1, -1, -1)
+        steps, sigmas, draws = len(trajectory), trajectory.levels.tolist(), z.expand(self.n_avg, -1, -1, -1)
         for i in range(self.num_samples):
             x, noise = z, run.noise("path", i)
             for n in run.progress("editing")(range(steps - self.n_max, steps - self.n_min)):
                 t = trajectory.timesteps[n].item()
-                alpha, sigma = trajectory.mixture(n)
-                z_src = alpha * z + sigma * noise_like(draws, noise)
+                z_src = torch.lerp(z, noise_like(draws, noise), sigmas[n])
                 v = as_target(x + z_src - z, t) - as_source(z_src, t)
                 x = trajectory.step(x, v.mean(dim=0, keepdim=True), n, n + 1)
                 x = x if trajectory.kept is None else torch.lerp(z, x, trajectory.kept[1])  # outside there is no edit
             if self.n_min:
-                rest = trajectory.tail(self.n_min / steps)
-                alpha, sigma = rest.mixture(0)
-                x = x + (alpha - 1) * z + sigma * noise_like(z, noise)
-                x = ddim.sample(as_target, x, rest)
+                x = x - z + torch.lerp(z, noise_like(z, noise), sigmas[steps - self.n_min])
+                x = ddim.sample(as_target, x, trajectory.tail(self.n_min / steps))
             yield {"n_max": self.n_max, "guidance_scale": float(self.guidance_scale), "sample": i}, x
         yield RECONSTRUCTION, z

@@ -36,8 +36,7 @@ class RFInversion(Method):
         trajectory = self.sampler.trajectory(model.schedule).as_flow()
         steps = {t: n for n, t in enumerate(trajectory.timesteps.tolist())}
         sigmas, as_empty = trajectory.levels.tolist(), as_velocity(guided(model, ""), model.schedule)
-        as_target = guided(model, task.prompt, self.guidance_scale, task.negative_prompt)
-        as_target = as_velocity(as_target, model.schedule)
+        as_target = as_velocity(guided(model, task.prompt, self.guidance_scale, task.negative_prompt), model.schedule)
         for i in range(self.num_samples):
             y_1 = noise_like(z, run.noise("y_1", i))
 

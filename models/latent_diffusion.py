@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
+from models.attention import CrossAttention
 from models.autoencoder import Autoencoder
 from models.mmdit import MMDiT
 from models.t5 import T5
@@ -127,7 +128,7 @@ def build(
                 towers["t5"] = T5(**config["t5"])
             unet = MMDiT(**config["mmdit"]) if "mmdit" in config else UNet(**config["unet"])
             wide = sum(config[name]["width"] for name in towers if name != "t5")
-            if isinstance(unet, UNet) and wide != config["unet"].get("context_dim", 768):
+            if {m.to_kv.in_features for m in unet.modules() if isinstance(m, CrossAttention)} - {wide}:
                 raise InputError(f"arch.unet.context_dim is not {wide}, the width of the text's states")
             autoencoder = Autoencoder(**config["vae"])
             vision = config.get("vision")

@@ -61,8 +61,10 @@ class Trajectory:
     def as_flow(self) -> "Trajectory":
         """The same grid for x / (alpha + sigma), a flow's x at sigma / (alpha + sigma), but ending clean. Sampling
         along it by `as_velocity` takes DDIM's path (Karras et al., 2022, arXiv 2206.00364, eq. 4)."""
+        if self.flow:
+            return self
         sigmas = 1 / (1 + (self.levels[:-1] / (1 - self.levels[:-1])).sqrt())
-        return self if self.flow else replace(self, levels=torch.cat([sigmas, 0 * sigmas[:1]]), flow=True)
+        return replace(self, levels=torch.cat([sigmas, 0 * sigmas[:1]]), flow=True)
 
     def confine(self, x: Tensor, lower: Tensor, i: int) -> Tensor:
         """Put the outside of `lower`, where step i led from x, back onto the path that leads from x to the kept z:

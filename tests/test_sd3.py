@@ -57,7 +57,7 @@ def test_positions_are_cut_from_the_centre(model):
 def test_flowedit_noise_by_noise(model, monkeypatch):
     """The recorded run leads from the empty prompt to the other one, without T5."""
     noises, recorded = iter(EXPECTED["flowedit_noises"]), json.loads((FOLDER / "arch.json").read_text())["flowedit"]
-    monkeypatch.setattr(flowedit, "noise_like", lambda x, generator: next(noises).expand_as(x))
+    monkeypatch.setattr(flowedit, "noise_like", lambda x, generator: next(noises).to(x).expand_as(x))
     view = types.SimpleNamespace(prediction="flow", schedule=model.schedule, project=model.project)
     view.predict, view.encode_text = model.predict, lambda prompts: TEXT[[0 if prompts[0] else 1]]
     task = types.SimpleNamespace(prompt="cat", source_prompt="", negative_prompt="")
